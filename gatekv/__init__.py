@@ -1,0 +1,11 @@
+"""gatekv trains a frozen language model to decide which of its cached tokens to keep, and ships that as an adapter."""
+
+from gatekv import policies
+from gatekv.adapter import GateKVConfig
+from gatekv.cache.kvcache import KVCache
+from gatekv.modules import attach, detach, parallel
+from gatekv.presets import preset
+from gatekv.version import VERSION
+
+__version__ = VERSION
+__all__ = ["GateKVConfig", "KVCache", "attach", "detach", "parallel", "policies", "preset"]

@@ -1,0 +1,227 @@
+"""Gates as a PEFT method: config, tuner layer and tuner in one file, because this is all that touches PEFT.
+
+`import gatekv` registers the type "GATEKV"; then get_peft_model, PeftModel.from_pretrained, AutoPeftModelForCausalLM,
+disable_adapter (= the teacher), save_pretrained and push_to_hub work. Where stock PEFT would warn and go on with random
+weights we raise. Tensors are named `gatekv_gate.*`, so that other parts can live in the same file later.
+"""
+
+import hashlib
+import os
+from dataclasses import asdict, dataclass, field, fields
+
+import torch
+from peft import PeftConfig
+from peft.mapping import PEFT_TYPE_TO_CONFIG_MAPPING, PEFT_TYPE_TO_PREFIX_MAPPING, PEFT_TYPE_TO_TUNER_MAPPING
+from peft.tuners.tuners_utils import BaseTuner, BaseTunerLayer
+from peft.utils import SAFETENSORS_WEIGHTS_NAME, WEIGHTS_NAME
+from safetensors import SafetensorError
+from safetensors.torch import load_file
+from torch import nn
+from transformers.utils import logging
+
+from gatekv.config import GateSpec, check_keys, strict
+from gatekv.gates import build_gate
+from gatekv.gates.calibration import Calibration
+from gatekv.modules import ATTENTION_NAME, GatedAttention, base_model, is_sliding, use_attention
+from gatekv.version import VERSION
+
+logger = logging.get_logger(__name__)
+
+PREFIX = "gatekv_"
+
+
+class _PeftType(str):
+    """PEFT's own enum cannot be extended; a str that has `.value` passes wherever the enum does."""
+
+    value = property(str.__str__)
+
+
+GATEKV = _PeftType("GATEKV")
+
+
+def tensors_sha256(tensors: dict[str, torch.Tensor]) -> str:
+    """Hash of names, dtypes, shapes and bytes; the same before saving and after loading."""
+    digest = hashlib.sha256()
+    for name in sorted(tensors):
+        t = tensors[name].detach().cpu().contiguous()
+        digest.update(f"{name} {t.dtype} {tuple(t.shape)}".encode())
+        digest.update(t.flatten().view(torch.uint8).numpy().tobytes())
+    return digest.hexdigest()
+
+
+def fingerprint(model: nn.Module) -> dict:
+    """Shapes that a gate depends on (must match) and a hash of a few weights (a mismatch is only worth a warning)."""
+    inner = base_model(model)
+    config = inner.config.get_text_config(decoder=True)
+    weight = inner.get_input_embeddings().weight
+    sample = None
+    if weight.device.type != "meta" and weight.numel():
+        sample = tensors_sha256({"embed": weight.detach().flatten()[:4096].to(torch.bfloat16)})[:16]
+    return {
+        "model_type": config.model_type,
+        "hidden_size": config.hidden_size,
+        "num_hidden_layers": config.num_hidden_layers,
+        "num_key_value_heads": config.num_key_value_heads,
+        "weights": sample,
+    }
+
+
+@strict
+@dataclass
+class GateKVConfig(PeftConfig, GateSpec):
+    """Config of a gatekv adapter; `GateKVConfig()` is usable as it is. Gate fields: see `gatekv.config.GateSpec`.
+
+    Attributes:
+        target_modules: names of the attention modules to wrap.
+        base_fingerprint: shapes and a weight hash of the base model, filled in on creation, checked on loading.
+        calibration: ratios, levels and table of `gatekv.gates.calibration.Calibration`, or None before calibration.
+        weights_sha256: of the tensors in the adapter file, written on saving, checked on loading.
+        gatekv_version: that wrote the config.
+    """
+
+    target_modules: list[str] = field(default_factory=lambda: [ATTENTION_NAME])
+    base_fingerprint: dict | None = None
+    calibration: dict | None = None
+    weights_sha256: str | None = None
+    gatekv_version: str = VERSION
+
+    def __post_init__(self):
+        PeftConfig.__post_init__(self)
+        GateSpec.__post_init__(self)
+        self.peft_type = GATEKV
+        if self.calibration is not None:
+            check_keys("calibration", self.calibration, {"ratios", "levels", "table"})
+
+    def gate_spec(self) -> GateSpec:
+        return GateSpec(**{f.name: vars(self)[f.name] for f in fields(GateSpec)})
+
+    def save_pretrained(self, save_directory: str, **kwargs) -> None:
+        """Also records the hash of the weights, which PEFT writes into the same folder just before."""
+        weights = os.path.join(save_directory, SAFETENSORS_WEIGHTS_NAME)
+        if os.path.isfile(weights):
+            self.weights_sha256 = tensors_sha256(load_file(weights))
+        super().save_pretrained(save_directory, **kwargs)
+
+    @classmethod
+    def from_pretrained(cls, pretrained_model_name_or_path: str, subfolder: str | None = None, **kwargs):
+        """As PeftConfig's; checks a local folder's weight file before anything is built on it.
+
+        Raises:
+            ValueError: weights missing, pickled or truncated. TypeError: unknown config key.
+        """
+        folder = os.path.join(pretrained_model_name_or_path, subfolder or "")
+        if os.path.isdir(folder):
+            weights = os.path.join(folder, SAFETENSORS_WEIGHTS_NAME)
+            if not os.path.isfile(weights):
+                pickled = os.path.isfile(os.path.join(folder, WEIGHTS_NAME))
+                hint = f"{WEIGHTS_NAME} is a pickle, which gatekv never loads" if pickled else "copy the whole folder again"
+                raise ValueError(f"{folder} has no {SAFETENSORS_WEIGHTS_NAME}: {hint}.")
+            try:
+                load_file(weights)
+            except (SafetensorError, OSError) as error:
+                raise ValueError(f"{weights} is truncated or damaged ({error}): copy or download it again.") from error
+        return super().from_pretrained(pretrained_model_name_or_path, subfolder=subfolder, **kwargs)
+
+
+class GateLayer(GatedAttention, BaseTunerLayer):
+    """The wrapper around self_attn, holding one gate per adapter under PEFT's rules of activation."""
+
+    adapter_layer_names = ("gatekv_gate",)
+
+    def __init__(self, base_layer: nn.Module):
+        super().__init__(base_layer)
+        self.calibrations: dict[str, Calibration | None] = {}
+
+    def active(self) -> str | None:
+        if self.disable_adapters:
+            return None
+        return next((name for name in self.active_adapters if name in self.gatekv_gate), None)
+
+    def calibration(self) -> Calibration | None:
+        return self.calibrations.get(self.active())
+
+    def update_layer(self, adapter_name: str, config: GateKVConfig, hidden_size: int, num_kv_heads: int) -> None:
+        """Add an adapter's gate, on the wrapped module's device."""
+        self.specs[adapter_name] = config.gate_spec()
+        self.calibrations[adapter_name] = Calibration(**config.calibration) if config.calibration else None
+        gate = build_gate(self.specs[adapter_name], hidden_size, num_kv_heads)
+        self.gatekv_gate[adapter_name] = gate.to(next(self.base_layer.parameters()).device)
+        self.set_adapter(self.active_adapters)
+
+
+class GateKVModel(BaseTuner):
+    """PEFT tuner that wraps every full-attention layer in a `GateLayer`."""
+
+    prefix = PREFIX
+    tuner_layer_cls = GateLayer
+    target_module_mapping = {}
+
+    def _pre_injection_hook(self, model, config, adapter_name):
+        found, wanted = fingerprint(model), config.base_fingerprint
+        if wanted is None:
+            config.base_fingerprint = found
+            return
+        for key, value in wanted.items():
+            if key != "weights" and found.get(key) != value:
+                raise ValueError(
+                    f"this adapter was trained for a base with {key}={value}, but this model has {found.get(key)}: "
+                    f"load it on {config.base_model_name_or_path or 'the base it was trained on'}."
+                )
+        if None not in (wanted.get("weights"), found["weights"]) and wanted["weights"] != found["weights"]:
+            logger.warning(
+                "gatekv: the base model's weights differ from those the adapter was trained on (quantised or fine-tuned?); "
+                "measure before relying on it."
+            )
+
+    def _create_and_replace(self, config, adapter_name, target, target_name, parent, current_key):
+        base = target.base_layer if isinstance(target, GatedAttention) else target
+        if is_sliding(base):
+            return
+        layer = target if isinstance(target, GateLayer) else GateLayer(base)
+        shape = self.model.config.get_text_config(decoder=True)
+        if layer is not target:
+            layer.set_adapter(self.active_adapters)
+            self._replace_module(parent, target_name, layer, target)
+        layer.update_layer(adapter_name, config, shape.hidden_size, shape.num_key_value_heads)
+        if adapter_name not in self.active_adapters:
+            layer.gatekv_gate[adapter_name].requires_grad_(False)
+
+    def _replace_module(self, parent, child_name, new_module, child):
+        setattr(parent, child_name, new_module)
+
+    def _post_injection_hook(self, model, config, adapter_name):
+        use_attention(model)
+
+    @classmethod
+    def _remap_adapter_state_dict_for_load(cls, model, config, adapter_name, state_dict):
+        """Strict: every tensor of the file has its place, shape and hash, and no gate is left without one."""
+        mapped = super()._remap_adapter_state_dict_for_load(model, config, adapter_name, state_dict)
+        mark = f".gatekv_gate.{adapter_name}."
+        expected = {k: v for k, v in model.state_dict().items() if mark in k}
+        cure = "the file belongs to another config or was edited: load the folder as it was saved."
+        if stray := sorted(set(mapped) - set(expected)):
+            raise ValueError(f"stray tensor '{stray[0]}' ({len(stray)} in all) in the adapter file: {cure}")
+        if missing := sorted(set(expected) - set(mapped)):
+            raise ValueError(f"missing tensor '{missing[0]}' ({len(missing)} in all) in the adapter file: {cure}")
+        for key, tensor in mapped.items():
+            if tensor.shape != expected[key].shape:
+                raise ValueError(
+                    f"tensor '{key}' has shape {tuple(tensor.shape)}, the config asks for {tuple(expected[key].shape)}: {cure}"
+                )
+        if config.weights_sha256 is not None and tensors_sha256(state_dict) != config.weights_sha256:
+            raise ValueError(f"the adapter's tensors do not have the sha256 its config records: {cure}")
+        return mapped
+
+
+PEFT_TYPE_TO_CONFIG_MAPPING[GATEKV] = GateKVConfig
+PEFT_TYPE_TO_TUNER_MAPPING[GATEKV] = GateKVModel
+PEFT_TYPE_TO_PREFIX_MAPPING[GATEKV] = PREFIX
+
+
+def set_calibration(model: nn.Module, calibration: Calibration) -> None:
+    """Store a calibration in the active adapter: it is saved with its config and used by `KVCache` at once."""
+    for module in model.modules():
+        if isinstance(module, GateLayer):
+            module.calibrations[module.active()] = calibration
+            name = module.active()
+    model.peft_config[name].calibration = asdict(calibration)

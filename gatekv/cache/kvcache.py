@@ -1,0 +1,111 @@
+"""`KVCache`: a transformers cache from which tokens really leave."""
+
+import torch
+from transformers import Cache, DynamicCache
+
+from gatekv.cache.decision import Decision
+from gatekv.cache.layer import KVLayer, Plan
+from gatekv.config import GateSpec, check_choice
+from gatekv.gates.relaxations import logit_of
+from gatekv.modules import attach, base_model, wrappers
+from gatekv.policies import Full, Gate, Policy, resolve
+from gatekv.policies.budgets import Threshold
+
+DEFAULT = GateSpec()
+
+
+def distinct_bytes(tensors: list[torch.Tensor]) -> int:
+    """Bytes of the storages behind tensors, each storage once, whole even where a tensor views a part of it."""
+    return sum({t.untyped_storage().data_ptr(): t.untyped_storage().nbytes() for t in tensors if t.numel()}.values())
+
+
+class KVCache(Cache):
+    """Pass it as `past_key_values` to `generate` or to the model; it evicts in prefill and while decoding.
+
+    Args:
+        model: a transformers or PEFT model; gets gatekv's wrappers if it has none (`gatekv.detach` undoes it).
+        policy: a name like "gate", "gate+global", "snapkv+ada", a scorer object, or None: the adapter's gate if there is
+            one, else "full".
+        budget: share of each row's real prompt tokens that a KV head holds on average, sinks and window inside it.
+            None: a gate's own threshold.
+        prefill: "dense": the prompt attends to all of itself and flags act after it; "sparse": a gate's flags act inside
+            the prompt too. Default: sparse for threshold gates, dense otherwise.
+        sinks, window: protected tokens; default: what the adapter was trained with, or what the scorer's paper protects.
+        prompt_tokens: length of the prompt as fed, for prompts that arrive in several calls (`prefill_chunk_size`).
+
+    Raises:
+        ValueError: unknown policy or prefill, impossible budget, a gate without an adapter or without calibration.
+    """
+
+    def __init__(self, model, policy=None, budget: float | None = None, *, prefill: str | None = None,
+                 sinks: int | None = None, window: int | None = None, prompt_tokens: int | None = None):  # fmt: skip
+        attach(model)
+        self.model = model
+        active = [w for w in wrappers(model) if w.active()]
+        spec = active[0].specs[active[0].active()] if active else DEFAULT
+        policy = resolve(policy if policy is not None else ("gate" if active else "full"), budget)
+        learned, streaming = isinstance(policy.scorer, Gate), isinstance(policy.rule, Threshold)
+        if learned and not active:
+            raise ValueError("policy 'gate' needs an adapter with gates: load one with peft.PeftModel.from_pretrained.")
+        prefill = prefill or ("sparse" if streaming else "dense")
+        check_choice("prefill", prefill, ("dense", "sparse"))
+        if prefill == "sparse" and not learned:
+            raise ValueError(f"prefill='sparse' needs a causal gate; {type(policy.scorer).__name__} decides after the prompt.")
+        calibration = active[0].calibration() if active else None
+        if learned and policy.ratio is not None and (streaming or prefill == "sparse") and calibration is None:
+            raise ValueError(
+                "a number as budget streams through calibrated thresholds, and this adapter has none: run "
+                "gatekv.training.calibrate, leave budget=None, or use prefill='dense' with uniform, ada or global."
+            )
+        own_sinks = spec.sinks if policy.scorer.sinks is None else policy.scorer.sinks
+        own_window = spec.window if policy.scorer.window is None else policy.scorer.window
+        plan = Plan(
+            policy=policy,
+            sinks=own_sinks if sinks is None else sinks,
+            window=own_window if window is None else window,
+            dense=prefill == "dense",
+            prompt_tokens=prompt_tokens,
+            threshold=logit_of(spec.threshold),
+        )
+        if calibration is not None:
+            plan.thresholds = calibration.thresholds(plan.sinks, plan.window)
+        self._build(plan)
+
+    def _build(self, plan: Plan) -> None:
+        """Our layers where the model has full attention; transformers' own where a sliding window bounds them."""
+        self.plan = plan
+        layers = DynamicCache(config=base_model(self.model).config.get_text_config(decoder=True)).layers
+        for w in wrappers(self.model):
+            layers[w.layer_idx] = KVLayer(plan, w.layer_idx)
+        super().__init__(layers=layers)
+        plan.decide = Decision(plan, self.evicting())
+
+    def evicting(self) -> list[KVLayer]:
+        """The layers that gatekv holds, by depth."""
+        return [layer for layer in self.layers if isinstance(layer, KVLayer)]
+
+    def flags(self) -> list[torch.Tensor]:
+        """What is still held: per evicting layer [batch, kv_heads, tokens seen] bool."""
+        return [layer.held() for layer in self.evicting()]
+
+    def memory(self) -> dict[str, float]:
+        """Bytes of every storage held, of a full cache of the same real tokens, and their ratio."""
+        held, full = 0, 0
+        for layer in self.layers:
+            if isinstance(layer, KVLayer) and layer.is_initialized:
+                held += distinct_bytes(layer.tensors())
+                _, kv, _, d = layer.keys.shape
+                full += int(layer.real.sum()) * kv * 2 * d * layer.keys.element_size()
+            elif layer.is_initialized:
+                held += (own := distinct_bytes([layer.keys, layer.values]))
+                full += own
+        return {"bytes": held, "full_bytes": full, "ratio": held / full if full else 0.0}
+
+    def __repr__(self) -> str:
+        p = self.plan
+        size = self.memory()
+        return (
+            f"KVCache({type(p.policy.scorer).__name__} x {type(p.policy.rule).__name__}, budget={p.policy.ratio}, "
+            f"prefill={'dense' if p.dense else 'sparse'}, sinks={p.sinks}, window={p.window}, "
+            f"seen={self.get_seq_length()}, bytes={size['bytes']}, ratio={size['ratio']:.3f})"
+        )

@@ -1,0 +1,83 @@
+"""Dataclass configs whose unknown keys are errors that name the nearest known key."""
+
+import dataclasses
+import difflib
+import functools
+from dataclasses import dataclass
+
+
+def nearest(name: str, known) -> str:
+    """' Did you mean 'x'?' or '' for a mistyped name."""
+    close = difflib.get_close_matches(str(name), [str(k) for k in known], n=1, cutoff=0.5)
+    return f" Did you mean '{close[0]}'?" if close else ""
+
+
+def check_choice(argument: str, value, known) -> None:
+    """Raise ValueError that lists what `argument` may be."""
+    if value not in known:
+        raise ValueError(f"unknown {argument} {value!r}.{nearest(value, known)} Known: {', '.join(map(str, known))}.")
+
+
+def check_keys(owner: str, keys, known) -> None:
+    """Raise TypeError for the first unknown key, with the nearest known one."""
+    for key in keys:
+        if key not in known:
+            raise TypeError(f"unknown key '{key}' in {owner}.{nearest(key, known)} Known: {', '.join(sorted(known))}.")
+
+
+def strict(cls):
+    """Class decorator for dataclasses: keyword arguments that are no field raise with the nearest name."""
+    init = cls.__init__
+    known = {f.name for f in dataclasses.fields(cls) if f.init}
+
+    @functools.wraps(init)
+    def __init__(self, *args, **kwargs):
+        check_keys(cls.__name__, kwargs, known)
+        init(self, *args, **kwargs)
+
+    cls.__init__ = __init__
+    return cls
+
+
+GATES = ("mlp", "attention")
+RELAXATIONS = ("log", "ste")
+
+
+@strict
+@dataclass
+class GateSpec:
+    """What a gate is and when its flags act; everything inference needs to know about it.
+
+    Attributes:
+        gate: form, `mlp` (token-wise) or `attention` (the paper's reduced multi-head attention over a short ring).
+        hidden: width of the `mlp` gate.
+        heads, head_dim: of the `attention` gate's MHA'.
+        context_window: tokens the `attention` gate looks back on; its ring is counted by `KVCache.memory()`.
+        relaxation: how the hard flag is made differentiable: `ste` (Attention-Gate) or `log` (bias log sigmoid).
+        window: tokens behind the query that ignore their flag (grace; 0 = the paper).
+        sinks: first real tokens of a row that are always kept.
+        threshold: keep iff sigmoid(logit) > threshold.
+        initial_logit: bias of the last layer at the start; 4.6 means p = .99, so training starts from "keep everything".
+    """
+
+    gate: str = "mlp"
+    hidden: int = 128
+    heads: int = 4
+    head_dim: int = 32
+    context_window: int = 64
+    relaxation: str = "log"
+    window: int = 32
+    sinks: int = 4
+    threshold: float = 0.5
+    initial_logit: float = 4.6
+
+    def __post_init__(self):
+        check_choice("gate", self.gate, GATES)
+        check_choice("relaxation", self.relaxation, RELAXATIONS)
+        if self.window < 0 or self.sinks < 0:
+            raise ValueError(f"window and sinks count tokens and cannot be negative: {self.window}, {self.sinks}.")
+        if not 0 < self.threshold < 1:
+            raise ValueError(f"threshold is a probability between 0 and 1, not {self.threshold}.")
+        for name in ("hidden", "heads", "head_dim", "context_window"):
+            if getattr(self, name) < 1:
+                raise ValueError(f"{name} must be at least 1, not {getattr(self, name)}.")

@@ -1,0 +1,143 @@
+"""The visible wrapper around each self_attn, and how a model gets and loses it. No hooks."""
+
+from contextlib import contextmanager
+
+import torch
+from torch import nn
+from transformers import Cache, PreTrainedModel
+
+from gatekv import attention
+from gatekv.attention import AttentionCall, Memory
+from gatekv.config import GateSpec
+
+ATTENTION_NAME = "self_attn"
+
+
+class GatedAttention(nn.Module):
+    """Stands where `self_attn` stood; adds the layer's input, its gate and its memory to the attention call.
+
+    Transparent unless a gatekv cache is passed, or the gate is active and the module is in training mode or inside
+    `gatekv.parallel(model)`: with any other cache, or none, the output is bit-identical to the wrapped module's.
+    """
+
+    def __init__(self, base_layer: nn.Module):
+        super().__init__()
+        self.base_layer = base_layer
+        self.layer_idx = base_layer.layer_idx
+        self.gatekv_gate = nn.ModuleDict()  # adapter name -> gate
+        self.specs: dict[str, GateSpec] = {}
+        self.form: str | None = None  # what the parallel form applies outside training mode
+        self.threshold: torch.Tensor | float | None = None
+        self.recorded: tuple[torch.Tensor, torch.Tensor] | None = None
+
+    def active(self) -> str | None:
+        """Name of the gate in force; a model without an adapter has none."""
+        return next(iter(self.gatekv_gate), None)
+
+    def calibration(self):
+        """Calibrated thresholds of the gate in force, or None."""
+        return None
+
+    def forward(self, hidden_states: torch.Tensor, past_key_values: Cache | None = None, **kwargs):
+        """As the wrapped self_attn; hidden_states [batch, tokens, hidden_size]."""
+        name = self.active()
+        gate, spec = (self.gatekv_gate[name], self.specs[name]) if name else (None, None)
+        call = AttentionCall(hidden_states, self.layer_idx, gate=gate, spec=spec)
+        memory = None
+        if isinstance(past_key_values, Cache) and self.layer_idx < len(past_key_values.layers):
+            memory = past_key_values.layers[self.layer_idx]
+        if isinstance(memory, Memory):
+            call.memory = memory
+        elif gate is not None and past_key_values is None and (self.training or self.form):
+            call.form, call.threshold, call.record = self.form or spec.relaxation, self.threshold, self._record
+        else:
+            return self.base_layer(hidden_states, past_key_values=past_key_values, **kwargs)
+        return self.base_layer(hidden_states, past_key_values=past_key_values, gatekv=call, **kwargs)
+
+    def _record(self, logits: torch.Tensor, valid: torch.Tensor) -> None:
+        self.recorded = (logits, valid)
+
+
+def wrappers(model: nn.Module) -> list[GatedAttention]:
+    """The model's gated attentions, by layer."""
+    return sorted((m for m in model.modules() if isinstance(m, GatedAttention)), key=lambda m: m.layer_idx)
+
+
+def is_sliding(module: nn.Module) -> bool:
+    """Sliding-window layers hold a bounded cache already and are left alone."""
+    return vars(module).get("sliding_window") is not None
+
+
+def attention_layers(model: nn.Module) -> list[tuple[nn.Module, nn.Module]]:
+    """(parent, self_attn) of every full-attention layer.
+
+    Raises:
+        ValueError: when the model has none that gatekv can wrap.
+    """
+    found = [(p, p.self_attn) for p in model.modules() if isinstance(p._modules.get(ATTENTION_NAME), nn.Module)]
+    if not found:
+        raise ValueError(f"{type(model).__name__} has no `{ATTENTION_NAME}` modules; gatekv knows Llama and Qwen3 families.")
+    full = [(p, m) for p, m in found if not is_sliding(m.base_layer if isinstance(m, GatedAttention) else m)]
+    if not full:
+        raise ValueError(f"every layer of {type(model).__name__} has a sliding window: its cache is bounded already.")
+    return full
+
+
+def base_model(model: nn.Module) -> PreTrainedModel:
+    """The transformers model inside a PEFT model, or the model itself."""
+    return next(m for m in model.modules() if isinstance(m, PreTrainedModel))
+
+
+def use_attention(model: nn.Module) -> None:
+    """Switch a model to gatekv's attention function, over the implementation it was loaded with."""
+    inner = base_model(model)
+    implementation = inner.config._attn_implementation
+    if implementation in attention.NAMES.values():
+        return
+    if implementation not in attention.NAMES:
+        raise ValueError(
+            f"attention implementation {implementation!r} is not supported: load the model with "
+            f"attn_implementation= one of {', '.join(attention.NAMES)}."
+        )
+    attention.register()
+    inner.set_attn_implementation(attention.NAMES[implementation])
+
+
+def attach(model: nn.Module) -> None:
+    """Install wrappers without gates (for training-free policies); does nothing where they are."""
+    for parent, module in attention_layers(model):
+        if not isinstance(module, GatedAttention):
+            setattr(parent, ATTENTION_NAME, GatedAttention(module))
+    use_attention(model)
+
+
+def detach(model: nn.Module) -> nn.Module:
+    """Undo `attach` and any adapter: the plain transformers model, bit-identical to before. Returns it."""
+    inner = base_model(model)
+    for parent, module in attention_layers(inner):
+        if isinstance(module, GatedAttention):
+            setattr(parent, ATTENTION_NAME, module.base_layer)
+    names = {name: base for base, name in attention.NAMES.items()}
+    inner.set_attn_implementation(names.get(inner.config._attn_implementation, inner.config._attn_implementation))
+    return inner
+
+
+@contextmanager
+def parallel(model: nn.Module, form: str = "hard", threshold: float | None = None):
+    """Inside, forwards without a cache apply the gates as a mask over whole sequences: the form that is trained.
+
+    Args:
+        form: "hard" (deployed flags), "log" or "ste". threshold: on the logits, for "hard"; None = the adapter's own.
+
+    Yields the wrappers; each one's `recorded` holds (logits [batch, kv_heads, tokens], valid [batch, tokens]).
+    """
+    layers = wrappers(model)
+    if not any(w.active() for w in layers):
+        raise ValueError("the parallel form needs gates: load or create a gatekv adapter on this model first.")
+    for w in layers:
+        w.form, w.threshold = form, threshold
+    try:
+        yield layers
+    finally:
+        for w in layers:
+            w.form = w.threshold = w.recorded = None

@@ -1,0 +1,76 @@
+"""Fast path of `naive.gated_attention`: blocks of queries, only keys up to the block's end, backward by recomputation.
+
+Memory is O(T·block) instead of O(T²); the causal triangle above the blocks is never computed.
+"""
+
+import torch
+
+from gatekv.ops.naive import accumulation_dtype, group_queries
+
+BLOCK = 128
+# e^{s - lse} of an evicted key is unbounded; beyond e^60 only its direction matters and float32 would overflow.
+MAX_EXPONENT = 60.0
+
+
+def _block_weights(q, k, gate, mask, start, end, window, scale):
+    """(s, local, allowed) of queries start:end over keys :end; s is [B, K, G, q, end], local and allowed broadcast."""
+    s = torch.einsum("bkgqd,bktd->bkgqt", q[:, :, :, start:end], k[:, :, :end]).mul_(scale)
+    i = torch.arange(start, end, device=k.device)[:, None]
+    j = torch.arange(end, device=k.device)
+    local = i - j < max(window, 1)
+    allowed = (i >= j) if mask is None else mask[:, :, None, start:end, :end]
+    return s, local, allowed
+
+
+class _GatedAttention(torch.autograd.Function):
+    @staticmethod
+    def forward(ctx, q, k, v, gate, mask, window, scale):
+        b, h, n, d = q.shape
+        acc, kv = accumulation_dtype(q), k.shape[1]
+        qg, ka, va, g = group_queries(q, kv).to(acc), k.to(acc), v.to(acc), gate.to(acc)
+        out = torch.empty_like(qg)
+        lse = qg.new_empty(qg.shape[:-1])
+        log_gate = g.log()
+        for start in range(0, n, BLOCK):
+            end = min(start + BLOCK, n)
+            s, local, allowed = _block_weights(qg, ka, g, mask, start, end, window, scale)
+            bias = torch.where(local, 0, log_gate[:, :, None, :end])[:, :, None]
+            s.add_(bias).masked_fill_(~allowed, -torch.inf)
+            block_lse = s.logsumexp(-1)
+            lse[:, :, :, start:end] = block_lse
+            s.sub_(block_lse.masked_fill(block_lse == -torch.inf, 0)[..., None]).exp_()
+            out[:, :, :, start:end] = torch.einsum("bkgqt,bktd->bkgqd", s, va[:, :, :end])
+        ctx.save_for_backward(q, k, v, gate, out, lse, *(() if mask is None else (mask,)))
+        ctx.window, ctx.scale = window, scale
+        return out.reshape(b, h, n, d).to(q.dtype)
+
+    @staticmethod
+    def backward(ctx, dout):
+        q, k, v, gate, out, lse, *rest = ctx.saved_tensors
+        mask = rest[0] if rest else None
+        acc, kv, n = accumulation_dtype(q), k.shape[1], q.shape[2]
+        qg, ka, va, g = group_queries(q, kv).to(acc), k.to(acc), v.to(acc), gate.to(acc)
+        do = group_queries(dout, kv).to(acc)
+        delta = (do * out).sum(-1)
+        dq, dk, dv, dg = torch.empty_like(qg), torch.zeros_like(ka), torch.zeros_like(va), torch.zeros_like(g)
+        for start in range(0, n, BLOCK):
+            end = min(start + BLOCK, n)
+            s, local, allowed = _block_weights(qg, ka, g, mask, start, end, ctx.window, ctx.scale)
+            block_lse = lse[:, :, :, start:end]
+            s.sub_(block_lse.masked_fill(block_lse == -torch.inf, torch.inf)[..., None])
+            e = s.clamp_(max=MAX_EXPONENT).exp_().masked_fill_(~allowed, 0)  # e^{s - lse}, the gate left out
+            weight = torch.where(local, 1, g[:, :, None, :end])[:, :, None]
+            db = do[:, :, :, start:end]
+            t = torch.einsum("bkgqd,bktd->bkgqt", db, va[:, :, :end]).sub_(delta[:, :, :, start:end, None]).mul_(e)
+            if ctx.needs_input_grad[3]:
+                dg[:, :, :end] += t.sum(2).masked_fill_(local, 0).sum(-2)
+            dv[:, :, :end] += torch.einsum("bkgqt,bkgqd->bktd", e.mul_(weight), db)
+            ds = t.mul_(weight)
+            dq[:, :, :, start:end] = torch.einsum("bkgqt,bktd->bkgqd", ds, ka[:, :, :end]) * ctx.scale
+            dk[:, :, :end] += torch.einsum("bkgqt,bkgqd->bktd", ds, qg[:, :, :, start:end]) * ctx.scale
+        return dq.reshape(q.shape).to(q.dtype), dk.to(k.dtype), dv.to(v.dtype), dg.to(gate.dtype), None, None, None
+
+
+def gated_attention(q, k, v, gate, *, window: int, scale: float, mask: torch.Tensor | None = None) -> torch.Tensor:
+    """See `gatekv.ops.naive.gated_attention`."""
+    return _GatedAttention.apply(q, k, v, gate, mask, window, scale)

@@ -1,0 +1,95 @@
+"""Readable references: one function per fast path in this folder, same signature, plain autograd.
+
+Shape letters, here and everywhere: B batch, H query heads, K key-value heads, G = H/K, Q queries, T keys, D head dim.
+"""
+
+import torch
+
+Tensor = torch.Tensor
+
+
+def accumulation_dtype(x: Tensor) -> torch.dtype:
+    """float32, or float64 when the model itself is float64."""
+    return torch.promote_types(x.dtype, torch.float32)
+
+
+def group_queries(q: Tensor, num_kv_heads: int) -> Tensor:
+    """[B, H, Q, D] -> [B, K, G, Q, D]: the queries that read one KV head stand together."""
+    b, h, n, d = q.shape
+    return q.reshape(b, num_kv_heads, h // num_kv_heads, n, d)
+
+
+def causal_mask(num_queries: int, num_keys: int, device=None) -> Tensor:
+    """[Q, T] bool; the last query sees the last key."""
+    i = torch.arange(num_keys - num_queries, num_keys, device=device)
+    return i[:, None] >= torch.arange(num_keys, device=device)
+
+
+def gated_attention(q, k, v, gate, *, window: int, scale: float, mask: Tensor | None = None) -> Tensor:
+    """Attention in which key j weighs ``gate_j * exp(s_ij)`` once it is `window` tokens behind query i.
+
+    Args:
+        q: [B, H, T, D]; k, v: [B, K, T, D]; all of one sequence, so query i and key i are the same token.
+        gate: [B, K, T] in [0, 1]; 1 = kept, 0 = evicted. The gradient is exact, also where the gate is 0:
+            d out_i / d gate_j = exp(s_ij - lse_i) (v_j - out_i)   (Attention-Gate, arXiv 2410.12876; DESIGN note 1).
+        window: keys with i - j < max(window, 1) ignore their gate.
+        scale: of the logits.  mask: [B, 1, T, T] bool, True = may attend; None = causal.
+
+    Returns:
+        [B, H, T, D] in q's dtype; rows that may attend to nothing (pads) are 0.
+    """
+    b, kv, n, d = k.shape
+    acc = accumulation_dtype(q)
+    s = torch.einsum("bkgqd,bktd->bkgqt", group_queries(q, kv).to(acc), k.to(acc)) * scale
+    i, j = torch.arange(n, device=q.device)[:, None], torch.arange(n, device=q.device)
+    allowed = (causal_mask(n, n, q.device) if mask is None else mask)[..., :, :].expand(b, 1, n, n)[:, :, None]
+    weight = torch.where(i - j < max(window, 1), torch.ones((), dtype=acc, device=q.device), gate[:, :, None, None].to(acc))
+    weight = torch.where(allowed, weight, 0)
+    # The maximum runs over evicted keys too: they may outweigh every live one, and their gradient must stay finite.
+    top = s.masked_fill(~allowed, -torch.inf).amax(-1, keepdim=True).detach().clamp_min(torch.finfo(acc).min)
+    e = weight * torch.exp((s - top).masked_fill(~allowed, -torch.inf))
+    total = e.sum(-1, keepdim=True)
+    out = torch.einsum("bkgqt,bktd->bkgqd", e, v.to(acc)) / total.masked_fill(total == 0, 1)
+    return out.reshape(b, -1, n, d).to(q.dtype)
+
+
+def dense_segment(q, k, v, mask: Tensor, scale: float) -> tuple[Tensor, Tensor]:
+    """Attention over a rectangular memory, answered as (output, log-sum-exp).
+
+    q: [B, H, Q, D]; k, v: [B, K, T, D]; mask: [B, 1 or K, Q, T] bool.
+    Returns out [B, H, Q, D] in the accumulation dtype and lse [B, H, Q]; a query that sees nothing gets (0, -inf).
+    """
+    b, h, n, d = q.shape
+    kv, acc = k.shape[1], accumulation_dtype(q)
+    s = torch.einsum("bkgqd,bktd->bkgqt", group_queries(q, kv).to(acc), k.to(acc)) * scale
+    s = s.masked_fill(~mask[:, :, None], -torch.inf)
+    lse = s.logsumexp(-1)
+    p = torch.exp(s - lse.masked_fill(lse == -torch.inf, 0)[..., None])
+    out = torch.einsum("bkgqt,bktd->bkgqd", p, v.to(acc))
+    return out.reshape(b, h, n, d), lse.reshape(b, h, n)
+
+
+def ragged_segment(q, keys, values, offsets: list[int], scale: float) -> tuple[Tensor, Tensor]:
+    """Attention over a ragged memory: rows offsets[r]:offsets[r + 1] of `keys` belong to (sequence, head) r = b*K + k.
+
+    q: [B, H, Q, D]; keys, values: [N, D]; every query sees every stored token of its head. Returns as `dense_segment`.
+    """
+    b, h, n, d = q.shape
+    acc = accumulation_dtype(q)
+    heads = group_queries(q, (len(offsets) - 1) // b).to(acc).flatten(0, 1)  # [B*K, G, Q, D]
+    outs, lses = [], []
+    for r in range(len(offsets) - 1):
+        k, v = keys[offsets[r] : offsets[r + 1]].to(acc), values[offsets[r] : offsets[r + 1]].to(acc)
+        s = heads[r] @ k.T * scale
+        lse = s.logsumexp(-1)
+        outs.append(torch.exp(s - lse.masked_fill(lse == -torch.inf, 0)[..., None]) @ v)
+        lses.append(lse)
+    return torch.stack(outs).reshape(b, h, n, d), torch.stack(lses).reshape(b, h, n)
+
+
+def merge(segments: list[tuple[Tensor, Tensor]]) -> tuple[Tensor, Tensor]:
+    """Merge (output, lse) answers of several memories into one; associative; two empty ones give (0, -inf)."""
+    outs, lses = torch.stack([o for o, _ in segments]), torch.stack([s for _, s in segments])
+    lse = lses.logsumexp(0)
+    share = torch.exp(lses - lse.masked_fill(lse == -torch.inf, 0))
+    return (outs * share[..., None]).sum(0), lse

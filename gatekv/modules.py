@@ -27,6 +27,7 @@ class GatedAttention(nn.Module):
         self.gatekv_gate = nn.ModuleDict()  # adapter name -> gate
         self.specs: dict[str, GateSpec] = {}
         self.form: str | None = None  # what the parallel form applies outside training mode
+        self.off = False  # inside `gates_off`: the teacher
         self.threshold: torch.Tensor | float | None = None
         self.recorded: tuple[torch.Tensor, torch.Tensor] | None = None
 
@@ -48,7 +49,7 @@ class GatedAttention(nn.Module):
             memory = past_key_values.layers[self.layer_idx]
         if isinstance(memory, Memory):
             call.memory = memory
-        elif gate is not None and past_key_values is None and (self.training or self.form):
+        elif gate is not None and past_key_values is None and (self.training or self.form) and not self.off:
             call.form, call.threshold, call.record = self.form or spec.relaxation, self.threshold, self._record
         else:
             return self.base_layer(hidden_states, past_key_values=past_key_values, **kwargs)
@@ -141,3 +142,16 @@ def parallel(model: nn.Module, form: str = "hard", threshold: float | None = Non
     finally:
         for w in layers:
             w.form = w.threshold = w.recorded = None
+
+
+@contextmanager
+def gates_off(model: nn.Module):
+    """Inside, the model answers as its plain base does, in training mode too: the teacher, with no second copy."""
+    layers = wrappers(model)
+    for w in layers:
+        w.off = True
+    try:
+        yield
+    finally:
+        for w in layers:
+            w.off = False

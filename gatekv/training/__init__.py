@@ -1,0 +1,1 @@
+"""Training gates inside a frozen model: data, losses, objective, loop, calibration."""

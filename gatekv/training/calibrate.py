@@ -1,0 +1,52 @@
+"""After training: measure, on training text and with eviction on, which threshold keeps which share of tokens."""
+
+import torch
+
+from gatekv.adapter import set_calibration
+from gatekv.gates.calibration import Calibration
+from gatekv.modules import base_model, parallel, wrappers
+from gatekv.training.data import TrainingData
+
+RATIOS = (1.0, 0.5, 0.25, 0.125, 0.0625)
+LEVELS = (0.0, 0.005, 0.01, 0.02, 0.03, 0.04, 0.05, 0.0625, 0.08, 0.1, 0.125, 0.15, 0.2, 0.25, 0.3, 0.4, 0.5, 0.6, 0.75, 0.9, 1.0)
+
+
+@torch.no_grad()
+def logits_of(model, data: TrainingData, first: int, rows: int, threshold: float) -> torch.Tensor:
+    """Gate logits of tokens beyond sinks and window, all layers and heads pooled, under eviction at `threshold`."""
+    pooled = []
+    device = base_model(model).device
+    for row in range(rows):
+        batch = {k: v.to(device) for k, v in data.batch(first + row, 1).items()}
+        with parallel(model, "hard", threshold=threshold) as layers:
+            base_model(model).base_model(input_ids=batch["input_ids"], use_cache=False)
+            spec = layers[0].specs[layers[0].active()]
+            end = batch["input_ids"].shape[1] - spec.window
+            pooled += [w.recorded[0][..., spec.sinks : end].flatten() for w in layers]
+    return torch.cat(pooled).float()
+
+
+def calibrate(model, data: TrainingData, rows: int, first: int = 10**6) -> Calibration:
+    """Measure and store the thresholds. Rows `first` … are training text that the run has not reached."""
+    model.eval()
+    levels = torch.tensor(LEVELS)
+    spec = wrappers(model)[0].specs[wrappers(model)[0].active()]
+    protected = spec.sinks + spec.window
+    table, threshold = [], -torch.inf
+    for i in range(len(RATIOS)):
+        logits = logits_of(model, data, first, rows, threshold).sort().values
+        table.append([round(v, 5) for v in _at(logits, levels).tolist()])
+        if i + 1 < len(RATIOS):  # the next ratio's threshold, judged by logits under the milder eviction before it
+            level = max(0.0, (RATIOS[i + 1] * data.length - protected) / (data.length - protected))
+            threshold = float(_at(logits, torch.tensor([level])))
+    calibration = Calibration(list(RATIOS), list(LEVELS), table)
+    set_calibration(model, calibration)
+    return calibration
+
+
+def _at(ordered: torch.Tensor, levels: torch.Tensor) -> torch.Tensor:
+    """Thresholds that keep the shares `levels` of ordered (ascending) logits."""
+    index = ((1 - levels) * len(ordered)).long().clamp(0, len(ordered) - 1)
+    out = ordered[index]
+    out[levels >= 1] = ordered[0] - 1
+    return out

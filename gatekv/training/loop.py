@@ -1,0 +1,85 @@
+"""The training loop, on Accelerate: accumulation, clipping, schedules, checkpoints, a progress bar that says enough."""
+
+from pathlib import Path
+
+import torch
+from accelerate import Accelerator
+from tqdm import tqdm
+
+from gatekv.training import checkpoint
+from gatekv.training.config import CPTConfig
+from gatekv.training.data import TrainingData
+from gatekv.training.objective import Objective
+from gatekv.training.schedule import learning_rate_factor, target_keep
+
+
+def global_mean(accelerator: Accelerator, tensor: torch.Tensor) -> torch.Tensor:
+    """Mean over processes."""
+    return accelerator.reduce(tensor, reduction="mean")
+
+
+def train(objective: Objective, data: TrainingData, config: CPTConfig, accelerator: Accelerator) -> list[dict]:
+    """Run to config.max_steps; returns one record per step (loss, task, sparsity, keep, target, lr).
+
+    Raises:
+        FloatingPointError: a loss that is not finite; the last checkpoint stays as it is.
+        KeyboardInterrupt: after saving a checkpoint.
+    """
+    parameters = list(checkpoint.trained(objective).values())
+    optimizer = torch.optim.AdamW(parameters, lr=config.learning_rate, weight_decay=0.0)
+    folder = Path(config.output_dir) / "checkpoint"
+    start = checkpoint.load(folder, objective, optimizer) if config.resume else 0
+    module, optimizer = accelerator.prepare(objective, optimizer)
+    rank, world = accelerator.process_index, accelerator.num_processes
+    records, step = [], start
+
+    def save(done: int) -> None:
+        if accelerator.is_main_process:
+            checkpoint.save(folder, accelerator.unwrap_model(module), optimizer.optimizer, done)
+
+    bar = tqdm(range(start, config.max_steps), disable=not accelerator.is_local_main_process, desc="train")
+    try:
+        for step in bar:
+            lr = config.learning_rate * learning_rate_factor(step, config.max_steps, config.warmup_steps, config.final_lr)
+            for group in optimizer.param_groups:
+                group["lr"] = lr
+            target = target_keep(step, config.max_steps, config.target_keep, config.target_share)
+            record = _step(module, optimizer, data, config, accelerator, step, target, rank, world)
+            record |= {"step": step, "target": target, "lr": lr}
+            records.append(record)
+            bar.set_postfix(loss=f"{record['loss']:.3f}", keep=f"{record['keep']:.2f}", target=f"{target:.2f}")
+            accelerator.log(record, step=step)
+            if (step + 1) % config.save_every == 0:
+                save(step + 1)
+        save(config.max_steps)
+    except KeyboardInterrupt:
+        save(step)
+        raise
+    return records
+
+
+def _step(module, optimizer, data, config, accelerator, step, target, rank, world) -> dict[str, float]:
+    """One optimizer step over accumulation · world · batch_size rows, whichever way they are split."""
+    sums = {}
+    rows = config.batch_size * config.accumulation * world
+    for micro in range(config.accumulation):
+        first = step * rows + (micro * world + rank) * config.batch_size
+        batch = {k: v.to(accelerator.device) for k, v in data.batch(first, config.batch_size).items()}
+        last = micro + 1 == config.accumulation
+        with accelerator.no_sync(module) if not last and world > 1 else torch.enable_grad():
+            out = module(batch, target)
+            if not torch.isfinite(out["loss"]):
+                raise FloatingPointError(
+                    f"the loss is {float(out['loss'])} at step {step}, rows {first}…{first + config.batch_size - 1}: lower "
+                    "learning_rate or sparsity_weight, or use dtype=float32; the last checkpoint is untouched."
+                )
+            accelerator.backward(out["loss"] / config.accumulation)
+        for key, value in out.items():
+            sums[key] = sums.get(key, 0) + value.detach() / config.accumulation
+    if accelerator.sync_gradients:
+        accelerator.clip_grad_norm_(module.parameters(), config.max_grad_norm)
+    optimizer.step()
+    optimizer.zero_grad()
+    sums = {k: global_mean(accelerator, v) for k, v in sums.items()}
+    accelerator.unwrap_model(module).move_multipliers(sums.pop("gap"))
+    return {k: float(v) for k, v in sums.items()}

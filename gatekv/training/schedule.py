@@ -1,0 +1,14 @@
+"""Schedules: how the keep-rate target falls, and how the learning rate rises and falls."""
+
+
+def target_keep(step: int, steps: int, final: float, share: float) -> float:
+    """From 1 to `final` in a straight line over the first `share` of the run, then constant: no overshoot to undo."""
+    ramp = max(1, round(steps * share))
+    return final + (1 - final) * max(0.0, 1 - (step + 1) / ramp)
+
+
+def learning_rate_factor(step: int, steps: int, warmup: int, final: float) -> float:
+    """Linear warm-up over `warmup` steps, then linear decay to `final` of the peak at the last step."""
+    if step < warmup:
+        return (step + 1) / warmup
+    return 1 - (1 - final) * (step - warmup + 1) / max(1, steps - warmup)

@@ -33,7 +33,8 @@ class AttentionCall:
     Attributes:
         hidden: [batch, tokens, hidden_size], the layer's input. layer_idx: of the layer.
         memory: the gatekv cache layer, or None for the parallel form.
-        gate: the active gate module or None; spec: its GateSpec; form: key of RELAXATIONS for the parallel form.
+        gate: the active gate module or None; spec: its GateSpec; form: key of RELAXATIONS for the parallel form, applied
+        to (logits - threshold) / temperature.
         record: called with the parallel form's (logits [batch, kv_heads, tokens], valid [batch, tokens]).
     """
 
@@ -43,7 +44,8 @@ class AttentionCall:
     gate: torch.nn.Module | None = None
     spec: object = None
     form: str = "hard"
-    threshold: torch.Tensor | None = None
+    threshold: torch.Tensor | float = 0.0
+    temperature: float = 1.0
     record: object = None
 
     def parallel(self, q, k, v, mask, scaling: float) -> torch.Tensor:
@@ -51,10 +53,7 @@ class AttentionCall:
         valid = valid_tokens(mask, q.shape[0], q.shape[2], q.device)
         logits, _ = self.gate(self.hidden, k, valid)
         self.record(logits, valid)
-        if self.form == "hard" and self.threshold is not None:
-            weight = (logits > self.threshold).to(logits.dtype)
-        else:
-            weight = RELAXATIONS[self.form](logits, self.spec.threshold)
+        weight = RELAXATIONS[self.form]((logits - self.threshold) / self.temperature)
         weight = weight.masked_fill(sink_tokens(valid, self.spec.sinks)[:, None], 1.0)
         return gated_attention(q, k, v, weight, window=self.spec.window, scale=scaling, mask=mask)
 

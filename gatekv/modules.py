@@ -7,8 +7,9 @@ from torch import nn
 from transformers import Cache, PreTrainedModel
 
 from gatekv import attention
-from gatekv.attention import AttentionCall, Memory
+from gatekv.attention import AttentionCall, Memory, valid_tokens
 from gatekv.config import GateSpec
+from gatekv.gates.relaxations import logit_of
 
 ATTENTION_NAME = "self_attn"
 
@@ -27,13 +28,19 @@ class GatedAttention(nn.Module):
         self.gatekv_gate = nn.ModuleDict()  # adapter name -> gate
         self.specs: dict[str, GateSpec] = {}
         self.form: str | None = None  # what the parallel form applies outside training mode
-        self.off = False  # inside `gates_off`: the teacher
-        self.threshold: torch.Tensor | float | None = None
+        self.off: bool | str = False  # inside `gates_off`: the teacher
+        self.threshold: torch.Tensor | float | None = None  # on the logits; None = the gate's own tau
+        self.temperature = 1.0
         self.recorded: tuple[torch.Tensor, torch.Tensor] | None = None
 
     def active(self) -> str | None:
         """Name of the gate in force; a model without an adapter has none."""
         return next(iter(self.gatekv_gate), None)
+
+    def gate(self) -> nn.Module | None:
+        """The gate in force, or None."""
+        name = self.active()
+        return self.gatekv_gate[name] if name else None
 
     def calibration(self):
         """Calibrated thresholds of the gate in force, or None."""
@@ -50,8 +57,12 @@ class GatedAttention(nn.Module):
         if isinstance(memory, Memory):
             call.memory = memory
         elif gate is not None and past_key_values is None and (self.training or self.form) and not self.off:
-            call.form, call.threshold, call.record = self.form or spec.relaxation, self.threshold, self._record
+            call.form, call.temperature, call.record = self.form or spec.relaxation, self.temperature, self._record
+            call.threshold = logit_of(spec.threshold) if self.threshold is None else self.threshold
         else:
+            if gate is not None and self.off == "listen":
+                mask = valid_tokens(kwargs.get("attention_mask"), *hidden_states.shape[:2], hidden_states.device)
+                self._record(gate(hidden_states, None, mask)[0], mask)
             return self.base_layer(hidden_states, past_key_values=past_key_values, **kwargs)
         return self.base_layer(hidden_states, past_key_values=past_key_values, gatekv=call, **kwargs)
 
@@ -145,11 +156,14 @@ def parallel(model: nn.Module, form: str = "hard", threshold: float | None = Non
 
 
 @contextmanager
-def gates_off(model: nn.Module):
-    """Inside, the model answers as its plain base does, in training mode too: the teacher, with no second copy."""
+def gates_off(model: nn.Module, listen: bool = False):
+    """Inside, the model answers as its plain base does, in training mode too: the teacher, with no second copy.
+
+    listen: the gates still judge what they see, and leave it in each wrapper's `recorded`.
+    """
     layers = wrappers(model)
     for w in layers:
-        w.off = True
+        w.off = "listen" if listen else True
     try:
         yield
     finally:

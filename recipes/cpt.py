@@ -61,7 +61,7 @@ def main(argv: list[str]) -> None:
     if accelerator.is_main_process:
         batch = {k: v.to(accelerator.device) for k, v in data.batch(10**6, 1).items()}
         model.train()
-        gap = objective.soft_hard(batch)
+        gap = objective.soft_hard(batch, config.target_keep)
         calibrate(model, data, config.calibrate_rows)
         output = Path(config.output_dir)
         model.save_pretrained(output)

@@ -1,5 +1,7 @@
 """`KVCache`: a transformers cache from which tokens really leave."""
 
+import copy
+
 import torch
 from transformers import Cache, DynamicCache
 
@@ -30,6 +32,8 @@ class KVCache(Cache):
             None: a gate's own threshold.
         prefill: "dense": the prompt attends to all of itself and flags act after it; "sparse": a gate's flags act inside
             the prompt too. Default: sparse for threshold gates, dense otherwise.
+        decode: "evict": a gate goes on judging the tokens that follow the prompt; "keep": they all stay, as under policies
+            that decide once. Default: evict. Policies without a gate keep them in any case.
         sinks, window: protected tokens; default: what the adapter was trained with, or what the scorer's paper protects.
         prompt_tokens: length of the prompt as fed, for prompts that arrive in several calls (`prefill_chunk_size`).
 
@@ -38,7 +42,7 @@ class KVCache(Cache):
     """
 
     def __init__(self, model, policy=None, budget: float | None = None, *, prefill: str | None = None,
-                 sinks: int | None = None, window: int | None = None, prompt_tokens: int | None = None):  # fmt: skip
+                 decode: str = "evict", sinks: int | None = None, window: int | None = None, prompt_tokens: int | None = None):  # fmt: skip
         attach(model)
         self.model = model
         active = [w for w in wrappers(model) if w.active()]
@@ -49,6 +53,7 @@ class KVCache(Cache):
             raise ValueError("policy 'gate' needs an adapter with gates: load one with peft.PeftModel.from_pretrained.")
         prefill = prefill or ("sparse" if streaming else "dense")
         check_choice("prefill", prefill, ("dense", "sparse"))
+        check_choice("decode", decode, ("evict", "keep"))
         if prefill == "sparse" and not learned:
             raise ValueError(f"prefill='sparse' needs a causal gate; {type(policy.scorer).__name__} decides after the prompt.")
         calibration = active[0].calibration() if active else None
@@ -64,6 +69,7 @@ class KVCache(Cache):
             sinks=own_sinks if sinks is None else sinks,
             window=own_window if window is None else window,
             dense=prefill == "dense",
+            keep_later=decode == "keep",
             prompt_tokens=prompt_tokens,
             threshold=logit_of(spec.threshold),
         )
@@ -79,6 +85,40 @@ class KVCache(Cache):
             layers[w.layer_idx] = KVLayer(plan, w.layer_idx)
         super().__init__(layers=layers)
         plan.decide = Decision(plan, self.evicting())
+
+    @classmethod
+    def undecided(cls, model, queries: int = 64) -> "KVCache":
+        """A cache that watches one dense prefill and evicts nothing, so that many policies can share it by `decide`.
+
+        queries: how many of the last queries to remember for scorers that look at them.
+        """
+        cache = cls(model, Full(queries=queries))
+        cache.plan.defer = True
+        return cache
+
+    def decide(self, policy, budget: float | None = None, **kwargs) -> "KVCache":
+        """A new cache: this undecided one's prompt, compressed under a policy (arguments as for `KVCache`)."""
+        if not self.plan.defer:
+            raise ValueError("decide() needs a cache made by KVCache.undecided(model), after its prompt was read.")
+        cache = KVCache(self.model, policy, budget, prefill="dense", **kwargs)
+        wanted = cache.plan.policy.scorer.queries
+        if wanted > self.plan.policy.scorer.queries:
+            raise ValueError(f"this policy looks at {wanted} queries: use KVCache.undecided(model, queries={wanted}).")
+        gates = {w.layer_idx: w.gate() for w in wrappers(self.model)}
+        for mine, theirs in zip(cache.evicting(), self.evicting()):
+            mine.adopt(theirs, gates[mine.layer_idx])
+        for i, layer in enumerate(self.layers):
+            if not isinstance(layer, KVLayer):
+                cache.layers[i] = copy.copy(layer)
+        for layer in cache.evicting():
+            layer.end_prompt()
+        return cache
+
+    def fork(self) -> "KVCache":
+        """An independent copy that shares storage until either side grows: several questions over one context."""
+        twin = copy.copy(self)
+        twin.layers = [copy.copy(layer) for layer in self.layers]
+        return twin
 
     def evicting(self) -> list[KVLayer]:
         """The layers that gatekv holds, by depth."""

@@ -27,7 +27,7 @@ class Plan:
         policy: scorer, rule and ratio. sinks, window: protected tokens. dense: the prompt attends to all of itself,
         flags act after it. prompt_tokens: where the prompt ends, or None = with the first forward.
         thresholds: (ratio, real tokens seen [batch, n]) -> logit thresholds [batch, n], from the adapter's calibration.
-        threshold: tau as a logit, for a gate without a ratio. defer: keep what scorers need, decide when asked to.
+        threshold: tau as a logit, for a gate without a ratio. keep_later: tokens after the prompt all stay. defer: keep what scorers need, decide when asked to.
         decide: called by a layer whose prompt has ended.
     """
 
@@ -37,6 +37,7 @@ class Plan:
     dense: bool
     prompt_tokens: int | None
     threshold: float
+    keep_later: bool = False
     thresholds: object = None
     defer: bool = False
     decide: object = None
@@ -53,7 +54,7 @@ class Plan:
     @property
     def ranks(self) -> bool:
         """A gate's logits are kept until the end of the prompt, to be ranked there."""
-        return self.learned and not self.streaming and not self.defer
+        return self.learned and not self.streaming
 
     @property
     def trims(self) -> bool:
@@ -159,7 +160,7 @@ class KVLayer(CacheLayerMixin):
         if self.in_prompt:
             self._observe(call, q, scaling)
             if self.plan.prompt_tokens is None or self.seen >= self.plan.prompt_tokens:
-                self._end_prompt()
+                self.end_prompt()
             elif not self.plan.dense:
                 self.fold()
         else:
@@ -179,8 +180,10 @@ class KVLayer(CacheLayerMixin):
     def _take_in(self, call, k, v, valid) -> None:
         """Append new tokens to the tail, with the flag each will have once it leaves the window."""
         flags = valid[:, None].expand(k.shape[:3])
-        if self.plan.learned and not self.plan.defer:
-            logits, self.gate_state = self._gate(call)(call.hidden, k, valid, self.gate_state)
+        if self.plan.learned:
+            if call.gate is None:
+                raise ValueError("the adapter was disabled or unloaded while this cache was in use; enable it again.")
+            logits, self.gate_state = call.gate(call.hidden, k, valid, self.gate_state)
             flags = (logits > self._thresholds(valid)) & flags
             if self.scores is not None:
                 self.scores = torch.cat([self.scores, logits.float()], -1)
@@ -188,13 +191,10 @@ class KVLayer(CacheLayerMixin):
         self.keys, self.values = torch.cat([self.keys, k], 2), torch.cat([self.values, v], 2)
         self.flags, self.valid = torch.cat([self.flags, flags], -1), torch.cat([self.valid, valid], -1)
 
-    def _gate(self, call: AttentionCall):
-        if call.gate is None:
-            raise ValueError("policy 'gate' needs an active adapter: load one with peft.PeftModel.from_pretrained.")
-        return call.gate
-
     def _thresholds(self, valid) -> torch.Tensor:
         """Logit thresholds of the new tokens, broadcastable to [batch, kv_heads, n]."""
+        if self.plan.keep_later and not self.in_prompt:
+            return torch.tensor(-torch.inf, device=valid.device)
         if self.cut is not None:
             return self.cut
         plan = self.plan
@@ -237,7 +237,15 @@ class KVLayer(CacheLayerMixin):
         if self.plan.defer:
             self.hidden = torch.cat([*([] if self.hidden is None else [self.hidden]), call.hidden], 1)
 
-    def _end_prompt(self) -> None:
+    def adopt(self, other: "KVLayer", gate) -> None:
+        """Take over an undecided layer's whole prompt, sharing its tensors; gate judges it from here on."""
+        taken = ("keys", "values", "flags", "valid", "seen", "real", "folded", "queries", "hidden", "scaling")
+        vars(self).update({name: vars(other)[name] for name in taken})
+        self.gate, self.is_initialized = gate, True
+        self.store = RaggedStore.empty(self.keys, False)
+
+    def end_prompt(self) -> None:
+        """The prompt is whole: let the plan's rule decide what stays."""
         if self.plan.defer:
             return
         self.in_prompt = False
@@ -249,7 +257,7 @@ class KVLayer(CacheLayerMixin):
 
     def _gate_logits(self) -> torch.Tensor:
         if self.scores is None:
-            logits, self.gate_state = self._gate(self)(self.hidden, self.keys, self.valid, None)
+            logits, self.gate_state = self.gate(self.hidden, self.keys, self.valid, None)
             self.scores = logits.float()
         return self.scores
 

@@ -1,4 +1,4 @@
-"""From a gate's logits to the weights that attention uses while training, and to the flags it uses when deployed."""
+"""From a gate's margins (logit - threshold, > 0 keeps) to the weights that attention uses while training and deployed."""
 
 import math
 
@@ -10,20 +10,20 @@ def logit_of(probability: float) -> float:
     return math.log(probability / (1 - probability))
 
 
-def ste(logits: torch.Tensor, threshold: float) -> torch.Tensor:
+def ste(margin: torch.Tensor) -> torch.Tensor:
     """Straight-through: the hard flag forward, the gradient of p backward; g = 1[p > tau] + p - sg(p) (2410.12876)."""
-    p = torch.sigmoid(logits)
-    return (logits > logit_of(threshold)).to(p.dtype) + p - p.detach()
+    p = torch.sigmoid(margin)
+    return (margin > 0).to(p.dtype) + p - p.detach()
 
 
-def log(logits: torch.Tensor, threshold: float) -> torch.Tensor:
-    """Log-gate: attention scores get + log sigmoid(logit), i.e. the weight sigmoid(logit); never below e^-30."""
-    return torch.sigmoid(logits.clamp_min(-30.0))
+def log(margin: torch.Tensor) -> torch.Tensor:
+    """Log-gate: attention scores get + log sigmoid(margin), i.e. the weight sigmoid(margin); never below e^-30."""
+    return torch.sigmoid(margin.clamp_min(-30.0))
 
 
-def hard(logits: torch.Tensor, threshold: float) -> torch.Tensor:
+def hard(margin: torch.Tensor) -> torch.Tensor:
     """The deployed flag, without gradient."""
-    return (logits > logit_of(threshold)).to(logits.dtype)
+    return (margin > 0).to(margin.dtype)
 
 
 RELAXATIONS = {"ste": ste, "log": log, "hard": hard}

@@ -56,8 +56,9 @@ class Uniform:
 
 @dataclass
 class Ada:
-    """Ada-KV (arXiv 2407.11550): heads of a layer compete; B_h = round((1 - alpha) c_h + int(alpha b)).
+    """Ada-KV (arXiv 2407.11550): heads of a layer compete; B_h = round((1 - alpha) c_h + alpha b).
 
+    The paper's code has int(alpha b), which loses a token of a full budget; rounding once does not.
     c_h: how many of the layer's top (kv_heads · b) unprotected tokens lie in head h; b: unprotected tokens per head.
     """
 
@@ -71,7 +72,7 @@ class Ada:
         free = counts - guarded.sum(-1).amax(-1)  # b, per layer and row
         open_scores = scores.float().masked_fill(guarded | ~valid[:, None], -torch.inf)
         joint = _top(open_scores.flatten(-2), (free * heads)[..., None]).view(scores.shape).sum(-1)
-        head_counts = torch.round((1 - self.alpha) * joint + torch.floor(self.alpha * free)[..., None]).long()
+        head_counts = torch.round((1 - self.alpha) * joint + (self.alpha * free)[..., None]).long()
         return _top(open_scores, head_counts[..., None]) | guarded
 
 

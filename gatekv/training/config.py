@@ -52,6 +52,8 @@ class CPTConfig:
     relaxation: str = "log"
     window: int = 32
     sinks: int = 4
+    final_temperature: float = 1.0
+    initial_logit: float = 4.6
     dtype: str = "bfloat16"
     save_every: int = 50
     resume: bool = False
@@ -62,7 +64,7 @@ class CPTConfig:
     def __post_init__(self):
         check_choice("preset", self.preset, PRESETS)
         check_choice("objective", self.objective, ("kl", "lm"))
-        check_choice("sparsity", self.sparsity, ("abs", "lagrange"))
+        check_choice("sparsity", self.sparsity, ("abs", "lagrange", "budget"))
         check_choice("scope", self.scope, ("layer", "global"))
         check_choice("dtype", self.dtype, ("bfloat16", "float16", "float32", "float64"))
         for name in ("batch_size", "accumulation", "max_steps", "save_every"):

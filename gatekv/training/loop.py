@@ -10,7 +10,7 @@ from gatekv.training import checkpoint
 from gatekv.training.config import CPTConfig
 from gatekv.training.data import TrainingData
 from gatekv.training.objective import Objective
-from gatekv.training.schedule import learning_rate_factor, target_keep
+from gatekv.training.schedule import learning_rate_factor, sampled_keep, target_keep, temperature
 
 
 def global_mean(accelerator: Accelerator, tensor: torch.Tensor) -> torch.Tensor:
@@ -44,6 +44,8 @@ def train(objective: Objective, data: TrainingData, config: CPTConfig, accelerat
             for group in optimizer.param_groups:
                 group["lr"] = lr
             target = target_keep(step, config.max_steps, config.target_keep, config.target_share)
+            if config.sparsity == "budget" and target <= config.target_keep:
+                target = sampled_keep(step, config.seed, config.target_keep / 2.5, config.target_keep * 2)
             record = _step(module, optimizer, data, config, accelerator, step, target, rank, world)
             record |= {"step": step, "target": target, "lr": lr}
             records.append(record)
@@ -67,7 +69,7 @@ def _step(module, optimizer, data, config, accelerator, step, target, rank, worl
         batch = {k: v.to(accelerator.device) for k, v in data.batch(first, config.batch_size).items()}
         last = micro + 1 == config.accumulation
         with accelerator.no_sync(module) if not last and world > 1 else torch.enable_grad():
-            out = module(batch, target)
+            out = module(batch, target, temperature(step, config.max_steps, config.final_temperature))
             if not torch.isfinite(out["loss"]):
                 raise FloatingPointError(
                     f"the loss is {float(out['loss'])} at step {step}, rows {first}…{first + config.batch_size - 1}: lower "

@@ -80,6 +80,25 @@ def keep_rates(kept: torch.Tensor, valid: torch.Tensor, sinks: int, window: int)
     return (held * valid[:, None]).sum(-1) / valid.sum(-1)[:, None].clamp_min(1)
 
 
+def budget_cut(logits: torch.Tensor, valid: torch.Tensor, ratio: float, sinks: int, window: int) -> torch.Tensor:
+    """The threshold at which a sequence would hold exactly `ratio` of its tokens, all layers and heads competing.
+
+    logits: [layers, batch, kv_heads, tokens]; valid: [batch, tokens]. Sinks and the last `window` tokens are inside the
+    ratio. Returns [batch, 1, 1] without gradient.
+    """
+    index = valid.long().cumsum(-1)
+    total = index[:, -1]
+    open_tokens = valid & (index > sinks) & (index <= total[:, None] - window)
+    cuts = []
+    for row, n in enumerate(total.tolist()):
+        scores = logits[:, row][..., open_tokens[row]].flatten()
+        protected = min(n, sinks + window)
+        keep = round(max(0.0, ratio * n - protected) / max(1, n - protected) * len(scores))
+        ranked = scores.sort(descending=True).values
+        cuts.append(ranked[min(keep, len(ranked) - 1)] if len(ranked) else scores.new_zeros(()))
+    return torch.stack(cuts).detach()[:, None, None]
+
+
 def sparsity_gap(rates: torch.Tensor, target: float, scope: str) -> torch.Tensor:
     """mean(g) - beta per sequence and unit of the scope. rates: [layers, batch, kv_heads] -> [units, batch]."""
     mean = rates.mean(-1)

@@ -3,9 +3,9 @@
 import torch
 from torch import nn
 
-from gatekv.gates.relaxations import RELAXATIONS
+from gatekv.gates.relaxations import RELAXATIONS, logit_of
 from gatekv.modules import base_model, gates_off, parallel, wrappers
-from gatekv.training.losses import distillation_loss, keep_rates, lm_loss, sparsity_gap, sparsity_loss
+from gatekv.training.losses import budget_cut, distillation_loss, keep_rates, lm_loss, sparsity_gap, sparsity_loss
 
 
 class Objective(nn.Module):
@@ -14,7 +14,8 @@ class Objective(nn.Module):
     Args:
         model: PEFT model; its base is frozen and doubles as the teacher, with the gates switched off.
         objective: "kl" (to the same model with gates off) or "lm".
-        sparsity: "abs" or "lagrange". scope: "layer" or "global". sparsity_weight: alpha.
+        sparsity: "abs", "lagrange", or "budget": no penalty; each step holds exactly the target, at the threshold where
+        the gates' logits in the teacher's pass would (the global budget that is deployed). scope: "layer" or "global". sparsity_weight: alpha.
     """
 
     def __init__(self, model, *, objective: str, sparsity: str, scope: str, sparsity_weight: float):
@@ -29,33 +30,50 @@ class Objective(nn.Module):
         ids = {"input_ids": batch["input_ids"], "attention_mask": batch["attention_mask"]}
         return inner.base_model(**ids, use_cache=False).last_hidden_state
 
-    def _task(self, batch) -> torch.Tensor:
+    def _teacher(self, batch, target: float) -> torch.Tensor | None:
+        """The plain model's hidden states; under "budget" its pass also tells where the threshold must lie."""
+        if self.objective == "lm" and self.sparsity != "budget":
+            return None
+        layers = wrappers(self.model)
+        with torch.no_grad(), gates_off(self.model, listen=self.sparsity == "budget"):
+            hidden = self._hidden(batch)
+        if self.sparsity == "budget":
+            spec, valid = layers[0].specs[layers[0].active()], layers[0].recorded[1]
+            logits = torch.stack([w.recorded[0] for w in layers])
+            cut = budget_cut(logits, valid, target, spec.sinks, spec.window)
+            for w in layers:
+                w.threshold = cut
+        return hidden
+
+    def _task(self, batch, teacher) -> torch.Tensor:
         head = base_model(self.model).get_output_embeddings()
         weights = batch["weights"].float()  # weights[t]: of predicting token t + 1
         student = self._hidden(batch)
         if self.objective == "lm":
             return lm_loss(student, batch["input_ids"].roll(-1, 1), head, weights)
-        with torch.no_grad(), gates_off(self.model):
-            teacher = self._hidden(batch)
         return distillation_loss(student, teacher, head, weights)
 
-    def forward(self, batch: dict[str, torch.Tensor], target: float) -> dict[str, torch.Tensor]:
-        """batch: input_ids, attention_mask, weights [batch, tokens]; target: keep rate aimed at.
+    def forward(self, batch: dict[str, torch.Tensor], target: float, temperature: float = 1.0) -> dict[str, torch.Tensor]:
+        """batch: input_ids, attention_mask, weights [batch, tokens]; target: keep rate aimed at, or under "budget" held.
 
         Returns {"loss", "task", "sparsity", "keep" (hard rate, scalar), "gap" [units] for the multipliers}.
         """
-        task = self._task(batch)
+        layers = wrappers(self.model)
+        for w in layers:
+            w.temperature = temperature
+        task = self._task(batch, self._teacher(batch, target))
         soft, hard = [], []
-        for w in wrappers(self.model):
+        for w in layers:
             logits, valid = w.recorded
             spec = w.specs[w.active()]
-            soft.append(keep_rates(RELAXATIONS[spec.relaxation](logits, spec.threshold), valid, spec.sinks, spec.window))
-            hard.append(keep_rates(RELAXATIONS["hard"](logits, spec.threshold), valid, spec.sinks, spec.window))
-            w.recorded = None
+            margin = logits - (logit_of(spec.threshold) if w.threshold is None else w.threshold)
+            soft.append(keep_rates(RELAXATIONS[spec.relaxation](margin), valid, spec.sinks, spec.window))
+            hard.append(keep_rates(RELAXATIONS["hard"](margin), valid, spec.sinks, spec.window))
+            w.recorded = w.threshold = None
         gap = sparsity_gap(torch.stack(soft), target, self.scope)
         penalty = sparsity_loss(gap, self.sparsity, self.multiplier)
         return {
-            "loss": task + self.sparsity_weight * penalty,
+            "loss": task + self.sparsity_weight * penalty if self.sparsity != "budget" else task,
             "task": task.detach(),
             "sparsity": penalty.detach(),
             "keep": torch.stack(hard).detach().mean(),
@@ -69,10 +87,14 @@ class Objective(nn.Module):
             self.multiplier += rate * gap
 
     @torch.no_grad()
-    def soft_hard(self, batch) -> dict[str, float]:
+    def soft_hard(self, batch, target: float) -> dict[str, float]:
         """Train soft, deploy hard: task loss under both, their gap, and how undecided the gates are."""
-        soft = float(self._task(batch))
-        undecided = torch.stack([((p := w.recorded[0].sigmoid()) > 0.05) & (p < 0.95) for w in wrappers(self.model)])
-        with parallel(self.model, "hard"):
-            hard = float(self._task(batch))
-        return {"soft": soft, "hard": hard, "soft_hard_gap": hard - soft, "undecided": float(undecided.float().mean())}
+        layers = wrappers(self.model)
+        teacher = self._teacher(batch, target)
+        cut = layers[0].threshold
+        soft = float(self._task(batch, teacher))
+        p = torch.stack([(w.recorded[0] - (0 if cut is None else cut)).sigmoid() for w in layers])
+        with parallel(self.model, "hard", threshold=cut):
+            hard = float(self._task(batch, teacher))
+        undecided = float(((p > 0.05) & (p < 0.95)).float().mean())
+        return {"soft": soft, "hard": hard, "soft_hard_gap": hard - soft, "undecided": undecided}

@@ -1,5 +1,7 @@
 """Schedules: how the keep-rate target falls, and how the learning rate rises and falls."""
 
+import random
+
 
 def target_keep(step: int, steps: int, final: float, share: float) -> float:
     """From 1 to `final` in a straight line over the first `share` of the run, then constant: no overshoot to undo."""
@@ -12,3 +14,14 @@ def learning_rate_factor(step: int, steps: int, warmup: int, final: float) -> fl
     if step < warmup:
         return (step + 1) / warmup
     return 1 - (1 - final) * (step - warmup + 1) / max(1, steps - warmup)
+
+
+def sampled_keep(step: int, seed: int, low: float, high: float) -> float:
+    """A keep rate between low and high, log-uniform, a pure function of (seed, step)."""
+    share = random.Random(f"keep/{seed}/{step}").random()
+    return low * (high / low) ** share
+
+
+def temperature(step: int, steps: int, final: float) -> float:
+    """From 1 to `final`, geometrically over the run: soft gates that end nearly as hard as they will be deployed."""
+    return final ** ((step + 1) / steps)

@@ -1,0 +1,1 @@
+"""Evaluation at matched bytes: tasks, one shared prefill per sample, paired intervals."""

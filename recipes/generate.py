@@ -1,0 +1,67 @@
+"""Generate with a smaller cache: prints the text, what was kept, and the bytes.
+
+    python recipes/generate.py --adapter checkpoints/demo --budget .25
+    python recipes/generate.py --policy snapkv --budget .25 --prompt "…"
+    python recipes/generate.py --adapter checkpoints/demo --file notes.txt --question "Who owns the lantern?"
+"""
+
+import argparse
+import random
+from pathlib import Path
+
+from common import load_model, run
+
+
+def main(argv: list[str]) -> None:
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("--adapter", default="")
+    parser.add_argument("--model", default="")
+    parser.add_argument("--policy", default="", help="empty: gate+global with an adapter, else full")
+    parser.add_argument("--budget", type=float, default=None)
+    parser.add_argument("--prompt", default="", help="empty: a held-out text with four facts written in")
+    parser.add_argument("--file", default="", help="context to read from a file")
+    parser.add_argument("--question", default="", help="asked after the context was compressed")
+    parser.add_argument("--max_new_tokens", type=int, default=24)
+    parser.add_argument("--dtype", default="bfloat16")
+    args = parser.parse_args(argv)
+    import torch
+    from peft import PeftConfig, PeftModel
+
+    import gatekv
+    from gatekv.evaluation.tasks import heldout_texts
+    from gatekv.facts import chat_frame, make_sample
+
+    base = args.model or (PeftConfig.from_pretrained(args.adapter).base_model_name_or_path if args.adapter else "")
+    model, tokenizer = load_model(base, args.dtype)
+    if args.adapter:
+        model = PeftModel.from_pretrained(model, args.adapter)
+    frame = chat_frame(tokenizer)
+    if args.prompt or args.file:
+        context = frame[0] + (Path(args.file).read_text() if args.file else args.prompt)
+        query = (f"\n\n{args.question}" if args.question else "") + frame[1]
+    else:
+        rng = random.Random(1)
+        sample = make_sample(heldout_texts([])[0], rng, facts=4, characters=3000, split="heldout", frame=frame)
+        context, query = sample.context, sample.questions[0].query
+        print(f"asked: {query.strip().splitlines()[0]}  expected:{sample.questions[0].answer}")
+
+    policy = args.policy or ("gate+global" if args.adapter else "full")
+    cache = gatekv.KVCache(model, policy, args.budget if args.budget or policy == "full" else 0.25)
+    encode = lambda text: tokenizer(text, add_special_tokens=False, return_tensors="pt").input_ids.to(model.device)  # noqa: E731
+    ids = encode(context)
+    model(input_ids=ids, past_key_values=cache, logits_to_keep=1)  # the context alone is the prompt that is compressed
+    after_prefill = cache.memory()
+    ids = torch.cat([ids, encode(query)], 1)
+    out = model.generate(
+        input_ids=ids, past_key_values=cache, max_new_tokens=args.max_new_tokens, do_sample=False,
+        pad_token_id=tokenizer.pad_token_id,
+    )  # fmt: skip
+    print(f"generated: {tokenizer.decode(out[0, ids.shape[1]:], skip_special_tokens=True).strip()}")
+    kept = sum(int(f.sum()) for f in cache.flags()) / sum(f.numel() for f in cache.flags())
+    for name, m in (("after prefill", after_prefill), ("at the end", cache.memory())):
+        print(f"{name}: {m['bytes']:,} of {m['full_bytes']:,} bytes, ratio {m['ratio']:.3f}")
+    print(f"kept {kept:.3f} of all tokens; {cache}")
+
+
+if __name__ == "__main__":
+    run(main)

@@ -1,0 +1,259 @@
+"""The law (design): the parallel form that is trained equals the recurrent form that is deployed; a full budget, through
+the same path, is the plain model."""
+
+import pytest
+import torch
+from conftest import gated, padded_batch, tiny
+
+import gatekv
+from gatekv.attention import live_mask, sink_tokens
+from gatekv.gates.calibration import Calibration
+from gatekv.modules import base_model, wrappers
+
+TOLERANCE = {torch.float64: 1e-9, torch.float32: 1e-4}
+CHUNKS = {"whole": [], "odd": [7, 30, 31], "fine": list(range(5, 40, 5)), "tokens": list(range(20, 60))}
+
+
+@torch.no_grad()
+def parallel_logits(model, ids, mask, threshold=None):
+    with gatekv.parallel(model, threshold=threshold):
+        return model(ids, attention_mask=mask, use_cache=False).logits
+
+
+@torch.no_grad()
+def recurrent_logits(model, ids, mask, cache, cuts):
+    edges = [0, *cuts, ids.shape[1]]
+    positions = (mask.cumsum(-1) - 1).clamp_min(0)
+    pieces = [
+        model(ids[:, a:b], attention_mask=mask[:, :b], position_ids=positions[:, a:b], past_key_values=cache).logits
+        for a, b in zip(edges, edges[1:])
+    ]
+    return torch.cat(pieces, 1)
+
+
+@torch.no_grad()
+def plain_logits(model, ids, mask):
+    positions = (mask.cumsum(-1) - 1).clamp_min(0)
+    return model(ids, attention_mask=mask, position_ids=positions, use_cache=False).logits
+
+
+def assert_close(a, b, mask, dtype=torch.float64):
+    scale = b[mask.bool()].abs().max()
+    assert ((a - b)[mask.bool()].abs().max() / scale) <= TOLERANCE[dtype]
+
+
+@pytest.mark.parametrize("gate", ["mlp", "attention"])
+@pytest.mark.parametrize("window", [1, 16, 33])
+@pytest.mark.parametrize("cuts", list(CHUNKS))
+def test_parallel_equals_recurrent(family, gate, window, cuts):
+    model = gated(family, gate=gate, window=window, sinks=2, context_window=9)
+    ids, mask = padded_batch([60, 41, 17])
+    positions = (mask.cumsum(-1) - 1).clamp_min(0)
+    with torch.no_grad(), gatekv.parallel(model):
+        wanted = model(ids, attention_mask=mask, position_ids=positions, use_cache=False).logits
+    cache = gatekv.KVCache(model, "gate")
+    got = recurrent_logits(model, ids, mask, cache, CHUNKS[cuts])
+    assert_close(got, wanted, mask)
+    dense = plain_logits(model, ids, mask)
+    assert (wanted - dense)[mask.bool()].abs().max() > 1e-3, "the gates evicted nothing: the test would not notice"
+
+
+@pytest.mark.parametrize("relaxation", ["log", "ste"])
+def test_hard_threshold_of_both_relaxations(family, relaxation):
+    model = gated(family, relaxation=relaxation, window=4, sinks=1, threshold=0.7)
+    ids, mask = padded_batch([40, 23])
+    with torch.no_grad(), gatekv.parallel(model, "ste" if relaxation == "ste" else "hard"):
+        positions = (mask.cumsum(-1) - 1).clamp_min(0)
+        wanted = model(ids, attention_mask=mask, position_ids=positions, use_cache=False).logits
+    got = recurrent_logits(model, ids, mask, gatekv.KVCache(model, "gate"), [13, 14])
+    assert_close(got, wanted, mask)
+
+
+def test_float32(family):
+    model = gated(family, torch.float32, window=5)
+    ids, mask = padded_batch([50, 31])
+    positions = (mask.cumsum(-1) - 1).clamp_min(0)
+    with torch.no_grad(), gatekv.parallel(model):
+        wanted = model(ids, attention_mask=mask, position_ids=positions, use_cache=False).logits
+    got = recurrent_logits(model, ids, mask, gatekv.KVCache(model, "gate"), [11, 12, 40])
+    assert_close(got, wanted, mask, torch.float32)
+
+
+@pytest.mark.parametrize("policy,budget", [("gate", None), ("gate+global", 0.5), ("gate+ada", 0.5), ("snapkv+ada", 0.75),
+                                           ("l2", 0.5), ("random+global", 0.8), ("sinks_recent", 0.8)])  # fmt: skip
+def test_each_padded_row_is_its_solo_run(family, policy, budget):
+    model = gated(family, window=6, sinks=2)
+    lengths = [60, 50, 45]
+    ids, mask = padded_batch(lengths)
+    both = model.generate(
+        input_ids=ids, attention_mask=mask, past_key_values=(c := gatekv.KVCache(model, policy, budget)),
+        max_new_tokens=20, do_sample=False,
+    )  # fmt: skip
+    for row, length in enumerate(lengths):
+        solo_cache = gatekv.KVCache(model, policy, budget)
+        solo = model.generate(
+            input_ids=ids[row : row + 1, -length:], past_key_values=solo_cache, max_new_tokens=20, do_sample=False
+        )
+        assert torch.equal(both[row, ids.shape[1] :], solo[0, length:])
+        for mine, alone in zip(c.flags(), solo_cache.flags()):
+            pads = ids.shape[1] - length
+            assert torch.equal(mine[row, :, pads:], alone[0]) and not mine[row, :, :pads].any()
+
+
+@pytest.mark.parametrize("policy", ["full", "gate", "gate+global", "gate+ada", "snapkv", "snapkv+ada", "l2", "random+global",
+                                    "value_norm", "sinks_recent"])  # fmt: skip
+def test_full_budget_is_the_plain_model(family, policy):
+    model = gated(family, window=6)
+    for w in wrappers(model):
+        w.calibrations["default"] = Calibration([1.0], [0.0, 1.0], [[9.0, -9.0]])
+    ids, mask = padded_batch([50, 20])
+    wanted = base_model(model).generate(input_ids=ids, attention_mask=mask, max_new_tokens=24, do_sample=False)
+    cache = gatekv.KVCache(model, policy, 1.0)
+    got = model.generate(
+        input_ids=ids, attention_mask=mask, past_key_values=cache, max_new_tokens=24, do_sample=False
+    )  # fmt: skip
+    assert torch.equal(got, wanted)
+    assert type(cache.layers[0]).__name__ == "KVLayer" and len(cache.layers[0].store) > 0, "it must take the same path"
+    full, mask_full = got, torch.cat([mask, torch.ones(2, 24, dtype=torch.long)], 1)
+    logits = recurrent_logits(model, full, mask_full, gatekv.KVCache(model, policy, 1.0), [50, 51, 60])
+    plain = plain_logits(model, full, mask_full)
+    assert ((logits - plain)[mask_full.bool()].abs().max() / plain.abs().max()) <= 1e-12
+
+
+@torch.no_grad()
+def masked_reference(model, ids, flags, window, prompt):
+    """Dense logits under the law: queries after the prompt see the prompt only where flagged (or in their window)."""
+    inner = base_model(model)
+    n = ids.shape[1]
+    queries = torch.arange(n)
+    causal = queries[:, None] >= queries
+
+    def attention(layer_flags):
+        groups = inner.config.num_attention_heads // inner.config.num_key_value_heads
+        live = live_mask(queries, queries, layer_flags, window) | (queries[:, None] < prompt)
+        return (live & causal).repeat_interleave(groups, 1)
+
+    from gatekv.attention import AttentionCall
+    from gatekv.modules import GatedAttention
+
+    class Reference:
+        def __init__(self, mask):
+            self.mask = mask
+
+        def attend(self, call, q, k, v, mask, scaling):
+            g = q.shape[1] // k.shape[1]
+            return torch.nn.functional.scaled_dot_product_attention(
+                q, k.repeat_interleave(g, 1), v.repeat_interleave(g, 1), attn_mask=self.mask, scale=scaling
+            )
+
+    hooks = []
+    for w, f in zip(wrappers(model), flags):
+        reference = Reference(attention(f))
+
+        def forward(hidden_states, w=w, reference=reference, **kwargs):
+            call = AttentionCall(hidden_states, w.layer_idx, memory=reference)
+            return w.base_layer(hidden_states, gatekv=call, **kwargs)
+
+        hooks.append((w, w.forward))
+        w.forward = forward
+    try:
+        return inner(ids, use_cache=False).logits
+    finally:
+        for w, _ in hooks:
+            del w.forward
+        assert all(type(w).forward is GatedAttention.forward for w in wrappers(model))
+
+
+@pytest.mark.parametrize("policy", ["snapkv", "snapkv+ada", "l2+global", "random", "value_norm+ada", "gate+global", "gate+ada"])
+def test_one_shot_policies_mask_the_prompt_for_later_queries(family, policy):
+    model = gated(family, window=5, sinks=2)
+    ids, mask = padded_batch([70])
+    prompt = 50
+    cache = gatekv.KVCache(model, policy, 0.75)
+    recurrent_logits(model, ids[:, :prompt], mask[:, :prompt], cache, [])
+    learned = policy.startswith("gate")
+    flags = [torch.ones(1, 3, 70, dtype=torch.bool) for _ in range(2)]
+    for f, layer in zip(flags, cache.evicting()):
+        f[..., :prompt] = layer.held()
+    if learned:  # the window and what follows are judged as they leave it: read off a cache that saw everything
+        cache_all = gatekv.KVCache(model, policy, 0.75)
+        recurrent_logits(model, ids, mask, cache_all, [prompt])
+        window = 5
+        for f, layer in zip(flags, cache_all.evicting()):
+            held = layer.held()
+            f[..., prompt - window + 1 :] = held[..., prompt - window + 1 :]
+            f[..., 70 - window + 1 :] = True
+    got = recurrent_logits(model, ids, mask, gatekv.KVCache(model, policy, 0.75), [prompt, prompt + 1, prompt + 9])
+    wanted = masked_reference(model, ids, flags, 5 if learned else 0, prompt)
+    assert_close(got, wanted, mask)
+    assert (got - plain_logits(model, ids, mask))[mask.bool()].abs().max() > 1e-3
+
+
+def test_streaming_budget_does_not_depend_on_the_calls(family):
+    model = gated(family, window=6, sinks=2)
+    for w in wrappers(model):
+        w.calibrations["default"] = Calibration([1.0, 0.25], [0.0, 0.5, 1.0], [[3.0, 0.0, -3.0], [2.0, -0.5, -3.0]])
+    ids, mask = padded_batch([90, 64])
+    runs, cuts = [], ([], [33, 34, 70])
+    for cut in cuts:
+        cache = gatekv.KVCache(model, "gate", 0.4, prompt_tokens=ids.shape[1])
+        runs.append(recurrent_logits(model, ids, mask, cache, cut))
+    assert_close(runs[0], runs[1], mask)
+    assert cache.memory()["ratio"] < 0.9
+
+
+@pytest.mark.parametrize("policy", ["gate+global", "gate+uniform"])
+def test_sparse_prefill_then_exact_trim(policy):
+    model = gated(window=6, sinks=2)
+    for w in wrappers(model):
+        w.calibrations["default"] = Calibration([1.0], [0.0, 0.5, 1.0], [[6.0, 0.0, -6.0]])
+    ids, mask = padded_batch([96])
+    runs = []
+    for cuts in ([], [31, 64]):
+        cache = gatekv.KVCache(model, policy, 0.5, prefill="sparse", prompt_tokens=96)
+        runs.append(recurrent_logits(model, ids, mask, cache, cuts))
+        held = torch.stack(cache.flags()).sum().item()
+        assert held <= 0.5 * 96 * 6
+        assert held >= 0.4 * 96 * 6
+    assert_close(runs[0], runs[1], mask)
+
+
+def test_another_cache_or_none_is_bit_identical(family):
+    plain = tiny(family)
+    ids, mask = padded_batch([40, 25])
+    with torch.no_grad():
+        before = plain(ids, attention_mask=mask).logits
+        loss = plain(ids, attention_mask=mask, use_cache=False).logits
+        tokens = plain.generate(ids, attention_mask=mask, max_new_tokens=8, do_sample=False)
+        gatekv.KVCache(plain, "snapkv", 0.5)
+        assert torch.equal(plain(ids, attention_mask=mask).logits, before)
+        assert torch.equal(plain(ids, attention_mask=mask, use_cache=False).logits, loss)
+        assert torch.equal(plain.generate(ids, attention_mask=mask, max_new_tokens=8, do_sample=False), tokens)
+        names = {n for n, _ in plain.named_modules()}
+        assert any(n.endswith("self_attn.base_layer") for n in names)
+        gatekv.detach(plain)
+        assert not any("base_layer" in n for n, _ in plain.named_modules())
+        assert plain.config._attn_implementation == "sdpa"
+        assert torch.equal(plain(ids, attention_mask=mask).logits, before)
+
+
+def test_eager_implementation_keeps_the_law_too(family):
+    model = tiny(family, torch.float32)  # in float64 the eager mask overflows on pads: transformers' own, not ours
+    model.set_attn_implementation("eager")
+    ids, mask = padded_batch([40, 25])
+    positions = (mask.cumsum(-1) - 1).clamp_min(0)
+    with torch.no_grad():
+        before = model(ids, attention_mask=mask, position_ids=positions).logits
+    peft = gated(model=model, dtype=torch.float32, window=5)
+    with torch.no_grad(), gatekv.parallel(peft):
+        wanted = peft(ids, attention_mask=mask, position_ids=positions, use_cache=False).logits
+    got = recurrent_logits(peft, ids, mask, gatekv.KVCache(peft), [12])
+    assert_close(got, wanted, mask, torch.float32)
+    with torch.no_grad():
+        after = peft(ids, attention_mask=mask, position_ids=positions).logits
+        assert torch.equal(after[mask.bool()], before[mask.bool()])
+
+
+def test_sinks_are_the_first_real_tokens():
+    valid = torch.tensor([[False, True, True, True], [True, True, True, True]])
+    assert sink_tokens(valid, 2).tolist() == [[False, True, True, False], [True, True, False, False]]

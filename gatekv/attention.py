@@ -14,7 +14,7 @@ from transformers.masking_utils import ALL_MASK_ATTENTION_FUNCTIONS
 from transformers.modeling_utils import ALL_ATTENTION_FUNCTIONS
 
 from gatekv.gates.relaxations import RELAXATIONS
-from gatekv.ops.gated_attention import gated_attention
+from gatekv.ops.gated_attention import gated_attention, received_attention
 
 NAMES = {"sdpa": "gatekv", "eager": "gatekv_eager"}
 
@@ -34,7 +34,7 @@ class AttentionCall:
         hidden: [batch, tokens, hidden_size], the layer's input. layer_idx: of the layer.
         memory: the gatekv cache layer, or None for the parallel form.
         gate: the active gate module or None; spec: its GateSpec; form: key of RELAXATIONS for the parallel form, applied
-        to (logits - threshold) / temperature.
+        to (logits - threshold) / temperature; "listen" = plain attention, the gate only judges.
         record: called with the parallel form's (logits [batch, kv_heads, tokens], valid [batch, tokens]).
     """
 
@@ -47,6 +47,13 @@ class AttentionCall:
     threshold: torch.Tensor | float = 0.0
     temperature: float = 1.0
     record: object = None
+
+    def listen(self, q, k, mask, scaling: float) -> None:
+        """Leave the plain output alone; record what the gate says and what attention each token really receives."""
+        valid = valid_tokens(mask, q.shape[0], q.shape[2], q.device)
+        with torch.enable_grad():
+            logits, _ = self.gate(self.hidden.detach(), k.detach(), valid)
+        self.record(logits, valid, received_attention(q, k, window=self.spec.window, scale=scaling, mask=mask))
 
     def parallel(self, q, k, v, mask, scaling: float) -> torch.Tensor:
         """One pass over whole sequences with the gates as weights: the form that is trained."""
@@ -82,7 +89,9 @@ def _as_bool(mask: torch.Tensor | None) -> torch.Tensor | None:
 
 def _forward(base: str):
     def attention(module, q, k, v, mask, *, scaling: float, gatekv: AttentionCall | None = None, **kwargs):
-        if gatekv is None:
+        if gatekv is None or gatekv.form == "listen":
+            if gatekv is not None:
+                gatekv.listen(q, k, _as_bool(mask), scaling)
             plain = ALL_ATTENTION_FUNCTIONS.get(base) or sys.modules[type(module).__module__].eager_attention_forward
             return plain(module, q, k, v, mask, scaling=scaling, **kwargs)
         mask = _as_bool(mask)

@@ -7,7 +7,7 @@ from torch import nn
 from transformers import Cache, PreTrainedModel
 
 from gatekv import attention
-from gatekv.attention import AttentionCall, Memory, valid_tokens
+from gatekv.attention import AttentionCall, Memory
 from gatekv.config import GateSpec
 from gatekv.gates.relaxations import logit_of
 
@@ -31,7 +31,7 @@ class GatedAttention(nn.Module):
         self.off: bool | str = False  # inside `gates_off`: the teacher
         self.threshold: torch.Tensor | float | None = None  # on the logits; None = the gate's own tau
         self.temperature = 1.0
-        self.recorded: tuple[torch.Tensor, torch.Tensor] | None = None
+        self.recorded: tuple[torch.Tensor, ...] | None = None
 
     def active(self) -> str | None:
         """Name of the gate in force; a model without an adapter has none."""
@@ -56,18 +56,17 @@ class GatedAttention(nn.Module):
             memory = past_key_values.layers[self.layer_idx]
         if isinstance(memory, Memory):
             call.memory = memory
+        elif gate is not None and self.off == "listen":
+            call.form, call.record = "listen", self._record
         elif gate is not None and past_key_values is None and (self.training or self.form) and not self.off:
             call.form, call.temperature, call.record = self.form or spec.relaxation, self.temperature, self._record
             call.threshold = logit_of(spec.threshold) if self.threshold is None else self.threshold
         else:
-            if gate is not None and self.off == "listen":
-                mask = valid_tokens(kwargs.get("attention_mask"), *hidden_states.shape[:2], hidden_states.device)
-                self._record(gate(hidden_states, None, mask)[0], mask)
             return self.base_layer(hidden_states, past_key_values=past_key_values, **kwargs)
         return self.base_layer(hidden_states, past_key_values=past_key_values, gatekv=call, **kwargs)
 
-    def _record(self, logits: torch.Tensor, valid: torch.Tensor) -> None:
-        self.recorded = (logits, valid)
+    def _record(self, *judged: torch.Tensor) -> None:
+        self.recorded = judged
 
 
 def wrappers(model: nn.Module) -> list[GatedAttention]:
@@ -159,7 +158,8 @@ def parallel(model: nn.Module, form: str = "hard", threshold: float | None = Non
 def gates_off(model: nn.Module, listen: bool = False):
     """Inside, the model answers as its plain base does, in training mode too: the teacher, with no second copy.
 
-    listen: the gates still judge what they see, and leave it in each wrapper's `recorded`.
+    listen: the gates still judge what they see; each wrapper's `recorded` holds (logits [batch, kv_heads, tokens] with
+    gradient, valid [batch, tokens], attention each token received [batch, kv_heads, tokens]).
     """
     layers = wrappers(model)
     for w in layers:

@@ -55,6 +55,7 @@ def main(argv: list[str]) -> None:
         sparsity=config.sparsity,
         scope=config.scope,
         sparsity_weight=config.sparsity_weight,
+        oracle_weight=config.oracle_weight,
     )
     records = train(objective, data, config, accelerator)
 

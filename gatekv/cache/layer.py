@@ -130,7 +130,7 @@ class KVLayer(CacheLayerMixin):
         if not self.is_initialized:
             return
         index = beam_idx.to(self.keys.device)
-        self.store = self.store.select(index)
+        self.store = self.store.select(index, self.keys.shape[1])
         for name in ("keys", "values", "flags", "valid", "scores", "real", "cut", "queries", "hidden"):
             tensor = vars(self)[name]
             if tensor is not None:

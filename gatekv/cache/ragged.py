@@ -74,9 +74,8 @@ class RaggedStore:
         held = keep.flatten(0, 1)[owners, self.positions.long()]
         return RaggedStore(self.keys[held], self.values[held], self.positions[held], self._offsets(owners[held]))
 
-    def select(self, sequences: Tensor) -> "RaggedStore":
-        """The store of a re-ordered, repeated or reduced batch: sequences [new_batch] indexes the old one."""
-        kv = (len(self.offsets) - 1) // self.batch_size(sequences)
+    def select(self, sequences: Tensor, kv: int) -> "RaggedStore":
+        """The store of a re-ordered, repeated or reduced batch: sequences [new_batch] indexes the old one; kv heads each."""
         rows = (sequences[:, None] * kv + torch.arange(kv, device=sequences.device)).flatten().tolist()
         spans = [torch.arange(self.offsets[r], self.offsets[r + 1], device=self.keys.device) for r in rows]
         index = torch.cat(spans)

@@ -12,7 +12,7 @@ BLOCK = 128
 MAX_EXPONENT = 60.0
 
 
-def _block_weights(q, k, gate, mask, start, end, window, scale):
+def _block_weights(q, k, mask, start, end, window, scale):
     """(s, local, allowed) of queries start:end over keys :end; s is [B, K, G, q, end], local and allowed broadcast."""
     s = torch.einsum("bkgqd,bktd->bkgqt", q[:, :, :, start:end], k[:, :, :end]).mul_(scale)
     i = torch.arange(start, end, device=k.device)[:, None]
@@ -33,7 +33,7 @@ class _GatedAttention(torch.autograd.Function):
         log_gate = g.log()
         for start in range(0, n, BLOCK):
             end = min(start + BLOCK, n)
-            s, local, allowed = _block_weights(qg, ka, g, mask, start, end, window, scale)
+            s, local, allowed = _block_weights(qg, ka, mask, start, end, window, scale)
             bias = torch.where(local, 0, log_gate[:, :, None, :end])[:, :, None]
             s.add_(bias).masked_fill_(~allowed, -torch.inf)
             block_lse = s.logsumexp(-1)
@@ -55,7 +55,7 @@ class _GatedAttention(torch.autograd.Function):
         dq, dk, dv, dg = torch.empty_like(qg), torch.zeros_like(ka), torch.zeros_like(va), torch.zeros_like(g)
         for start in range(0, n, BLOCK):
             end = min(start + BLOCK, n)
-            s, local, allowed = _block_weights(qg, ka, g, mask, start, end, ctx.window, ctx.scale)
+            s, local, allowed = _block_weights(qg, ka, mask, start, end, ctx.window, ctx.scale)
             block_lse = lse[:, :, :, start:end]
             s.sub_(block_lse.masked_fill(block_lse == -torch.inf, torch.inf)[..., None])
             e = s.clamp_(max=MAX_EXPONENT).exp_().masked_fill_(~allowed, 0)  # e^{s - lse}, the gate left out
@@ -74,3 +74,17 @@ class _GatedAttention(torch.autograd.Function):
 def gated_attention(q, k, v, gate, *, window: int, scale: float, mask: torch.Tensor | None = None) -> torch.Tensor:
     """See `gatekv.ops.naive.gated_attention`."""
     return _GatedAttention.apply(q, k, v, gate, mask, window, scale)
+
+
+@torch.no_grad()
+def received_attention(q, k, *, window: int, scale: float, mask: torch.Tensor | None = None) -> torch.Tensor:
+    """See `gatekv.ops.naive.received_attention`."""
+    qg, ka = group_queries(q, k.shape[1]).float(), k.float()
+    n = k.shape[2]
+    best = torch.zeros(k.shape[:3], device=k.device)
+    for start in range(0, n, BLOCK):
+        end = min(start + BLOCK, n)
+        s, local, allowed = _block_weights(qg, ka, mask, start, end, window, scale)
+        p = s.masked_fill_(~allowed, -torch.inf).softmax(-1).masked_fill_(~allowed | local, 0)
+        best[:, :, :end] = torch.maximum(best[:, :, :end], p.amax((2, 3)))
+    return best

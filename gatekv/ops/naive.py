@@ -53,6 +53,20 @@ def gated_attention(q, k, v, gate, *, window: int, scale: float, mask: Tensor | 
     return out.reshape(b, -1, n, d).to(q.dtype)
 
 
+def received_attention(q, k, *, window: int, scale: float, mask: Tensor | None = None) -> Tensor:
+    """Per key, the largest probability that any query at least `window` tokens later gives it: what evicting it risks.
+
+    q: [B, H, T, D]; k: [B, K, T, D]; mask as in `gated_attention`. Maximum over queries and over the heads of a group
+    (the score of KVzip, arXiv 2505.23416, over the text itself). Returns [B, K, T] float32; 0 where no query is left.
+    """
+    b, kv, n, _ = k.shape
+    s = torch.einsum("bkgqd,bktd->bkgqt", group_queries(q, kv).float(), k.float()) * scale
+    allowed = (causal_mask(n, n, q.device) if mask is None else mask).expand(b, 1, n, n)[:, :, None]
+    p = s.masked_fill(~allowed, -torch.inf).softmax(-1).masked_fill(~allowed, 0)
+    i, j = torch.arange(n, device=q.device)[:, None], torch.arange(n, device=q.device)
+    return p.masked_fill(i - j < max(window, 1), 0).amax((2, 3))
+
+
 def dense_segment(q, k, v, mask: Tensor, scale: float) -> tuple[Tensor, Tensor]:
     """Attention over a rectangular memory, answered as (output, log-sum-exp).
 

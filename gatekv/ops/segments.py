@@ -11,7 +11,7 @@ def ragged_segment(q, keys, values, offsets: list[int], scale: float) -> tuple[t
     heads = len(offsets) - 1
     length = offsets[1] - offsets[0]
     if all(offsets[r + 1] - offsets[r] == length for r in range(1, heads)):
-        shape = (b, heads // b, length, -1)
+        shape = (b, heads // b, length, q.shape[-1])
         mask = torch.ones(1, 1, 1, 1, dtype=torch.bool, device=q.device)
         return naive.dense_segment(q, keys.view(shape), values.view(shape), mask, scale)
     return naive.ragged_segment(q, keys, values, offsets, scale)

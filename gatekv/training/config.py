@@ -45,6 +45,7 @@ class CPTConfig:
     sparsity: str = "abs"
     scope: str = "global"
     sparsity_weight: float = 20.0
+    oracle_weight: float = 0.0
     target_keep: float = 0.2
     target_share: float = 0.5
     gate: str = "mlp"

@@ -82,7 +82,7 @@ class TrainingData:
         facts = rng.choice((1, 2, 4, 8))
         characters = self.length * 5
         while True:
-            sample = make_sample(text, rng, facts=facts, characters=characters, split="train", frame=self.frame, questions=2)
+            sample = make_sample(text, rng, facts=facts, characters=characters, split="train", frame=self.frame, questions=6)
             ids, weights = self._tokens(sample.context), []
             weights = [1.0] * (len(ids) - 1)
             for i, question in enumerate(sample.questions):

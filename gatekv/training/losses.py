@@ -80,6 +80,18 @@ def keep_rates(kept: torch.Tensor, valid: torch.Tensor, sinks: int, window: int)
     return (held * valid[:, None]).sum(-1) / valid.sum(-1)[:, None].clamp_min(1)
 
 
+def oracle_loss(logits: torch.Tensor, received: torch.Tensor, valid: torch.Tensor, sinks: int, window: int):
+    """Mean squared error of a gate's logits to log(received attention), per sequence, then the mean.
+
+    logits, received: [batch, kv_heads, tokens]; tokens among the sinks or in the last window are not judged and do not
+    count. Layer-local: every token of every head is supervised, at no backward pass through the model (KVzap's idea).
+    """
+    index = valid.long().cumsum(-1)
+    judged = (valid & (index > sinks) & (index <= index[:, -1:] - window))[:, None].expand_as(logits)
+    error = (logits - received.clamp_min(1e-6).log()).square().masked_fill(~judged, 0)
+    return (error.flatten(1).sum(-1) / judged.flatten(1).sum(-1).clamp_min(1)).mean()
+
+
 def budget_cut(logits: torch.Tensor, valid: torch.Tensor, ratio: float, sinks: int, window: int) -> torch.Tensor:
     """The threshold at which a sequence would hold exactly `ratio` of its tokens, all layers and heads competing.
 

@@ -5,7 +5,7 @@ from torch import nn
 
 from gatekv.gates.relaxations import RELAXATIONS, logit_of
 from gatekv.modules import base_model, gates_off, parallel, wrappers
-from gatekv.training.losses import budget_cut, distillation_loss, keep_rates, lm_loss, sparsity_gap, sparsity_loss
+from gatekv.training.losses import budget_cut, distillation_loss, keep_rates, lm_loss, oracle_loss, sparsity_gap, sparsity_loss
 
 
 class Objective(nn.Module):
@@ -16,12 +16,15 @@ class Objective(nn.Module):
         objective: "kl" (to the same model with gates off) or "lm".
         sparsity: "abs", "lagrange", or "budget": no penalty; each step holds exactly the target, at the threshold where
         the gates' logits in the teacher's pass would (the global budget that is deployed). scope: "layer" or "global". sparsity_weight: alpha.
+        oracle_weight: of the layer-local regression to the attention that tokens receive in the teacher's pass.
     """
 
-    def __init__(self, model, *, objective: str, sparsity: str, scope: str, sparsity_weight: float):
+    def __init__(self, model, *, objective: str, sparsity: str, scope: str, sparsity_weight: float,
+                 oracle_weight: float = 0.0):  # fmt: skip
         super().__init__()
         self.model = model
         self.objective, self.sparsity, self.scope, self.sparsity_weight = objective, sparsity, scope, sparsity_weight
+        self.oracle_weight = oracle_weight
         units = len(wrappers(model)) if scope == "layer" else 1
         self.register_buffer("multiplier", torch.zeros(units))
 
@@ -30,20 +33,24 @@ class Objective(nn.Module):
         ids = {"input_ids": batch["input_ids"], "attention_mask": batch["attention_mask"]}
         return inner.base_model(**ids, use_cache=False).last_hidden_state
 
-    def _teacher(self, batch, target: float) -> torch.Tensor | None:
-        """The plain model's hidden states; under "budget" its pass also tells where the threshold must lie."""
-        if self.objective == "lm" and self.sparsity != "budget":
-            return None
+    def _teacher(self, batch, target: float) -> tuple[torch.Tensor | None, torch.Tensor]:
+        """(the plain model's hidden states, oracle loss). Its pass also tells where a "budget" threshold must lie."""
+        listen = self.sparsity == "budget" or self.oracle_weight > 0
+        if self.objective == "lm" and not listen:
+            return None, torch.zeros(())
         layers = wrappers(self.model)
-        with torch.no_grad(), gates_off(self.model, listen=self.sparsity == "budget"):
+        with torch.no_grad(), gates_off(self.model, listen=listen):
             hidden = self._hidden(batch)
+        if not listen:
+            return hidden, torch.zeros((), device=hidden.device)
+        spec, valid = layers[0].specs[layers[0].active()], layers[0].recorded[1]
+        oracle = [oracle_loss(w.recorded[0], w.recorded[2], valid, spec.sinks, spec.window) for w in layers]
         if self.sparsity == "budget":
-            spec, valid = layers[0].specs[layers[0].active()], layers[0].recorded[1]
-            logits = torch.stack([w.recorded[0] for w in layers])
+            logits = torch.stack([w.recorded[0].detach() for w in layers])
             cut = budget_cut(logits, valid, target, spec.sinks, spec.window)
             for w in layers:
                 w.threshold = cut
-        return hidden
+        return hidden, torch.stack(oracle).mean()
 
     def _task(self, batch, teacher) -> torch.Tensor:
         head = base_model(self.model).get_output_embeddings()
@@ -61,7 +68,8 @@ class Objective(nn.Module):
         layers = wrappers(self.model)
         for w in layers:
             w.temperature = temperature
-        task = self._task(batch, self._teacher(batch, target))
+        teacher, oracle = self._teacher(batch, target)
+        task = self._task(batch, teacher)
         soft, hard = [], []
         for w in layers:
             logits, valid = w.recorded
@@ -73,8 +81,9 @@ class Objective(nn.Module):
         gap = sparsity_gap(torch.stack(soft), target, self.scope)
         penalty = sparsity_loss(gap, self.sparsity, self.multiplier)
         return {
-            "loss": task + self.sparsity_weight * penalty if self.sparsity != "budget" else task,
+            "loss": task + (0 if self.sparsity == "budget" else self.sparsity_weight) * penalty + self.oracle_weight * oracle,
             "task": task.detach(),
+            "oracle": oracle.detach(),
             "sparsity": penalty.detach(),
             "keep": torch.stack(hard).detach().mean(),
             "gap": gap.detach().mean(1),
@@ -90,7 +99,7 @@ class Objective(nn.Module):
     def soft_hard(self, batch, target: float) -> dict[str, float]:
         """Train soft, deploy hard: task loss under both, their gap, and how undecided the gates are."""
         layers = wrappers(self.model)
-        teacher = self._teacher(batch, target)
+        teacher, _ = self._teacher(batch, target)
         cut = layers[0].threshold
         soft = float(self._task(batch, teacher))
         p = torch.stack([(w.recorded[0] - (0 if cut is None else cut)).sigmoid() for w in layers])

@@ -1,0 +1,214 @@
+"""The PEFT front door: round trips, strictness, the teacher, wrong bases. Nothing loads silently wrong."""
+
+import json
+import shutil
+
+import pytest
+import torch
+from conftest import gated, padded_batch, tiny
+from peft import AutoPeftModelForCausalLM, PeftConfig, PeftModel, get_peft_model
+from safetensors.torch import load_file, save_file
+
+import gatekv
+from gatekv.adapter import set_calibration, tensors_sha256
+from gatekv.gates.calibration import Calibration
+from gatekv.modules import wrappers
+
+
+@pytest.fixture
+def saved(tmp_path):
+    model = gated(dtype=torch.float32, window=5, sinks=2)
+    set_calibration(model, Calibration([1.0, 0.25], [0.0, 1.0], [[2.0, -2.0], [1.0, -1.0]]))
+    model.save_pretrained(tmp_path / "adapter")
+    return model, tmp_path / "adapter"
+
+
+def flags(model, policy="gate+global", budget=0.5):
+    ids, mask = padded_batch([60, 45])
+    cache = gatekv.KVCache(model, policy, budget)
+    with torch.no_grad():
+        logits = model(ids, attention_mask=mask, past_key_values=cache).logits
+        more = model(ids[:, :3], attention_mask=torch.cat([mask, mask[:, -3:]], 1), past_key_values=cache).logits
+    return cache.flags(), logits, more
+
+
+def test_round_trip_is_bit_identical(saved):
+    model, folder = saved
+    assert sorted(p.name for p in folder.iterdir()) == ["README.md", "adapter_config.json", "adapter_model.safetensors"]
+    tensors = load_file(folder / "adapter_model.safetensors")
+    assert all("gatekv_gate" in name for name in tensors), "only trained weights"
+    loaded = PeftModel.from_pretrained(tiny(dtype=torch.float32), folder)
+    for a, b in zip(flags(model), flags(loaded)):
+        for x, y in zip(a, b):
+            assert torch.equal(x, y)
+    assert wrappers(loaded)[0].calibration() == wrappers(model)[0].calibration()
+    assert not any(p.requires_grad for p in loaded.parameters())
+    assert all(p.requires_grad for n, p in PeftModel.from_pretrained(
+        tiny(dtype=torch.float32), folder, is_trainable=True).named_parameters() if "gatekv_gate" in n)  # fmt: skip
+
+
+def test_config_records_version_hash_and_base(saved):
+    _, folder = saved
+    config = PeftConfig.from_pretrained(folder)
+    assert isinstance(config, gatekv.GateKVConfig) and config.peft_type == "GATEKV"
+    assert config.gatekv_version == gatekv.__version__
+    assert config.weights_sha256 == tensors_sha256(load_file(folder / "adapter_model.safetensors"))
+    assert config.base_fingerprint["num_key_value_heads"] == 3 and config.window == 5
+
+
+def test_auto_model_loads_base_and_adapter(tmp_path):
+    base = tiny(dtype=torch.float32)
+    base.save_pretrained(tmp_path / "base")
+    from transformers import AutoModelForCausalLM
+
+    model = gated(model=AutoModelForCausalLM.from_pretrained(tmp_path / "base"), dtype=torch.float32, window=5)
+    model.save_pretrained(tmp_path / "adapter")
+    loaded = AutoPeftModelForCausalLM.from_pretrained(tmp_path / "adapter")
+    assert torch.equal(flags(model)[2], flags(loaded)[2])
+
+
+def test_disable_adapter_is_the_plain_model_in_training_mode_too():
+    model = gated(dtype=torch.float32, window=2)
+    ids, _ = padded_batch([40])
+    plain = tiny(dtype=torch.float32)(ids, use_cache=False).logits
+    model.train()
+    assert not torch.equal(model(ids, use_cache=False).logits, plain)
+    with model.disable_adapter():
+        assert torch.equal(model(ids, use_cache=False).logits, plain)
+    model.eval()
+    assert torch.equal(model(ids, use_cache=False).logits, plain), "gates act in training, in `parallel` and in a KVCache"
+
+
+def test_only_gates_are_trainable_and_counted(capsys):
+    model = get_peft_model(tiny(dtype=torch.float32), gatekv.GateKVConfig())
+    names = [n for n, p in model.named_parameters() if p.requires_grad]
+    assert names and all("gatekv_gate" in n for n in names)
+    model.print_trainable_parameters()
+    assert "trainable params" in capsys.readouterr().out
+
+
+def test_several_adapters_are_switched_and_deleted(saved):
+    model, folder = saved
+    model.add_adapter("other", gatekv.GateKVConfig(window=9))
+    before = flags(model)[2]
+    model.set_adapter("other")
+    assert not torch.equal(flags(model, "gate", None)[2], before)
+    assert gatekv.KVCache(model).plan.window == 9
+    model.delete_adapter("other")
+    model.set_adapter("default")
+    assert torch.equal(flags(model)[2], before)
+
+
+def test_adapter_goes_onto_a_model_that_has_bare_wrappers():
+    base = tiny(dtype=torch.float32)
+    gatekv.KVCache(base, "l2", 0.5)
+    model = gated(model=base, dtype=torch.float32, window=5)
+    assert torch.equal(flags(model)[2], flags(gated(dtype=torch.float32, window=5))[2])
+    plain = gatekv.detach(model)
+    ids, _ = padded_batch([40])
+    assert torch.equal(plain(ids).logits, tiny(dtype=torch.float32)(ids).logits)
+    assert not wrappers(plain)
+
+
+def edit_config(folder, **changes):
+    path = folder / "adapter_config.json"
+    config = json.loads(path.read_text())
+    config.update(changes)
+    path.write_text(json.dumps(config))
+
+
+def edit_tensors(folder, edit):
+    path = folder / "adapter_model.safetensors"
+    tensors = load_file(path)
+    edit(tensors)
+    save_file(tensors, path)
+
+
+def load(folder):
+    return PeftModel.from_pretrained(tiny(dtype=torch.float32), folder)
+
+
+@pytest.mark.parametrize("case,match", [
+    ("stray", "stray tensor"), ("missing", "missing tensor"), ("shape", "has shape"), ("flipped", "sha256"),
+    ("renamed", "stray tensor"), ("truncated", "truncated or damaged"), ("no_weights", "has no adapter_model.safetensors"),
+    ("pickle", "never loads"), ("empty", "truncated or damaged"),
+])  # fmt: skip
+def test_damaged_folders_are_refused(saved, case, match):
+    _, folder = saved
+    path = folder / "adapter_model.safetensors"
+    first = sorted(load_file(path))[0]
+    edits = {
+        "stray": lambda t: t.update(extra=torch.zeros(2)),
+        "missing": lambda t: t.pop(first),
+        "shape": lambda t: t.update({first: torch.zeros(7)}),
+        "flipped": lambda t: t.update({first: t[first] + 1e-3}),
+        "renamed": lambda t: t.update({first + "x": t.pop(first)}),
+    }
+    if case in edits:
+        edit_tensors(folder, edits[case])
+    elif case == "truncated":
+        path.write_bytes(path.read_bytes()[:-100])
+    elif case == "empty":
+        path.write_bytes(b"")
+    else:
+        path.unlink()
+        if case == "pickle":
+            torch.save({}, folder / "adapter_model.bin")
+    with pytest.raises(ValueError, match=match):
+        load(folder)
+
+
+def test_unknown_config_key_is_an_error_with_the_nearest_name(saved):
+    _, folder = saved
+    edit_config(folder, windoww=3)
+    with pytest.raises(TypeError, match="Did you mean 'window'"):
+        load(folder)
+    with pytest.raises(TypeError, match="Did you mean 'sinks'"):
+        gatekv.GateKVConfig(sink=3)
+
+
+def test_wrong_base_shapes_are_an_error_other_weights_a_warning(saved, caplog):
+    _, folder = saved
+    with pytest.raises(ValueError, match="num_key_value_heads=3, but this model has 6"):
+        PeftModel.from_pretrained(tiny(dtype=torch.float32, num_key_value_heads=6), folder)
+    with pytest.raises(ValueError, match="num_hidden_layers=2, but this model has 3"):
+        PeftModel.from_pretrained(tiny(dtype=torch.float32, num_hidden_layers=3), folder)
+    with pytest.raises(ValueError, match="model_type=llama, but this model has qwen3"):
+        PeftModel.from_pretrained(tiny("qwen3", dtype=torch.float32), folder)
+    from transformers.utils import logging
+
+    logging.get_logger("gatekv.adapter").addHandler(caplog.handler)
+    PeftModel.from_pretrained(tiny(dtype=torch.float32, seed=5), folder)
+    assert "weights differ" in caplog.text
+    caplog.clear()
+    load(folder)
+    assert "weights differ" not in caplog.text
+
+
+def test_push_to_hub_goes_through_the_hub_client(saved, monkeypatch):
+    import pathlib
+
+    from transformers.utils import hub
+
+    model, _ = saved
+    calls = {}
+
+    class Client:
+        def create_repo(self, repo_id, **kwargs):
+            return type("Repo", (), {"repo_id": repo_id})
+
+    def upload(self, folder, repo_id, **kwargs):
+        calls.update(names={p.name for p in pathlib.Path(folder).iterdir()}, repo=repo_id)
+
+    monkeypatch.setattr(hub, "hf_api", Client)
+    monkeypatch.setattr(hub, "create_and_tag_model_card", lambda *a, **k: type("C", (), {"save": lambda s, p: None})())
+    monkeypatch.setattr(type(model), "_upload_modified_files", upload)
+    model.push_to_hub("someone/adapter")
+    assert calls["repo"] == "someone/adapter"
+    assert {"adapter_model.safetensors", "adapter_config.json"} <= calls["names"]
+
+
+def test_a_copy_elsewhere_loads(saved, tmp_path):
+    model, folder = saved
+    shutil.move(folder, tmp_path / "moved")
+    assert torch.equal(flags(load(tmp_path / "moved"))[2], flags(model)[2])

@@ -1,0 +1,100 @@
+"""Gates: shapes, "keep everything" at the start, streaming = whole, relaxations and their gradients."""
+
+import pytest
+import torch
+
+from gatekv.config import GateSpec
+from gatekv.gates import build_gate
+from gatekv.gates.calibration import Calibration
+from gatekv.gates.relaxations import RELAXATIONS, logit_of
+
+
+@pytest.mark.parametrize("form", ["mlp", "attention"])
+def test_starts_as_keep_everything(form):
+    gate = build_gate(GateSpec(gate=form), 32, 3)
+    logits, _ = gate(torch.randn(2, 11, 32))
+    assert logits.shape == (2, 3, 11) and logits.dtype == torch.float32
+    torch.testing.assert_close(logits, torch.full_like(logits, 4.6))
+    assert torch.sigmoid(logits).min() > 0.98
+
+
+@pytest.mark.parametrize("context", [1, 5, 64])
+@pytest.mark.parametrize("cuts", [[1], [3, 4, 20], list(range(1, 40))])
+def test_attention_gate_streams(context, cuts):
+    torch.manual_seed(0)
+    gate = build_gate(GateSpec(gate="attention", context_window=context, heads=2, head_dim=4), 16, 3).double()
+    torch.nn.init.normal_(gate.out.weight)
+    torch.nn.init.normal_(gate.distance)
+    hidden = torch.randn(2, 40, 16, dtype=torch.float64)
+    valid = torch.ones(2, 40, dtype=torch.bool)
+    valid[1, :13] = False
+    whole, _ = gate(hidden, None, valid)
+    state, pieces = None, []
+    for a, b in zip([0, *cuts], [*cuts, 40]):
+        piece, state = gate(hidden[:, a:b], None, valid[:, a:b], state)
+        pieces.append(piece)
+        assert state[0].shape[1] == context - 1, "the ring is of constant size"
+    real = valid[:, None].expand_as(whole)
+    torch.testing.assert_close(torch.cat(pieces, -1)[real], whole[real])
+    alone, _ = gate(hidden[1:, 13:])
+    torch.testing.assert_close(whole[1:, :, 13:], alone)
+
+
+def test_attention_gate_is_causal_and_local():
+    torch.manual_seed(0)
+    gate = build_gate(GateSpec(gate="attention", context_window=4, heads=1, head_dim=4), 8, 1)
+    torch.nn.init.normal_(gate.out.weight)
+    hidden = torch.randn(1, 12, 8)
+    before, _ = gate(hidden)
+    changed = hidden.clone()
+    changed[0, 5] += 1
+    after, _ = gate(changed)
+    differs = (before != after)[0, 0]
+    assert differs[5:9].all() and not differs[:5].any() and not differs[9:].any()
+
+
+def test_ste_is_hard_forward_and_soft_backward():
+    margin = torch.tensor([-2.0, -0.1, 0.1, 3.0], requires_grad=True)
+    g = RELAXATIONS["ste"](margin)
+    torch.testing.assert_close(g, torch.tensor([0.0, 0.0, 1.0, 1.0]))
+    g.sum().backward()
+    p = torch.sigmoid(margin.detach())
+    torch.testing.assert_close(margin.grad, p * (1 - p))
+
+
+def test_log_gate_never_reaches_zero():
+    weight = RELAXATIONS["log"](torch.tensor([-1e4, 0.0, 1e4]))
+    assert weight[0] > 0 and weight[1] == 0.5 and weight[2] == 1
+    assert torch.isfinite(weight.log()).all()
+
+
+def test_threshold_as_logit():
+    assert logit_of(0.5) == 0
+    assert torch.sigmoid(torch.tensor(logit_of(0.9))).item() == pytest.approx(0.9)
+
+
+def test_calibrated_levels():
+    calibration = Calibration([1.0, 0.25], [0.0, 0.5, 1.0], [[10.0, 0.0, -10.0], [20.0, 2.0, -20.0]])
+    at = calibration.thresholds(sinks=4, window=32)
+    seen = torch.tensor([[20, 144, 1000, 100000]])
+    got = at(0.25, seen)
+    # level (rT - s - w)/(T - s - w): below sinks + window nothing may stay; far away it tends to r
+    assert got[0, 0] == torch.inf and got[0, 1] == torch.inf
+    level = (0.25 * 1000 - 36) / (1000 - 36)
+    assert got[0, 2].item() == pytest.approx(20 - 36 * level, rel=1e-4)
+    assert got[0, 3].item() == pytest.approx(20 - 36 * 0.25, rel=1e-2)
+    assert (at(1.0, seen) == -torch.inf).all()
+    mid = calibration.row(0.5)
+    assert mid[0] == pytest.approx(15.0)
+    assert calibration.row(0.01) == calibration.table[-1]
+
+
+@pytest.mark.parametrize("bad", [{"gate": "mpl"}, {"window": -1}, {"threshold": 1.0}, {"relaxation": "gumble"}, {"hidden": 0}])
+def test_bad_spec_names_the_argument(bad):
+    with pytest.raises(ValueError, match=next(iter(bad))):
+        GateSpec(**bad)
+
+
+def test_unknown_key_suggests_the_nearest():
+    with pytest.raises(TypeError, match="Did you mean 'window'"):
+        GateSpec(windw=3)

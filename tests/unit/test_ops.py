@@ -1,0 +1,114 @@
+"""Every fast path against its naive reference: forward and backward, odd lengths, float64."""
+
+import pytest
+import torch
+
+from gatekv.ops import gated_attention as fast
+from gatekv.ops import naive
+from gatekv.ops.segments import ragged_segment
+
+
+def problem(n, heads=6, kv=3, d=8, batch=2, seed=0):
+    torch.manual_seed(seed)
+    q = torch.randn(batch, heads, n, d, dtype=torch.float64, requires_grad=True)
+    k, v = (torch.randn(batch, kv, n, d, dtype=torch.float64, requires_grad=True) for _ in range(2))
+    gate = torch.rand(batch, kv, n, dtype=torch.float64)
+    gate[gate < 0.4] = 0  # evicted ones must have a gradient too
+    return q, k, v, gate.requires_grad_()
+
+
+@pytest.mark.parametrize("n", [1, 5, 129, 300])
+@pytest.mark.parametrize("window", [0, 1, 16])
+@pytest.mark.parametrize("masked", [False, True])
+def test_gated_attention_matches_naive(n, window, masked):
+    q, k, v, gate = problem(n)
+    mask = None
+    if masked:
+        mask = naive.causal_mask(n, n)[None, None].repeat(2, 1, 1, 1)
+        mask[1, ..., : n // 3] = False
+    grad = torch.randn_like(q)
+    results = []
+    for function in (naive.gated_attention, fast.gated_attention):
+        out = function(q, k, v, gate, window=window, scale=0.35, mask=mask)
+        results.append((out, *torch.autograd.grad(out, (q, k, v, gate), grad)))
+    for a, b in zip(*results):
+        torch.testing.assert_close(a, b, rtol=1e-10, atol=1e-12)
+
+
+@pytest.mark.parametrize("heads,kv", [(4, 4), (8, 1), (6, 2)])
+def test_gated_attention_groups(heads, kv):
+    q, k, v, gate = problem(37, heads, kv)
+    a = naive.gated_attention(q, k, v, gate, window=3, scale=0.3)
+    b = fast.gated_attention(q, k, v, gate, window=3, scale=0.3)
+    torch.testing.assert_close(a, b, rtol=1e-10, atol=1e-12)
+
+
+def test_gate_gradient_is_the_papers_formula():
+    q, k, v, gate = problem(20, 1, 1, batch=1)
+    out = fast.gated_attention(q, k, v, gate, window=1, scale=1.0)
+    upstream = torch.randn_like(out)
+    (got,) = torch.autograd.grad(out, gate, upstream)
+    s = (q[0, 0] @ k[0, 0].T).detach()
+    i, j = torch.arange(20)[:, None], torch.arange(20)
+    weight = torch.where(i == j, 1.0, gate[0, 0].detach()) * (j <= i)
+    lse = (weight * s.exp()).sum(-1).log()
+    # d o_i / d g_j = e^{s_ij - lse_i} (v_j - o_i), for keys behind the window
+    e = (s - lse[:, None]).exp() * (j < i)
+    wanted = (e * ((upstream[0, 0] @ v[0, 0].T) - (upstream[0, 0] * out[0, 0]).sum(-1, keepdim=True))).sum(0)
+    torch.testing.assert_close(got[0, 0], wanted.detach(), rtol=1e-9, atol=1e-12)
+    assert (got[0, 0][:-1][gate[0, 0][:-1] == 0] != 0).all(), "an evicted token must be able to come back"
+
+
+def test_all_kept_is_plain_attention():
+    q, k, v, _ = problem(50)
+    out = fast.gated_attention(q, k, v, torch.ones(2, 3, 50), window=0, scale=8**-0.5)
+    k, v = (t.repeat_interleave(2, 1) for t in (k, v))
+    torch.testing.assert_close(out, torch.nn.functional.scaled_dot_product_attention(q, k, v, is_causal=True))
+
+
+def test_evicted_key_that_outweighs_all_live_ones_stays_finite():
+    q, k, v, gate = problem(8, 1, 1, batch=1)
+    q, k = (q * 30).detach().float().requires_grad_(), (k * 30).detach().float()
+    out = fast.gated_attention(q, k, v.float(), torch.zeros(1, 1, 8, requires_grad=True), window=0, scale=1.0)
+    out.sum().backward()
+    assert torch.isfinite(out).all() and torch.isfinite(q.grad).all()
+
+
+@pytest.mark.parametrize("counts", [[4, 4, 4, 4, 4, 4], [0, 7, 1, 3, 0, 12], [0, 0, 0, 0, 0, 0]])
+@pytest.mark.parametrize("queries", [1, 5])
+def test_ragged_segment_matches_naive_and_merges(counts, queries):
+    torch.manual_seed(0)
+    offsets = [0]
+    for c in counts:
+        offsets.append(offsets[-1] + c)
+    keys, values = torch.randn(offsets[-1], 8, dtype=torch.float64), torch.randn(offsets[-1], 8, dtype=torch.float64)
+    q = torch.randn(2, 6, queries, 8, dtype=torch.float64)
+    a, b = ragged_segment(q, keys, values, offsets, 0.3), naive.ragged_segment(q, keys, values, offsets, 0.3)
+    for x, y in zip(a, b):
+        torch.testing.assert_close(x, y)
+    assert not torch.isnan(a[0]).any()
+    dense_k, dense_v = torch.randn(2, 3, 4, 8, dtype=torch.float64), torch.randn(2, 3, 4, 8, dtype=torch.float64)
+    mask = torch.ones(2, 1, queries, 4, dtype=torch.bool)
+    out, lse = naive.merge([a, naive.dense_segment(q, dense_k, dense_v, mask, 0.3)])
+    for r in range(6):
+        row, head = divmod(r, 3)
+        k = torch.cat([keys[offsets[r] : offsets[r + 1]], dense_k[row, head]])
+        v = torch.cat([values[offsets[r] : offsets[r + 1]], dense_v[row, head]])
+        s = q[row, head * 2 : head * 2 + 2] @ k.T * 0.3
+        torch.testing.assert_close(out[row, head * 2 : head * 2 + 2], s.softmax(-1) @ v)
+        torch.testing.assert_close(lse[row, head * 2 : head * 2 + 2], s.logsumexp(-1))
+
+
+def test_merging_two_empty_memories_gives_nothing_not_nan():
+    empty = (torch.zeros(1, 2, 3, 4), torch.full((1, 2, 3), -torch.inf))
+    out, lse = naive.merge([empty, empty])
+    assert (out == 0).all() and (lse == -torch.inf).all()
+
+
+def test_merge_is_associative():
+    torch.manual_seed(1)
+    parts = [(torch.randn(1, 2, 3, 4, dtype=torch.float64), torch.randn(1, 2, 3, dtype=torch.float64)) for _ in range(3)]
+    a = naive.merge([naive.merge(parts[:2]), parts[2]])
+    b = naive.merge(parts)
+    torch.testing.assert_close(a[0], b[0])
+    torch.testing.assert_close(a[1], b[1])

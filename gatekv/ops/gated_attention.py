@@ -85,6 +85,7 @@ def received_attention(q, k, *, window: int, scale: float, mask: torch.Tensor | 
     for start in range(0, n, BLOCK):
         end = min(start + BLOCK, n)
         s, local, allowed = _block_weights(qg, ka, mask, start, end, window, scale)
-        p = s.masked_fill_(~allowed, -torch.inf).softmax(-1).masked_fill_(~allowed | local, 0)
+        asks = allowed[..., start:end].diagonal(dim1=-2, dim2=-1)[..., None]
+        p = s.masked_fill_(~allowed, -torch.inf).softmax(-1).masked_fill_(~(allowed & asks) | local, 0)
         best[:, :, :end] = torch.maximum(best[:, :, :end], p.amax((2, 3)))
     return best

@@ -62,7 +62,8 @@ def received_attention(q, k, *, window: int, scale: float, mask: Tensor | None =
     b, kv, n, _ = k.shape
     s = torch.einsum("bkgqd,bktd->bkgqt", group_queries(q, kv).float(), k.float()) * scale
     allowed = (causal_mask(n, n, q.device) if mask is None else mask).expand(b, 1, n, n)[:, :, None]
-    p = s.masked_fill(~allowed, -torch.inf).softmax(-1).masked_fill(~allowed, 0)
+    asks = allowed.diagonal(dim1=-2, dim2=-1)[..., None]  # a pad sees real keys but not itself: its query is no query
+    p = s.masked_fill(~allowed, -torch.inf).softmax(-1).masked_fill(~(allowed & asks), 0)
     i, j = torch.arange(n, device=q.device)[:, None], torch.arange(n, device=q.device)
     return p.masked_fill(i - j < max(window, 1), 0).amax((2, 3))
 

@@ -29,6 +29,7 @@ def train(objective: Objective, data: TrainingData, config: CPTConfig, accelerat
     optimizer = torch.optim.AdamW(parameters, lr=config.learning_rate, weight_decay=0.0)
     folder = Path(config.output_dir) / "checkpoint"
     start = checkpoint.load(folder, objective, optimizer) if config.resume else 0
+    _prepare_accumulation(accelerator, config)
     module, optimizer = accelerator.prepare(objective, optimizer)
     rank, world = accelerator.process_index, accelerator.num_processes
     records, step = [], start
@@ -67,21 +68,31 @@ def _step(module, optimizer, data, config, accelerator, step, target, rank, worl
     for micro in range(config.accumulation):
         first = step * rows + (micro * world + rank) * config.batch_size
         batch = {k: v.to(accelerator.device) for k, v in data.batch(first, config.batch_size).items()}
-        last = micro + 1 == config.accumulation
-        with accelerator.no_sync(module) if not last and world > 1 else torch.enable_grad():
+        with accelerator.accumulate(module):
             out = module(batch, target, temperature(step, config.max_steps, config.final_temperature))
             if not torch.isfinite(out["loss"]):
                 raise FloatingPointError(
                     f"the loss is {float(out['loss'])} at step {step}, rows {first}…{first + config.batch_size - 1}: lower "
                     "learning_rate or sparsity_weight, or use dtype=float32; the last checkpoint is untouched."
                 )
-            accelerator.backward(out["loss"] / config.accumulation)
+            accelerator.backward(out["loss"])  # divides by the number of micro-batches
+            if accelerator.sync_gradients:
+                accelerator.clip_grad_norm_(module.parameters(), config.max_grad_norm)
+            optimizer.step()
+            optimizer.zero_grad()
         for key, value in out.items():
             sums[key] = sums.get(key, 0) + value.detach() / config.accumulation
-    if accelerator.sync_gradients:
-        accelerator.clip_grad_norm_(module.parameters(), config.max_grad_norm)
-    optimizer.step()
-    optimizer.zero_grad()
     sums = {k: global_mean(accelerator, v) for k, v in sums.items()}
     accelerator.unwrap_model(module).move_multipliers(sums.pop("gap"))
     return {k: float(v) for k, v in sums.items()}
+
+
+def _prepare_accumulation(accelerator: Accelerator, config: CPTConfig) -> None:
+    """Tell accelerate, and DeepSpeed where it is in charge, how many rows and micro-batches make a step."""
+    accelerator.gradient_accumulation_steps = config.accumulation
+    plugin = accelerator.state.deepspeed_plugin
+    if plugin is not None:
+        plugin.deepspeed_config["train_micro_batch_size_per_gpu"] = config.batch_size
+        plugin.deepspeed_config["gradient_accumulation_steps"] = config.accumulation
+        plugin.deepspeed_config["gradient_clipping"] = config.max_grad_norm
+        plugin.deepspeed_config["zero_allow_untested_optimizer"] = True

@@ -1,0 +1,24 @@
+PYTHON ?= python3
+BIN := .venv/bin
+
+.PHONY: demo test quick lint
+
+demo: .venv/ready  ## train, reload, generate, compare, draw: a quarter of an hour on two cores
+	$(BIN)/accelerate launch $(shell $(BIN)/python -c "import torch; print('' if torch.cuda.is_available() else '--cpu')") --num_processes 1 --num_machines 1 --mixed_precision no --dynamo_backend no recipes/cpt.py
+	$(BIN)/python recipes/generate.py --adapter checkpoints/demo --budget .25
+	$(BIN)/python recipes/evaluate.py --adapter checkpoints/demo
+
+test: .venv/ready  ## everything that needs no GPU
+	$(BIN)/python -m pytest
+
+quick: .venv/ready  ## unit tests only
+	$(BIN)/python -m pytest tests/unit
+
+lint: .venv/ready
+	$(BIN)/ruff check . && $(BIN)/ruff format --check .
+
+.venv/ready: pyproject.toml constraints.txt
+	test -d .venv || $(PYTHON) -m venv .venv
+	$(BIN)/python -m pip install -q -c constraints.txt torch
+	$(BIN)/python -m pip install -q -c constraints.txt -e ".[test,eval,dev]"
+	touch $@

@@ -1,0 +1,150 @@
+"""Options, rows and facts: precedence, determinism, held-out words and wordings, errors with the cure."""
+
+import json
+import random
+
+import pytest
+
+from gatekv import facts
+from gatekv.presets import PRESETS, preset
+from gatekv.training.config import CPTConfig, load_config
+from gatekv.training.data import TrainingData, check_length, read_source
+
+
+class Letters:
+    """A tokenizer whose tokens are characters."""
+
+    chat_template = "<|im_start|>"
+
+    def __call__(self, text, add_special_tokens=False):
+        return type("Encoding", (), {"input_ids": [ord(c) % 90 + 1 for c in text]})()
+
+    def decode(self, ids):
+        return ids
+
+
+TEXT = "The ship sailed on. The crew slept below deck and dreamt of land. " * 400
+
+
+@pytest.fixture
+def text_file(tmp_path):
+    path = tmp_path / "text.txt"
+    path.write_text(TEXT)
+    return str(path)
+
+
+def data(path, **changes):
+    options = dict(retrieval_share=0.5, answer_weight=20.0, seed=0)
+    return TrainingData(Letters(), [path], 900, **{**options, **changes})
+
+
+def test_precedence_preset_file_command_line(tmp_path):
+    file = tmp_path / "c.yaml"
+    file.write_text("preset: attention-gate\nwindow: 7\nmax_steps: 3\n")
+    config = load_config(["--config", str(file), "--max_steps", "5", "--data=a.txt,b.txt", "--resume"])
+    assert (config.relaxation, config.objective) == ("ste", "lm"), "from the preset"
+    assert config.window == 7 and config.max_steps == 5 and config.data == ["a.txt", "b.txt"] and config.resume is True
+
+
+@pytest.mark.parametrize("argv,match", [
+    (["--max_step", "3"], "Did you mean 'max_steps'"), (["--max_steps", "x"], "not of type int"), (["max_steps"], "--key value"),
+    (["--max_steps"], "needs a value"), (["--config", "nowhere.yaml"], "no such file"), (["--preset", "papr"], "Known: "),
+    (["--max_steps", "0"], "at least 1"), (["--target_keep", "0"], "above 0"), (["--gate", "mpl"], "Did you mean 'mlp'"),
+    (["--objective", "kll"], "Known: kl, lm"), (["--window", "-1"], "cannot be negative"), (["--dtype", "int8"], "dtype"),
+])  # fmt: skip
+def test_bad_options_are_one_line_errors(argv, match):
+    with pytest.raises((TypeError, ValueError), match=match) as error:
+        load_config(argv)
+    assert "\n" not in str(error.value)
+
+
+def test_unknown_key_in_a_file_names_the_file(tmp_path):
+    file = tmp_path / "c.yaml"
+    file.write_text("learning_rat: 1\n")
+    with pytest.raises(TypeError, match="c.yaml.*Did you mean 'learning_rate'"):
+        load_config(["--config", str(file)])
+
+
+def test_presets_are_valid_configs():
+    for name in PRESETS:
+        CPTConfig(**preset(name), preset=name)
+    with pytest.raises(ValueError, match="Known: attention-gate, default"):
+        preset("attention_gates")
+    assert preset("attention-gate")["objective"] == "lm" and preset("attention-gate")["scope"] == "layer"
+
+
+def test_options_stay_few():
+    own = [f for f in CPTConfig.__dataclass_fields__]
+    assert len(own) <= 34, "a recipe has at most 30 options of its own beside the gate's"
+
+
+def test_rows_are_a_pure_function_of_seed_and_index(text_file):
+    a, b = data(text_file), data(text_file)
+    assert a[7] == b[7] and a[7] != a[8] and a[7] != data(text_file, seed=1)[7]
+    assert all(len(a[i][0]) <= 900 and len(a[i][0]) == len(a[i][1]) for i in range(30))
+    assert all(a[i][1][-1] == 0 for i in range(10)), "the last token predicts nothing"
+
+
+def test_answers_weigh_more_and_plain_rows_are_full(text_file):
+    rows = data(text_file, retrieval_share=1.0)
+    for i in range(10):
+        ids, weights = rows[i]
+        heavy = sum(w == 20.0 for w in weights)
+        assert heavy and heavy % 6 == 0, "a space and five digits an answer"
+    ids, weights = data(text_file, retrieval_share=0.0)[0]
+    assert len(ids) == 900 and set(weights) == {0.0, 1.0}
+
+
+def test_batches_are_right_padded(text_file):
+    batch = data(text_file).batch(0, 4)
+    lengths = batch["attention_mask"].sum(-1)
+    for r in range(4):
+        assert (batch["attention_mask"][r, : lengths[r]] == 1).all() and (batch["weights"][r, lengths[r] - 1 :] == 0).all()
+
+
+def test_sources(tmp_path):
+    (tmp_path / "a.jsonl").write_text("\n".join(json.dumps({"text": f"line {i}"}) for i in range(3)))
+    assert read_source(str(tmp_path / "a.jsonl")) == "line 0\n\nline 1\n\nline 2"
+    import pyarrow
+    import pyarrow.parquet
+
+    pyarrow.parquet.write_table(pyarrow.table({"text": ["x", "y"]}), tmp_path / "b.parquet")
+    assert read_source(str(tmp_path / "b.parquet")) == "x\n\ny"
+    (tmp_path / "folder").mkdir()
+    (tmp_path / "folder/c.txt").write_text("z")
+    assert read_source(str(tmp_path / "folder")) == "z"
+
+
+def test_data_errors(tmp_path):
+    (tmp_path / "empty.txt").write_text("  \n")
+    with pytest.raises(ValueError, match="holds no text"):
+        read_source(str(tmp_path / "empty.txt"))
+    with pytest.raises(ValueError, match="is not a file"):
+        read_source(str(tmp_path / "missing.txt"))
+    with pytest.raises(ValueError, match="neither a file nor a data set"):
+        read_source("no-such-data-set-anywhere")
+    with pytest.raises(ValueError, match="leaves no room"):
+        TrainingData(Letters(), [], 10, retrieval_share=0, answer_weight=1, seed=0)
+    from transformers import LlamaConfig
+
+    with pytest.raises(ValueError, match="exceeds the model's 128 positions"):
+        check_length(500, LlamaConfig(max_position_embeddings=128))
+
+
+def test_words_and_wordings_are_held_out():
+    assert not set(facts.WORDS["train"]) & set(facts.WORDS["heldout"])
+    assert not {w[0] for w in facts.WORDINGS["train"]} & {w[0] for w in facts.WORDINGS["heldout"]}
+    for split in ("train", "heldout"):
+        assert len(set(facts.WORDS[split])) == len(facts.WORDS[split])
+
+
+def test_samples_hold_their_facts_and_ask_for_them():
+    rng = random.Random(0)
+    for split in ("train", "heldout"):
+        for _ in range(30):
+            sample = facts.make_sample(TEXT, rng, facts=4, characters=1500, split=split, frame=facts.CHAT, questions=2)
+            assert len(sample.questions) == 2 and sample.context.startswith(facts.CHAT[0])
+            for q in sample.questions:
+                assert q.answer.strip() in sample.context and q.answer.strip() not in q.query
+                assert q.answer.startswith(" ") and len(q.answer) == 6
+                assert facts.CHAT[1] in q.query

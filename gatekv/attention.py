@@ -34,7 +34,7 @@ class AttentionCall:
         hidden: [batch, tokens, hidden_size], the layer's input. layer_idx: of the layer.
         memory: the gatekv cache layer, or None for the parallel form.
         gate: the active gate module or None; spec: its GateSpec; form: key of RELAXATIONS for the parallel form, applied
-        to (logits - threshold) / temperature; "listen" = plain attention, the gate only judges.
+        to logits - threshold; "listen" = plain attention, the gate only judges.
         record: called with the parallel form's (logits [batch, kv_heads, tokens], valid [batch, tokens]).
     """
 
@@ -45,7 +45,6 @@ class AttentionCall:
     spec: object = None
     form: str = "hard"
     threshold: torch.Tensor | float = 0.0
-    temperature: float = 1.0
     record: object = None
 
     def listen(self, q, k, mask, scaling: float) -> None:
@@ -60,7 +59,7 @@ class AttentionCall:
         valid = valid_tokens(mask, q.shape[0], q.shape[2], q.device)
         logits, _ = self.gate(self.hidden, k, valid)
         self.record(logits, valid)
-        weight = RELAXATIONS[self.form]((logits - self.threshold) / self.temperature)
+        weight = RELAXATIONS[self.form](logits - self.threshold)
         weight = weight.masked_fill(sink_tokens(valid, self.spec.sinks)[:, None], 1.0)
         return gated_attention(q, k, v, weight, window=self.spec.window, scale=scaling, mask=mask)
 

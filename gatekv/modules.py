@@ -30,7 +30,6 @@ class GatedAttention(nn.Module):
         self.form: str | None = None  # what the parallel form applies outside training mode
         self.off: bool | str = False  # inside `gates_off`: the teacher
         self.threshold: torch.Tensor | float | None = None  # on the logits; None = the gate's own tau
-        self.temperature = 1.0
         self.recorded: tuple[torch.Tensor, ...] | None = None
 
     def active(self) -> str | None:
@@ -59,7 +58,7 @@ class GatedAttention(nn.Module):
         elif gate is not None and self.off == "listen":
             call.form, call.record = "listen", self._record
         elif gate is not None and past_key_values is None and (self.training or self.form) and not self.off:
-            call.form, call.temperature, call.record = self.form or spec.relaxation, self.temperature, self._record
+            call.form, call.record = self.form or spec.relaxation, self._record
             call.threshold = logit_of(spec.threshold) if self.threshold is None else self.threshold
         else:
             return self.base_layer(hidden_states, past_key_values=past_key_values, **kwargs)

@@ -46,6 +46,7 @@ class CPTConfig:
     scope: str = "global"
     sparsity_weight: float = 20.0
     oracle_weight: float = 0.0
+    warm_share: float = 0.0
     target_keep: float = 0.2
     target_share: float = 0.5
     gate: str = "mlp"
@@ -53,7 +54,6 @@ class CPTConfig:
     relaxation: str = "log"
     window: int = 32
     sinks: int = 4
-    final_temperature: float = 1.0
     initial_logit: float = 4.6
     dtype: str = "bfloat16"
     save_every: int = 50

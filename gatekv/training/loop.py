@@ -10,7 +10,7 @@ from gatekv.training import checkpoint
 from gatekv.training.config import CPTConfig
 from gatekv.training.data import TrainingData
 from gatekv.training.objective import Objective
-from gatekv.training.schedule import learning_rate_factor, sampled_keep, target_keep, temperature
+from gatekv.training.schedule import learning_rate_factor, sampled_keep, target_keep
 
 
 def global_mean(accelerator: Accelerator, tensor: torch.Tensor) -> torch.Tensor:
@@ -69,7 +69,7 @@ def _step(module, optimizer, data, config, accelerator, step, target, rank, worl
         first = step * rows + (micro * world + rank) * config.batch_size
         batch = {k: v.to(accelerator.device) for k, v in data.batch(first, config.batch_size).items()}
         with accelerator.accumulate(module):
-            out = module(batch, target, temperature(step, config.max_steps, config.final_temperature))
+            out = module(batch, target, warm=step < config.warm_share * config.max_steps)
             if not torch.isfinite(out["loss"]):
                 raise FloatingPointError(
                     f"the loss is {float(out['loss'])} at step {step}, rows {first}…{first + config.batch_size - 1}: lower "

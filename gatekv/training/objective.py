@@ -60,19 +60,18 @@ class Objective(nn.Module):
             return lm_loss(student, batch["input_ids"].roll(-1, 1), head, weights)
         return distillation_loss(student, teacher, head, weights)
 
-    def forward(self, batch: dict[str, torch.Tensor], target: float, temperature: float = 1.0) -> dict[str, torch.Tensor]:
+    def forward(self, batch: dict[str, torch.Tensor], target: float, warm: bool = False) -> dict[str, torch.Tensor]:
         """batch: input_ids, attention_mask, weights [batch, tokens]; target: keep rate aimed at, or under "budget" held.
 
+        warm: the oracle alone, without the student's pass (a third of the time); needs oracle_weight > 0.
         Returns {"loss", "task", "sparsity", "keep" (hard rate, scalar), "gap" [units] for the multipliers}.
         """
         layers = wrappers(self.model)
-        for w in layers:
-            w.temperature = temperature
         teacher, oracle = self._teacher(batch, target)
-        task = self._task(batch, teacher)
+        task = torch.zeros((), device=oracle.device) if warm else self._task(batch, teacher)
         soft, hard = [], []
         for w in layers:
-            logits, valid = w.recorded
+            logits, valid, *_ = w.recorded
             spec = w.specs[w.active()]
             margin = logits - (logit_of(spec.threshold) if w.threshold is None else w.threshold)
             soft.append(keep_rates(RELAXATIONS[spec.relaxation](margin), valid, spec.sinks, spec.window))

@@ -20,8 +20,3 @@ def sampled_keep(step: int, seed: int, low: float, high: float) -> float:
     """A keep rate between low and high, log-uniform, a pure function of (seed, step)."""
     share = random.Random(f"keep/{seed}/{step}").random()
     return low * (high / low) ** share
-
-
-def temperature(step: int, steps: int, final: float) -> float:
-    """From 1 to `final`, geometrically over the run: soft gates that end nearly as hard as they will be deployed."""
-    return final ** ((step + 1) / steps)

@@ -18,7 +18,7 @@ from gatekv.training.calibrate import calibrate
 from gatekv.training.config import CPTConfig
 from gatekv.training.loop import train
 from gatekv.training.objective import Objective
-from gatekv.training.schedule import learning_rate_factor, sampled_keep, target_keep, temperature
+from gatekv.training.schedule import learning_rate_factor, sampled_keep, target_keep
 
 
 class ToyData:
@@ -141,7 +141,6 @@ def test_schedules():
     assert lr[0] == 0.1 and lr[9] == 1 and lr[99] == pytest.approx(0.1)
     draws = [sampled_keep(s, 0, 0.08, 0.4) for s in range(200)]
     assert 0.08 <= min(draws) < 0.1 and 0.35 < max(draws) <= 0.4 and draws == [sampled_keep(s, 0, 0.08, 0.4) for s in range(200)]
-    assert temperature(9, 10, 0.2) == pytest.approx(0.2) and temperature(0, 10, 1.0) == 1
 
 
 @pytest.mark.parametrize("objective", ["kl", "lm"])

@@ -1,0 +1,129 @@
+"""The README's commands on the real model, shortened: train, reload, generate, evaluate, resume, benchmark, errors."""
+
+import json
+import os
+import re
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+
+ROOT = Path(__file__).resolve().parents[2]
+pytestmark = pytest.mark.slow
+
+
+def run(*command: str, expect: int = 0, timeout: int = 900) -> str:
+    env = {**os.environ, "TOKENIZERS_PARALLELISM": "false"}
+    python = [sys.executable] if command[0].endswith(".py") else [sys.executable, "-m", "accelerate.commands.launch"]
+    rest = command if command[0].endswith(".py") else command[2:]
+    result = subprocess.run([*python, *rest], cwd=ROOT, env=env, capture_output=True, text=True, timeout=timeout)
+    assert result.returncode == expect, f"{command}\n{result.stdout[-2000:]}\n{result.stderr[-3000:]}"
+    return result.stdout + result.stderr
+
+
+@pytest.fixture(scope="module")
+def adapter(tmp_path_factory):
+    folder = tmp_path_factory.mktemp("run") / "adapter"
+    options = ["--max_steps", "4", "--sequence_length", "256", "--calibrate_rows", "1", "--output_dir", str(folder)]
+    run("accelerate", "launch", "recipes/cpt.py", *options)
+    return folder
+
+
+def test_training_writes_an_adapter_and_nothing_of_the_base(adapter):
+    names = {p.name for p in adapter.iterdir()}
+    assert {"adapter_model.safetensors", "adapter_config.json", "README.md", "training.json", "checkpoint"} <= names
+    assert (adapter / "adapter_model.safetensors").stat().st_size < 12e6
+    log = json.loads((adapter / "training.json").read_text())
+    assert len(log["steps"]) == 4 and {"soft", "hard", "soft_hard_gap"} <= set(log["soft_hard"])
+    config = json.loads((adapter / "adapter_config.json").read_text())
+    assert config["calibration"]["ratios"][0] == 1.0 and config["weights_sha256"]
+
+
+def test_generate_in_a_new_process_prints_text_kept_share_and_bytes(adapter):
+    out = run("recipes/generate.py", "--adapter", str(adapter), "--budget", ".25", "--max_new_tokens", "8")
+    ratio = float(re.search(r"after prefill: .* ratio ([\d.]+)", out)[1])
+    assert 0.2 < ratio < 0.27 and "generated:" in out and "kept" in out
+    assert "expected" in run("recipes/generate.py", "--policy", "snapkv", "--budget", ".5", "--max_new_tokens", "4")
+
+
+def test_evaluate_writes_results_picture_and_card(adapter):
+    options = ["--n", "2", "--n_ppl", "1", "--budgets", ".25", "--policies", "gate+global,gate,snapkv+ada,untrained+global"]
+    out = run("recipes/evaluate.py", "--adapter", str(adapter), *options)
+    results = json.loads((adapter / "results.json").read_text())
+    assert {r["task"] for r in results["rows"]} == {"niah_multikey", "ppl"} and results["run"]["versions"]["torch"]
+    assert (adapter / "frontier.png").stat().st_size > 10_000 and "snapkv+ada" in out
+    assert "Measured" in (adapter / "README.md").read_text()
+
+
+def test_real_model_keeps_the_law_in_float32(adapter):
+    import torch
+    from peft import PeftModel
+
+    import gatekv
+    from checkpoints.fetch import fetch
+    from transformers import AutoModelForCausalLM
+
+    torch.manual_seed(0)
+    plain = AutoModelForCausalLM.from_pretrained(fetch(), dtype=torch.float32).eval()
+    ids, mask = torch.randint(3, 49152, (2, 150)), torch.ones(2, 150, dtype=torch.long)
+    mask[1, :40] = 0
+    positions = (mask.cumsum(-1) - 1).clamp_min(0)
+    options = dict(attention_mask=mask, max_new_tokens=6, do_sample=False, pad_token_id=2)
+    with torch.no_grad():
+        wanted = plain.generate(ids, **options)
+        model = PeftModel.from_pretrained(plain, adapter)
+        got = model.generate(input_ids=ids, past_key_values=gatekv.KVCache(model, "gate+global", 1.0), **options)
+        assert torch.equal(got, wanted)
+        level = torch.cat([w for w in _logits(model, ids, mask)]).median().item()
+        with gatekv.parallel(model, threshold=level):
+            parallel = model(ids, attention_mask=mask, position_ids=positions, use_cache=False).logits
+        for w in gatekv.modules.wrappers(model):
+            w.specs["default"].threshold = float(torch.sigmoid(torch.tensor(level, dtype=torch.float64)))
+        cache = gatekv.KVCache(model, "gate")
+        pieces = [
+            model(ids[:, a:b], attention_mask=mask[:, :b], position_ids=positions[:, a:b], past_key_values=cache).logits
+            for a, b in ((0, 77), (77, 78), (78, 150))
+        ]
+    recurrent = torch.cat(pieces, 1)
+    agree = ((parallel - recurrent)[mask.bool()].abs().max() / parallel.abs().max()).item()
+    assert agree < 1e-4 and cache.memory()["ratio"] < 0.9
+
+
+def _logits(model, ids, mask):
+    import gatekv
+
+    with gatekv.parallel(model, threshold=-1e9) as layers:
+        model(ids, attention_mask=mask, use_cache=False)
+        return [w.recorded[0].flatten() for w in layers]
+
+
+def test_resume_continues(adapter):
+    options = ["--max_steps", "5", "--sequence_length", "256", "--calibrate_rows", "1", "--output_dir", str(adapter)]
+    run("recipes/cpt.py", "--resume", *options)
+    assert [s["step"] for s in json.loads((adapter / "training.json").read_text())["steps"]] == [4]
+
+
+@pytest.mark.parametrize("what", ["decode", "cache", "train"])
+def test_benchmark_ends_in_json(what):
+    out = run("recipes/benchmark.py", what, "--quick")
+    last = json.loads(next(line for line in reversed(out.splitlines()) if line.startswith("{")))
+    assert {"context", "batch", "keep", "bytes_ratio", "time_vs_full", "time_vs_limit"} <= set(last["rows"][0])
+    if what == "decode":
+        assert all(r["bytes_ratio"] <= r["keep"] + 0.03 for r in last["rows"])
+
+
+@pytest.mark.parametrize("command,match", [
+    (["recipes/cpt.py", "--max_step", "3"], "Did you mean 'max_steps'"),
+    (["recipes/cpt.py", "--sequence_length", "9000"], "exceeds the model's 8192 positions"),
+    (["recipes/cpt.py", "--data", "nowhere.txt"], "is not a file"),
+    (["recipes/evaluate.py", "--policies", "snapvk"], "Did you mean 'snapkv'"),
+    (["recipes/evaluate.py", "--tasks", "niah"], "Known: ppl"),
+    (["recipes/evaluate.py", "--adapter", "nowhere"], "error"),
+    (["recipes/generate.py", "--policy", "random", "--budget", ".05", "--prompt", "short"], "below the"),
+])  # fmt: skip
+def test_bad_input_is_one_line_and_a_failing_exit(command, match, tmp_path):
+    extra = ["--output_dir", str(tmp_path / "out")] if "cpt" in command[0] else []
+    out = run(*command, *extra, expect=1)
+    assert match in out and "Traceback" not in out
+    assert not (tmp_path / "out").exists(), "nothing half-written"

@@ -1,0 +1,109 @@
+"""The house keeps its own rules: sizes, arrows, public names, no machine's paths, a README that is true."""
+
+import ast
+import re
+import subprocess
+from pathlib import Path
+
+import pytest
+
+import gatekv
+
+ROOT = Path(__file__).resolve().parents[2]
+FILES = sorted(ROOT.glob("gatekv/**/*.py"))
+# From the top down: a file may import only from its own level or lower ones.
+LEVELS = [
+    ["report", "evaluation", "training"],
+    ["adapter"],
+    ["cache"],
+    ["modules"],
+    ["attention"],
+    ["policies", "gates", "presets"],
+    ["ops", "config", "facts", "version"],
+]
+
+
+def level(module: str) -> int:
+    return next(i for i, names in enumerate(LEVELS) if module in names)
+
+
+@pytest.mark.parametrize("path", [f for f in FILES if f.name != "__init__.py" or f.parent.name != "gatekv"], ids=str)
+def test_arrows_go_down_and_layers_stay_free_of_their_guests(path):
+    mine = path.relative_to(ROOT / "gatekv").parts[0].removesuffix(".py")
+    for node in ast.walk(ast.parse(path.read_text())):
+        names = [node.module] if isinstance(node, ast.ImportFrom) and node.module else []
+        names += [a.name for a in node.names] if isinstance(node, ast.Import) else []
+        for name in names:
+            parts = name.split(".")
+            if parts[0] == "gatekv":
+                targets = [parts[1]] if len(parts) > 1 else [a.name for a in node.names]
+                for target in targets:
+                    assert level(target) >= level(mine), f"{path.name} imports {name} from above"
+            if parts[0] == "peft":
+                assert level(mine) <= level("adapter"), f"{path.name} imports peft below the adapter"
+            if parts[0] == "accelerate":
+                assert level(mine) == 0, f"{path.name} imports accelerate below training"
+
+
+def test_sizes():
+    sizes = sorted(len(f.read_text().splitlines()) for f in FILES)
+    assert sizes[-1] <= 600 and sizes[len(sizes) // 2] <= 150
+    for recipe in ROOT.glob("recipes/*.py"):
+        assert len(recipe.read_text().splitlines()) <= 200, recipe
+    for policy in ROOT.glob("gatekv/policies/*.py"):
+        assert len(policy.read_text().splitlines()) <= 150, policy
+
+
+def test_public_names():
+    assert len(gatekv.__all__) <= 15
+    for name in gatekv.__all__:
+        assert getattr(gatekv, name).__doc__, f"{name} has no docstring"
+
+
+def test_public_functions_and_classes_have_docstrings():
+    for path in FILES:
+        tree = ast.parse(path.read_text())
+        assert ast.get_docstring(tree) is not None or not tree.body, path
+        for node in tree.body:
+            if isinstance(node, (ast.FunctionDef, ast.ClassDef)) and not node.name.startswith("_"):
+                assert ast.get_docstring(node), f"{path.name}: {node.name}"
+
+
+def test_no_pickle_and_no_machine():
+    tracked = subprocess.run(["git", "ls-files"], cwd=ROOT, capture_output=True, text=True).stdout.split()
+    for name in tracked:
+        if name.endswith((".py", ".toml", ".txt", ".yaml", "Makefile", "run")) and not name.startswith("data/sample"):
+            text = (ROOT / name).read_text()
+            assert not re.search(r"(?<![\w.])/(work|root|home|tmp)/", text), name
+            assert "pickle.load" not in text and not re.search(r"torch\.load\(", text), name
+
+
+def test_the_annotated_tree_in_the_readme_is_true():
+    tree = (ROOT / "README.md").read_text().split("<!-- tree -->")[1].split("```")[1]
+    stack, named = [], set()
+    for line in tree.strip().splitlines():
+        match = re.match(r"^( *)([\w./-]+)(?: |$)", line)
+        if not match:
+            continue
+        depth = len(match[1]) // 2
+        stack = [*stack[:depth], match[2].rstrip("/")]
+        path = ROOT.joinpath(*stack)
+        assert path.exists(), f"the README's tree names {path.relative_to(ROOT)}, which does not exist"
+        named.add(path)
+    for path in [*ROOT.glob("gatekv/*.py"), *ROOT.glob("recipes/*.py"), *(p.parent for p in ROOT.glob("gatekv/*/__init__.py"))]:
+        assert path in named or path.name in ("__init__.py", "py.typed"), f"the README's tree leaves out {path.relative_to(ROOT)}"
+
+
+def test_the_method_table_lists_every_policy():
+    readme = (ROOT / "README.md").read_text()
+    for name in (*gatekv.policies.SCORERS, *gatekv.policies.BUDGETS):
+        assert f"`{name}`" in readme, name
+
+
+def test_readme_opens_with_a_picture_and_a_load_example_of_five_lines():
+    lines = (ROOT / "README.md").read_text().splitlines()
+    picture = next(i for i, line in enumerate(lines) if line.startswith("!["))
+    assert picture < 15 and (ROOT / re.search(r"\((.*?)\)", lines[picture])[1]).is_file()
+    start = next(i for i, line in enumerate(lines) if line == "```python")
+    end = lines.index("```", start)
+    assert end - start - 1 <= 7 and start < 25

@@ -53,7 +53,9 @@ def sqlite(work: Path) -> str:
 
 def jargon(work: Path) -> str:
     """The Jargon File, unwrapped."""
-    text = gzip.decompress(next(debian("jargon-text", work).rglob("jargon.txt.gz")).read_bytes()).decode(errors="replace")
+    text = gzip.decompress(next(debian("jargon-text", work).rglob("jargon.txt.gz")).read_bytes()).decode(
+        errors="replace"
+    )
     paragraphs = [" ".join(p.split()) for p in re.split(r"\n\s*\n", text)]
     return "\n\n".join(p for p in paragraphs if len(p) > 80)
 

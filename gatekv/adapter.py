@@ -114,7 +114,11 @@ class GateKVConfig(PeftConfig, GateSpec):
             weights = os.path.join(folder, SAFETENSORS_WEIGHTS_NAME)
             if not os.path.isfile(weights):
                 pickled = os.path.isfile(os.path.join(folder, WEIGHTS_NAME))
-                hint = f"{WEIGHTS_NAME} is a pickle, which gatekv never loads" if pickled else "copy the whole folder again"
+                hint = (
+                    f"{WEIGHTS_NAME} is a pickle, which gatekv never loads"
+                    if pickled
+                    else "copy the whole folder again"
+                )
                 raise ValueError(f"{folder} has no {SAFETENSORS_WEIGHTS_NAME}: {hint}.")
             try:
                 load_file(weights)
@@ -169,7 +173,7 @@ class GateKVModel(BaseTuner):
                 )
         if None not in (wanted.get("weights"), found["weights"]) and wanted["weights"] != found["weights"]:
             logger.warning(
-                "gatekv: the base model's weights differ from those the adapter was trained on (quantised or fine-tuned?); "
+                "gatekv: the base model's weights differ from those the adapter was trained on (quantised, tuned?); "
                 "measure before relying on it."
             )
 
@@ -205,9 +209,8 @@ class GateKVModel(BaseTuner):
             raise ValueError(f"missing tensor '{missing[0]}' ({len(missing)} in all) in the adapter file: {cure}")
         for key, tensor in mapped.items():
             if tensor.shape != expected[key].shape:
-                raise ValueError(
-                    f"tensor '{key}' has shape {tuple(tensor.shape)}, the config asks for {tuple(expected[key].shape)}: {cure}"
-                )
+                found, wanted = tuple(tensor.shape), tuple(expected[key].shape)
+                raise ValueError(f"tensor '{key}' has shape {found}, the config asks for {wanted}: {cure}")
         if config.weights_sha256 is not None and tensors_sha256(state_dict) != config.weights_sha256:
             raise ValueError(f"the adapter's tensors do not have the sha256 its config records: {cure}")
         return mapped

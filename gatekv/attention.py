@@ -33,8 +33,8 @@ class AttentionCall:
     Attributes:
         hidden: [batch, tokens, hidden_size], the layer's input. layer_idx: of the layer.
         memory: the gatekv cache layer, or None for the parallel form.
-        gate: the active gate module or None; spec: its GateSpec; form: key of RELAXATIONS for the parallel form, applied
-        to logits - threshold; "listen" = plain attention, the gate only judges.
+        gate: the active gate module or None; spec: its GateSpec; form: key of RELAXATIONS for the parallel form,
+        applied to logits - threshold; "listen" = plain attention, the gate only judges.
         record: called with the parallel form's (logits [batch, kv_heads, tokens], valid [batch, tokens]).
     """
 

@@ -57,7 +57,7 @@ class GateSpec:
         window: tokens behind the query that ignore their flag (grace; 0 = the paper).
         sinks: first real tokens of a row that are always kept.
         threshold: keep iff sigmoid(logit) > threshold.
-        initial_logit: bias of the last layer at the start; 4.6 means p = .99, so training starts from "keep everything".
+        initial_logit: bias of the last layer at the start; 4.6 means p = .99: training starts from "keep everything".
     """
 
     gate: str = "mlp"

@@ -86,7 +86,9 @@ def attention_layers(model: nn.Module) -> list[tuple[nn.Module, nn.Module]]:
     """
     found = [(p, p.self_attn) for p in model.modules() if isinstance(p._modules.get(ATTENTION_NAME), nn.Module)]
     if not found:
-        raise ValueError(f"{type(model).__name__} has no `{ATTENTION_NAME}` modules; gatekv knows Llama and Qwen3 families.")
+        raise ValueError(
+            f"{type(model).__name__} has no `{ATTENTION_NAME}` modules; gatekv knows Llama and Qwen3 families."
+        )
     full = [(p, m) for p, m in found if not is_sliding(m.base_layer if isinstance(m, GatedAttention) else m)]
     if not full:
         raise ValueError(f"every layer of {type(model).__name__} has a sliding window: its cache is bounded already.")

@@ -12,7 +12,9 @@ def _line(axis, points: list[dict], value: str, **style) -> None:
     x, y = [r["bytes_ratio"] for r in points], [r[value] for r in points]
     axis.plot(x, y, marker="o", **style)
     if value == "score":
-        axis.fill_between(x, [r["ci_low"] for r in points], [r["ci_high"] for r in points], alpha=0.1, color=style["color"])
+        axis.fill_between(
+            x, [r["ci_low"] for r in points], [r["ci_high"] for r in points], alpha=0.1, color=style["color"]
+        )
 
 
 def frontier(results: dict, path: Path) -> None:

@@ -72,7 +72,9 @@ def decode(model, args) -> list[dict]:
                 caches = {"even": undecided.decide("random", keep), "uneven": undecided.decide("random+global", keep)}
                 ratios = {name: c.memory()["ratio"] for name, c in caches.items()}
                 caches |= {"full": full, "limit": limit}
-                times = interleaved({n: step(model, c, batch) for n, c in caches.items()}, args.repeats, model.device.type)
+                times = interleaved(
+                    {n: step(model, c, batch) for n, c in caches.items()}, args.repeats, model.device.type
+                )
                 for name in ratios:
                     rows.append({
                         "context": context, "batch": batch, "keep": keep, "heads": name,
@@ -159,7 +161,9 @@ def main(argv: list[str]) -> None:
     import torch
 
     if args.quick:
-        args.contexts, args.batches, args.keeps = ("512", "1", ".25") if args.what != "decode" else ("1024", "1", ".25,.125")
+        args.contexts, args.batches, args.keeps = (
+            ("512", "1", ".25") if args.what != "decode" else ("1024", "1", ".25,.125")
+        )
         args.repeats = 5 if args.what == "decode" else 3
     args.contexts, args.batches = ([int(v) for v in t.split(",")] for t in (args.contexts, args.batches))
     args.keeps = [float(v) for v in args.keeps.split(",")]
@@ -169,7 +173,9 @@ def main(argv: list[str]) -> None:
         rows = {"decode": decode, "cache": cache, "train": train}[args.what](model, args)
     for row in rows:
         print("  ".join(f"{k} {v}" for k, v in row.items() if v is not None))
-    print(json.dumps({"rows": rows, "what": args.what, "device": model.device.type, "threads": torch.get_num_threads()}))
+    print(
+        json.dumps({"rows": rows, "what": args.what, "device": model.device.type, "threads": torch.get_num_threads()})
+    )
 
 
 if __name__ == "__main__":

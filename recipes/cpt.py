@@ -1,6 +1,6 @@
 """Continual pre-training of gates on a frozen model.
 
-    accelerate launch recipes/cpt.py                                   # the demo: SmolLM2-135M, six minutes on two cores
+    accelerate launch recipes/cpt.py                                   # the demo: six minutes on two cores
     accelerate launch recipes/cpt.py --max_steps 6 --output_dir checkpoints/try      # a two-minute trial
     accelerate launch recipes/cpt.py --config recipes/configs/paper.yaml --learning_rate 1e-3
     accelerate launch recipes/cpt.py --resume                          # go on from output_dir/checkpoint
@@ -16,7 +16,6 @@ from common import load_model, run
 
 
 def main(argv: list[str]) -> None:
-    import torch
     from accelerate import Accelerator
     from accelerate.utils import set_seed
     from peft import get_peft_model

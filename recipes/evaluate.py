@@ -20,7 +20,9 @@ POLICIES = "gate+global,gate,snapkv,snapkv+ada,l2,value_norm,sinks_recent,random
 
 def parse(argv: list[str]) -> argparse.Namespace:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("--adapter", default="", help="folder or Hub name of a gatekv adapter; empty: training-free only")
+    parser.add_argument(
+        "--adapter", default="", help="folder or Hub name of a gatekv adapter; empty: training-free only"
+    )
     parser.add_argument("--model", default="", help="base model; empty: the adapter's, or the embedded one")
     parser.add_argument("--policies", default=POLICIES)
     parser.add_argument("--budgets", default=".25,.125")
@@ -45,7 +47,9 @@ def checked(argument: str, text: str, known) -> list[str]:
 
 
 def print_table(rows: list[dict], comparisons: list[dict]) -> None:
-    print(f"{'task':14} {'mode':9} {'policy':18} {'budget':>6} {'bytes':>6} {'at end':>6} {'score':>7} {'KL':>7} {'n':>4}")
+    print(
+        f"{'task':14} {'mode':9} {'policy':18} {'budget':>6} {'bytes':>6} {'at end':>6} {'score':>7} {'KL':>7} {'n':>4}"
+    )
     for r in rows:
         head = f"{r['task']:14} {r['mode']:9} {r['policy']:18} {r['budget']:6.3f}"
         if r["score"] is None:
@@ -56,8 +60,9 @@ def print_table(rows: list[dict], comparisons: list[dict]) -> None:
     for c in comparisons:
         what = "KL" if c["task"] == "ppl" else "score"
         print(
-            f"{c['task']} {c['mode']} at {c['budget']}: {c['learned']} {what} {c['learned_value']:.3f} against {c['training_free']} "
-            f"{c['training_free_value']:.3f}, difference {c['difference']:+.3f} [{c['ci_low']:+.3f}, {c['ci_high']:+.3f}]"
+            f"{c['task']} {c['mode']} at {c['budget']}: {c['learned']} {what} {c['learned_value']:.3f} against "
+            f"{c['training_free']} {c['training_free_value']:.3f} (full cache {c['full_value']:.3f}), "
+            f"difference {c['difference']:+.3f} [{c['ci_low']:+.3f}, {c['ci_high']:+.3f}]"
         )
 
 

@@ -1,8 +1,8 @@
 """Generate with a smaller cache: prints the text, what was kept, and the bytes.
 
-    python recipes/generate.py --adapter checkpoints/demo --budget .25
-    python recipes/generate.py --policy snapkv --budget .25 --prompt "…"
-    python recipes/generate.py --adapter checkpoints/demo --file notes.txt --question "Who owns the lantern?"
+python recipes/generate.py --adapter checkpoints/demo --budget .25
+python recipes/generate.py --policy snapkv --budget .25 --prompt "…"
+python recipes/generate.py --adapter checkpoints/demo --file notes.txt --question "Who owns the lantern?"
 """
 
 import argparse
@@ -56,7 +56,7 @@ def main(argv: list[str]) -> None:
         input_ids=ids, past_key_values=cache, max_new_tokens=args.max_new_tokens, do_sample=False,
         pad_token_id=tokenizer.pad_token_id,
     )  # fmt: skip
-    print(f"generated: {tokenizer.decode(out[0, ids.shape[1]:], skip_special_tokens=True).strip()}")
+    print(f"generated: {tokenizer.decode(out[0, ids.shape[1] :], skip_special_tokens=True).strip()}")
     kept = sum(int(f.sum()) for f in cache.flags()) / sum(f.numel() for f in cache.flags())
     for name, m in (("after prefill", after_prefill), ("at the end", cache.memory())):
         print(f"{name}: {m['bytes']:,} of {m['full_bytes']:,} bytes, ratio {m['ratio']:.3f}")

@@ -10,7 +10,7 @@ from gatekv.cache.layer import KVLayer, Plan
 from gatekv.config import GateSpec, check_choice
 from gatekv.gates.relaxations import logit_of
 from gatekv.modules import attach, base_model, wrappers
-from gatekv.policies import Full, Gate, Policy, resolve
+from gatekv.policies import Full, Gate, resolve
 from gatekv.policies.budgets import Threshold
 
 DEFAULT = GateSpec()
@@ -26,23 +26,33 @@ class KVCache(Cache):
 
     Args:
         model: a transformers or PEFT model; gets gatekv's wrappers if it has none (`gatekv.detach` undoes it).
-        policy: a name like "gate", "gate+global", "snapkv+ada", a scorer object, or None: the adapter's gate if there is
-            one, else "full".
+        policy: a name like "gate", "gate+global", "snapkv+ada", a scorer object, or None: the adapter's gate if there
+            is one, else "full".
         budget: share of each row's real prompt tokens that a KV head holds on average, sinks and window inside it.
             None: a gate's own threshold.
-        prefill: "dense": the prompt attends to all of itself and flags act after it; "sparse": a gate's flags act inside
-            the prompt too. Default: sparse for threshold gates, dense otherwise.
-        decode: "evict": a gate goes on judging the tokens that follow the prompt; "keep": they all stay, as under policies
-            that decide once. Default: evict. Policies without a gate keep them in any case.
-        sinks, window: protected tokens; default: what the adapter was trained with, or what the scorer's paper protects.
+        prefill: "dense": the prompt attends to all of itself and flags act after it; "sparse": a gate's flags act
+            inside the prompt too. Default: sparse for threshold gates, dense otherwise.
+        decode: "evict": a gate goes on judging the tokens that follow the prompt; "keep": they all stay, as under
+            policies that decide once. Default: evict. Policies without a gate keep them in any case.
+        sinks, window: protected tokens; default: as the adapter was trained, or what the scorer's paper protects.
         prompt_tokens: length of the prompt as fed, for prompts that arrive in several calls (`prefill_chunk_size`).
 
     Raises:
         ValueError: unknown policy or prefill, impossible budget, a gate without an adapter or without calibration.
     """
 
-    def __init__(self, model, policy=None, budget: float | None = None, *, prefill: str | None = None,
-                 decode: str = "evict", sinks: int | None = None, window: int | None = None, prompt_tokens: int | None = None):  # fmt: skip
+    def __init__(
+        self,
+        model,
+        policy=None,
+        budget: float | None = None,
+        *,
+        prefill: str | None = None,
+        decode: str = "evict",
+        sinks: int | None = None,
+        window: int | None = None,
+        prompt_tokens: int | None = None,
+    ):
         attach(model)
         self.model = model
         active = [w for w in wrappers(model) if w.active()]
@@ -55,7 +65,9 @@ class KVCache(Cache):
         check_choice("prefill", prefill, ("dense", "sparse"))
         check_choice("decode", decode, ("evict", "keep"))
         if prefill == "sparse" and not learned:
-            raise ValueError(f"prefill='sparse' needs a causal gate; {type(policy.scorer).__name__} decides after the prompt.")
+            raise ValueError(
+                f"prefill='sparse' needs a causal gate; {type(policy.scorer).__name__} decides after the prompt."
+            )
         calibration = active[0].calibration() if active else None
         if learned and policy.ratio is not None and (streaming or prefill == "sparse") and calibration is None:
             raise ValueError(

@@ -24,10 +24,13 @@ class Plan:
     """What all layers of a cache share.
 
     Attributes:
-        policy: scorer, rule and ratio. sinks, window: protected tokens. dense: the prompt attends to all of itself,
-        flags act after it. prompt_tokens: where the prompt ends, or None = with the first forward.
-        thresholds: (ratio, real tokens seen [batch, n]) -> logit thresholds [batch, n], from the adapter's calibration.
-        threshold: tau as a logit, for a gate without a ratio. keep_later: tokens after the prompt all stay. defer: keep what scorers need, decide when asked to.
+        policy: scorer, rule and ratio. sinks, window: protected tokens.
+        dense: the prompt attends to all of itself, flags act after it.
+        prompt_tokens: where the prompt ends, or None = with the first forward.
+        threshold: tau as a logit, for a gate without a ratio.
+        keep_later: tokens after the prompt all stay.
+        thresholds: (ratio, real tokens seen [batch, n], prompt_tokens) -> logit thresholds [batch, n], calibrated.
+        defer: keep what scorers need, decide when asked to.
         decide: called by a layer whose prompt has ended.
     """
 
@@ -81,7 +84,9 @@ class KVLayer(CacheLayerMixin):
     def clear(self) -> None:
         """Forget everything; the cache is as new."""
         self.keys = self.values = None  # the tail: [batch, kv_heads, n, head_dim]
-        self.flags = self.valid = self.scores = None  # of the tail: [batch, kv_heads, n], [batch, n], [batch, kv_heads, n]
+        self.flags = self.valid = self.scores = (
+            None  # of the tail: [batch, kv_heads, n], [batch, n], [batch, kv_heads, n]
+        )
         self.store = None
         self.seen, self.real, self.folded = 0, None, 0  # slots; real tokens [batch, 1]; slots that left the tail
         self.in_prompt, self.first_call = True, None
@@ -149,7 +154,10 @@ class KVLayer(CacheLayerMixin):
     # -- the recurrent form
 
     def attend(self, call: AttentionCall, q, k, v, mask, scaling: float) -> torch.Tensor:
-        """Take in new tokens, answer their queries, evict. q [B, H, Q, D]; k, v [B, K, Q, D]; mask [B, 1, Q, seen + Q]."""
+        """Take in new tokens, answer their queries, evict.
+
+        q: [B, H, Q, D]; k, v: [B, K, Q, D]; mask: [B, 1, Q, seen + Q] bool or None. Returns [B, H, Q, D].
+        """
         b, _, n, _ = q.shape
         self._check_chunks(n)
         valid = valid_tokens(mask, b, n, q.device)
@@ -173,8 +181,8 @@ class KVLayer(CacheLayerMixin):
             self.first_call = n
         elif n > 1 and n == self.first_call == self.seen and waits and self.plan.prompt_tokens is None:
             raise ValueError(
-                f"two calls of {n} tokens look like a prompt prefilled in chunks, and this policy decides at the prompt's "
-                "end, which a cache cannot see: pass KVCache(…, prompt_tokens=N), or a threshold gate with prefill='sparse'."
+                f"two calls of {n} tokens look like a prompt prefilled in chunks, and this policy decides at the "
+                "prompt's end, which a cache cannot see: pass KVCache(…, prompt_tokens=N), or use a threshold gate."
             )
 
     def _take_in(self, call, k, v, valid) -> None:
@@ -205,7 +213,7 @@ class KVLayer(CacheLayerMixin):
             # on the token alone, never on how the prompt was cut into calls.
             seen = self.real + valid.long().cumsum(-1) + plan.window
             ratio = plan.policy.ratio if plan.streaming else min(1.0, 1.5 * plan.policy.ratio)
-            return plan.thresholds(ratio, seen.clamp_min(plan.prompt_tokens or 0))[:, None]
+            return plan.thresholds(ratio, seen, plan.prompt_tokens)[:, None]
         return torch.tensor(-torch.inf, device=valid.device)  # a dense prompt decides at its end
 
     def _answer(self, q, mask, scaling) -> torch.Tensor:
@@ -279,7 +287,7 @@ class KVLayer(CacheLayerMixin):
         return scores
 
     def restrict(self, keep: torch.Tensor, cut: torch.Tensor | None) -> None:
-        """Hold exactly keep [batch, kv_heads, seen]; a gate's later tokens must exceed cut [batch, 1 or kv_heads, 1]."""
+        """Hold exactly keep [batch, kv_heads, seen]; later tokens must exceed cut [batch, 1 or kv_heads, 1], if any."""
         flags = keep[..., self.folded :]
         if cut is not None:
             # Tokens still in the window were kept for that alone; their own logits decide when they leave it.
@@ -318,7 +326,15 @@ class KVLayer(CacheLayerMixin):
 
     def tensors(self) -> list[torch.Tensor]:
         """Every tensor that this layer holds."""
-        own = (self.keys, self.values, self.flags, self.valid, self.scores, self.real, self.cut, self.queries, self.hidden)
+        own = (
+            self.keys,
+            self.values,
+            self.flags,
+            self.valid,
+            self.scores,
+            self.real,
+            self.cut,
+            self.queries,
+            self.hidden,
+        )
         return [t for t in (*own, *(self.gate_state or ()), *self.store.tensors()) if t is not None]
-
-

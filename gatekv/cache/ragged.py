@@ -75,7 +75,7 @@ class RaggedStore:
         return RaggedStore(self.keys[held], self.values[held], self.positions[held], self._offsets(owners[held]))
 
     def select(self, sequences: Tensor, kv: int) -> "RaggedStore":
-        """The store of a re-ordered, repeated or reduced batch: sequences [new_batch] indexes the old one; kv heads each."""
+        """The store of a reordered, repeated or reduced batch: sequences [new_batch] index the old, of kv heads."""
         rows = (sequences[:, None] * kv + torch.arange(kv, device=sequences.device)).flatten().tolist()
         spans = [torch.arange(self.offsets[r], self.offsets[r + 1], device=self.keys.device) for r in rows]
         index = torch.cat(spans)

@@ -53,7 +53,9 @@ def _compressed(model, undecided: KVCache, context: torch.Tensor, policy: str, b
         cache = KVCache(model, policy, budget)
         model(context, past_key_values=cache, logits_to_keep=1)
         return cache
-    return undecided.decide(policy, budget, decode="keep")  # as training-free policies do: the same bytes at the end too
+    return undecided.decide(
+        policy, budget, decode="keep"
+    )  # as training-free policies do: the same bytes at the end too
 
 
 @torch.no_grad()
@@ -98,7 +100,8 @@ def run_item(model, item: Item, task: str, cells: list[Cell]) -> None:
 def evaluate(model, tokenizer, texts, policies: list[str], budgets: list[float], task: str, mode: str, n: int,
              seed: int, progress: bool = True) -> list[Cell]:  # fmt: skip
     """At least n scored answers per cell. Returns the cells, the full cache first."""
-    if any(p.startswith(UNTRAINED) for p in policies):
+    control = any(p.startswith(UNTRAINED) for p in policies)
+    if control:
         add_untrained(model)
     cells = [Cell("full", 1.0)] + [Cell(p, b) for p in policies if p != "full" for b in budgets]
     try:
@@ -111,7 +114,7 @@ def evaluate(model, tokenizer, texts, policies: list[str], budgets: list[float],
             done, index = done + len(item.asks), index + 1
         bar.close()
     finally:
-        if UNTRAINED in model.peft_config:
+        if control:
             model.set_adapter("default")
             model.delete_adapter(UNTRAINED)
     return cells

@@ -27,7 +27,9 @@ def heldout_texts(sources: list[str]) -> list[str]:
     return [read_source(s) for s in (sources or sorted(str(p) for p in HELDOUT.glob("*.txt")))]
 
 
-def niah_multikey(tokenizer, texts, mode: str, index: int, seed: int, wordings: str = "heldout", words="heldout") -> Item:
+def niah_multikey(
+    tokenizer, texts, mode: str, index: int, seed: int, wordings: str = "heldout", words="heldout"
+) -> Item:
     """4 word -> number facts in 600-1000 tokens of real text; two of them are asked, each on its own.
 
     mode "agnostic": the context is compressed before the question is seen. "aware": the question is part of it; only

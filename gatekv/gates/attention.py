@@ -47,7 +47,9 @@ class AttentionGate(nn.Module):
             state = (empty, empty, valid.new_zeros(b, past))
         k, v, valid = (torch.cat([old, new], 1) for old, new in zip(state, (k, v, valid)))
         out = self._banded(q, k, v, valid)
-        return self.out(out.flatten(2)).transpose(1, 2), tuple(t[:, -past:] if past else t[:, :0] for t in (k, v, valid))
+        return self.out(out.flatten(2)).transpose(1, 2), tuple(
+            t[:, -past:] if past else t[:, :0] for t in (k, v, valid)
+        )
 
     def _banded(self, q, k, v, valid):
         """Query t reads ring slots t .. t + context - 1. Blocks of `context` queries: O(tokens · 2·context) memory."""

@@ -32,18 +32,25 @@ class Calibration:
         return self.table[-1]
 
     def thresholds(self, sinks: int, window: int):
-        """(ratio, real tokens seen [...]) -> logit thresholds [...]: level (r·T - s - w) / (T - s - w) of the quantiles."""
+        """(ratio, tokens seen [...], prompt length or None) -> logit thresholds [...] of tokens that leave the window.
+
+        A row that has seen T tokens may hold ratio·T, sinks and window inside. Flags are final, so the share that keeps
+        this at every T is 0 until (sinks + window)/ratio tokens are seen and `ratio` from then on. Where the prompt's
+        length N is known, its tokens share alike: (ratio·N - s - w)/(N - s - w).
+        """
         levels = torch.tensor(self.levels)
 
-        def at(ratio: float, seen: torch.Tensor) -> torch.Tensor:
+        def at(ratio: float, seen: torch.Tensor, prompt: int | None = None) -> torch.Tensor:
             if ratio >= 1:
                 return torch.full(seen.shape, -torch.inf, device=seen.device)
-            row = torch.tensor(self.row(ratio), device=seen.device)
-            free = (seen - sinks - window).clamp_min(1).double()
-            level = ((ratio * seen - sinks - window) / free).float()
-            grid = levels.to(seen.device)
-            right = torch.searchsorted(grid, level.clamp(0, 1).contiguous()).clamp(1, len(grid) - 1)
-            share = (level.clamp(0, 1) - grid[right - 1]) / (grid[right] - grid[right - 1])
+            protected = sinks + window
+            level = torch.where(seen * ratio >= protected, ratio, 0.0)
+            if prompt is not None:
+                level = level.masked_fill(seen <= prompt, (ratio * prompt - protected) / max(1, prompt - protected))
+            row, grid = torch.tensor(self.row(ratio), device=seen.device), levels.to(seen.device)
+            level = level.clamp(0, 1)
+            right = torch.searchsorted(grid, level.contiguous()).clamp(1, len(grid) - 1)
+            share = (level - grid[right - 1]) / (grid[right] - grid[right - 1])
             value = row[right - 1] + share * (row[right] - row[right - 1])
             return torch.where(level > 0, value, torch.inf)
 

@@ -1,4 +1,4 @@
-"""From a gate's margins (logit - threshold, > 0 keeps) to the weights that attention uses while training and deployed."""
+"""From a gate's margins (logit - threshold, > 0 keeps) to the weights that attention uses, in training and deployed."""
 
 import math
 

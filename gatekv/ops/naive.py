@@ -43,7 +43,9 @@ def gated_attention(q, k, v, gate, *, window: int, scale: float, mask: Tensor | 
     s = torch.einsum("bkgqd,bktd->bkgqt", group_queries(q, kv).to(acc), k.to(acc)) * scale
     i, j = torch.arange(n, device=q.device)[:, None], torch.arange(n, device=q.device)
     allowed = (causal_mask(n, n, q.device) if mask is None else mask)[..., :, :].expand(b, 1, n, n)[:, :, None]
-    weight = torch.where(i - j < max(window, 1), torch.ones((), dtype=acc, device=q.device), gate[:, :, None, None].to(acc))
+    weight = torch.where(
+        i - j < max(window, 1), torch.ones((), dtype=acc, device=q.device), gate[:, :, None, None].to(acc)
+    )
     weight = torch.where(allowed, weight, 0)
     # The maximum runs over evicted keys too: they may outweigh every live one, and their gradient must stay finite.
     top = s.masked_fill(~allowed, -torch.inf).amax(-1, keepdim=True).detach().clamp_min(torch.finfo(acc).min)

@@ -1,8 +1,8 @@
 """Budget rules: from scores to flags. A ratio is the share of a row's real tokens that a KV head holds on average.
 
 Every rule answers `keep(scores, protected, valid, ratios)`:
-    scores [layers, batch, kv_heads, tokens], higher keeps · protected, same shape, bool: kept first, inside the budget ·
-    valid [batch, tokens] · ratios [layers] float
+    scores [layers, batch, kv_heads, tokens], higher keeps · protected, same shape, bool: kept first, inside the
+    budget · valid [batch, tokens] · ratios [layers] float
     -> keep [layers, batch, kv_heads, tokens] bool
 `scope` says how many layers it must see at once.
 """
@@ -14,14 +14,18 @@ import torch
 
 
 def row_budgets(ratio: float, valid: torch.Tensor, protected: torch.Tensor | None = None) -> list[int]:
-    """Tokens per head for one ratio, per row; ValueError when they do not hold the `protected` [batch, kv_heads, tokens]."""
+    """Tokens per head for one ratio, per row.
+
+    Raises:
+        ValueError: when they do not hold the `protected` [batch, kv_heads, tokens].
+    """
     counts = [math.floor(ratio * n + 1e-6) for n in valid.sum(-1).tolist()]
     if protected is not None:
         for row, (count, need) in enumerate(zip(counts, protected.sum(-1).amax(-1).tolist())):
             if count < need:
                 raise ValueError(
-                    f"budget {ratio:.4g} of the {int(valid[row].sum())} tokens of row {row} is {count} a head, below the "
-                    f"{need} that sinks + window protect: raise budget, lower sinks or window, or give longer prompts."
+                    f"budget {ratio:.4g} of the {int(valid[row].sum())} tokens of row {row} is {count} a head, below "
+                    f"the {need} that sinks + window protect: raise budget, lower sinks or window, use longer prompts."
                 )
     return counts
 
@@ -34,7 +38,9 @@ def _ranked(scores: torch.Tensor, protected: torch.Tensor, valid: torch.Tensor) 
 def _top(ranked: torch.Tensor, count: torch.Tensor) -> torch.Tensor:
     """Flags of the `count` highest along the last dimension; ties go to the earlier token. count: shape [..., 1]."""
     order = ranked.sort(dim=-1, descending=True, stable=True).indices
-    rank = torch.empty_like(order).scatter_(-1, order, torch.arange(order.shape[-1], device=order.device).expand_as(order))
+    rank = torch.empty_like(order).scatter_(
+        -1, order, torch.arange(order.shape[-1], device=order.device).expand_as(order)
+    )
     return (rank < count) & (ranked > -torch.inf)
 
 

@@ -35,7 +35,8 @@ def results_table(rows: list[dict]) -> str:
     for r in rows:
         kl = "" if r["kl"] is None else f"{r['kl']:.4f}"
         lines.append(
-            f"| {r['task']} | {r['mode']} | {r['policy']} | {r['budget']} | {r['bytes_ratio']:.3f} | {r['score']:.3f} | {kl} |"
+            f"| {r['task']} | {r['mode']} | {r['policy']} | {r['budget']} | {r['bytes_ratio']:.3f} "
+            f"| {r['score']:.3f} | {kl} |"
         )
     return "\n".join(lines)
 

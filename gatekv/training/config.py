@@ -17,12 +17,16 @@ class CPTConfig:
     """Continual pre-training of gates on a frozen model.
 
     Attributes:
-        model: folder or Hub name. preset: see gatekv.presets. data: files, folders or Hub names; empty = bundled sample.
-        sequence_length: tokens a row, at most. batch_size: rows per device and micro-batch. accumulation: micro-batches.
-        max_steps: optimizer steps. learning_rate, warmup_steps, final_lr (share of the peak), max_grad_norm: AdamW.
-        objective: kl | lm. answer_weight: of retrieval answers. retrieval_share: of rows.
-        sparsity: abs | lagrange; scope: layer | global; sparsity_weight: alpha; target_keep: beta, reached from 1 after
-        target_share of the run. gate, hidden, relaxation, window, sinks: see gatekv.config.GateSpec.
+        model: folder or Hub name; empty = the embedded demo model. preset: see gatekv.presets.
+        data: files, folders or Hub names; empty = the bundled sample.
+        sequence_length: tokens a row, at most. batch_size: rows per device and micro-batch.
+        accumulation: micro-batches a step. max_steps: optimizer steps.
+        learning_rate, warmup_steps, final_lr (share of the peak), max_grad_norm: AdamW.
+        objective: kl | lm. answer_weight: loss weight of retrieval answers. retrieval_share: of rows.
+        sparsity: abs | lagrange | budget; scope: layer | global; sparsity_weight: alpha.
+        target_keep: beta, reached from 1 after target_share of the run.
+        oracle_weight: of the regression to received attention; warm_share: of the run that does only that.
+        gate, hidden, relaxation, window, sinks, initial_logit: see gatekv.config.GateSpec.
         dtype: of the frozen base. save_every: steps between checkpoints. resume: go on from output_dir/checkpoint.
         calibrate_rows: training rows read for the thresholds. log_with: tracker known to accelerate, or none.
     """
@@ -72,7 +76,9 @@ class CPTConfig:
             if getattr(self, name) < 1:
                 raise ValueError(f"{name} must be at least 1, not {getattr(self, name)}.")
         if not 0 < self.target_keep <= 1:
-            raise ValueError(f"target_keep is the share of tokens to keep, above 0 and at most 1; got {self.target_keep}.")
+            raise ValueError(
+                f"target_keep is the share of tokens to keep, above 0 and at most 1; got {self.target_keep}."
+            )
         self.gate_fields()
 
     def gate_fields(self) -> dict:
@@ -97,7 +103,11 @@ def _parse(name: str, text: str, kind):
 
 
 def load_config(argv: list[str], cls=CPTConfig):
-    """`--config FILE` and `--key value` pairs -> config. Raises TypeError or ValueError that name the key and the cure."""
+    """`--config FILE` and `--key value` pairs -> config.
+
+    Raises:
+        TypeError, ValueError: with the key and the cure.
+    """
     kinds = typing.get_type_hints(cls)
     given, settings = {}, {}
     rest = list(argv)

@@ -35,11 +35,15 @@ def read_source(source: str, max_documents: int = 20000) -> str:
         try:
             from datasets import load_dataset
         except ImportError as error:
-            raise ValueError(f"data source {source!r} is not a file; for Hub names: pip install gatekv[eval].") from error
+            raise ValueError(
+                f"data source {source!r} is not a file; for Hub names: pip install gatekv[eval]."
+            ) from error
         try:
             documents = [row["text"] for row in load_dataset(source, split="train", streaming=True).take(max_documents)]
         except Exception as error:  # the Hub client raises a dozen types; all mean the same to the user
-            raise ValueError(f"data source {source!r} is neither a file nor a data set that can be loaded: {error}") from error
+            raise ValueError(
+                f"data source {source!r} is neither a file nor a data set that can be loaded: {error}"
+            ) from error
     text = "\n\n".join(d for d in documents if d.strip())
     if not text.strip():
         raise ValueError(f"data source {source!r} holds no text: check the path, and that rows have a 'text' field.")
@@ -82,7 +86,9 @@ class TrainingData:
         facts = rng.choice((1, 2, 4, 8))
         characters = self.length * 5
         while True:
-            sample = make_sample(text, rng, facts=facts, characters=characters, split="train", frame=self.frame, questions=6)
+            sample = make_sample(
+                text, rng, facts=facts, characters=characters, split="train", frame=self.frame, questions=6
+            )
             ids, weights = self._tokens(sample.context), []
             weights = [1.0] * (len(ids) - 1)
             for i, question in enumerate(sample.questions):
@@ -117,5 +123,3 @@ def check_length(length: int, config) -> None:
     limit = config.get_text_config(decoder=True).max_position_embeddings
     if length > limit:
         raise ValueError(f"sequence_length={length} exceeds the model's {limit} positions: use at most {limit}.")
-
-

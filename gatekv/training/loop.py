@@ -41,7 +41,9 @@ def train(objective: Objective, data: TrainingData, config: CPTConfig, accelerat
     bar = tqdm(range(start, config.max_steps), disable=not accelerator.is_local_main_process, desc="train")
     try:
         for step in bar:
-            lr = config.learning_rate * learning_rate_factor(step, config.max_steps, config.warmup_steps, config.final_lr)
+            lr = config.learning_rate * learning_rate_factor(
+                step, config.max_steps, config.warmup_steps, config.final_lr
+            )
             for group in optimizer.param_groups:
                 group["lr"] = lr
             target = target_keep(step, config.max_steps, config.target_keep, config.target_share)
@@ -72,8 +74,8 @@ def _step(module, optimizer, data, config, accelerator, step, target, rank, worl
             out = module(batch, target, warm=step < config.warm_share * config.max_steps)
             if not torch.isfinite(out["loss"]):
                 raise FloatingPointError(
-                    f"the loss is {float(out['loss'])} at step {step}, rows {first}…{first + config.batch_size - 1}: lower "
-                    "learning_rate or sparsity_weight, or use dtype=float32; the last checkpoint is untouched."
+                    f"the loss is {float(out['loss'])} at step {step}, rows {first}…{first + config.batch_size - 1}: "
+                    "lower learning_rate or sparsity_weight, or use dtype=float32; the last checkpoint is untouched."
                 )
             accelerator.backward(out["loss"])  # divides by the number of micro-batches
             if accelerator.sync_gradients:

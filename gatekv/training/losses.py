@@ -118,7 +118,7 @@ def sparsity_gap(rates: torch.Tensor, target: float, scope: str) -> torch.Tensor
 
 
 def sparsity_loss(gap: torch.Tensor, kind: str, multiplier: torch.Tensor | None = None) -> torch.Tensor:
-    """`abs`: |mean(g) - beta| per sequence (Attention-Gate's eviction loss, with the gradient its first version lacked);
+    """`abs`: |mean(g) - beta| per sequence (Attention-Gate's eviction loss, with the gradient its first version lacks);
     `lagrange`: multiplier · (mean(g) - beta), the multiplier [units] moving once an optimizer step. Mean over all."""
     if kind == "lagrange":
         return (multiplier.detach()[:, None] * gap).mean() + gap.square().mean()

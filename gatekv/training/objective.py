@@ -5,7 +5,15 @@ from torch import nn
 
 from gatekv.gates.relaxations import RELAXATIONS, logit_of
 from gatekv.modules import base_model, gates_off, parallel, wrappers
-from gatekv.training.losses import budget_cut, distillation_loss, keep_rates, lm_loss, oracle_loss, sparsity_gap, sparsity_loss
+from gatekv.training.losses import (
+    budget_cut,
+    distillation_loss,
+    keep_rates,
+    lm_loss,
+    oracle_loss,
+    sparsity_gap,
+    sparsity_loss,
+)
 
 
 class Objective(nn.Module):
@@ -15,7 +23,8 @@ class Objective(nn.Module):
         model: PEFT model; its base is frozen and doubles as the teacher, with the gates switched off.
         objective: "kl" (to the same model with gates off) or "lm".
         sparsity: "abs", "lagrange", or "budget": no penalty; each step holds exactly the target, at the threshold where
-        the gates' logits in the teacher's pass would (the global budget that is deployed). scope: "layer" or "global". sparsity_weight: alpha.
+            the gates' logits in the teacher's pass would (the global budget that is deployed).
+        scope: "layer" or "global". sparsity_weight: alpha.
         oracle_weight: of the layer-local regression to the attention that tokens receive in the teacher's pass.
     """
 
@@ -61,7 +70,7 @@ class Objective(nn.Module):
         return distillation_loss(student, teacher, head, weights)
 
     def forward(self, batch: dict[str, torch.Tensor], target: float, warm: bool = False) -> dict[str, torch.Tensor]:
-        """batch: input_ids, attention_mask, weights [batch, tokens]; target: keep rate aimed at, or under "budget" held.
+        """batch: input_ids, attention_mask, weights [batch, tokens]; target: keep rate aimed at ("budget": held).
 
         warm: the oracle alone, without the student's pass (a third of the time); needs oracle_weight > 0.
         Returns {"loss", "task", "sparsity", "keep" (hard rate, scalar), "gap" [units] for the multipliers}.
@@ -80,7 +89,9 @@ class Objective(nn.Module):
         gap = sparsity_gap(torch.stack(soft), target, self.scope)
         penalty = sparsity_loss(gap, self.sparsity, self.multiplier)
         return {
-            "loss": task + (0 if self.sparsity == "budget" else self.sparsity_weight) * penalty + self.oracle_weight * oracle,
+            "loss": task
+            + (0 if self.sparsity == "budget" else self.sparsity_weight) * penalty
+            + self.oracle_weight * oracle,
             "task": task.detach(),
             "oracle": oracle.detach(),
             "sparsity": penalty.detach(),

@@ -18,8 +18,26 @@ def launch(out: Path, batch_size: int, settings: dict, flags: list[str], **envir
     with socket.socket() as s:
         s.bind(("127.0.0.1", 0))
         port = s.getsockname()[1]
-    command = [sys.executable, "-m", "accelerate.commands.launch", "--main_process_port", str(port), "--mixed_precision", "no"]
-    command += ["--num_machines", "1", "--dynamo_backend", "no", *flags, WORKER, str(out), str(batch_size), json.dumps(settings)]
+    command = [
+        sys.executable,
+        "-m",
+        "accelerate.commands.launch",
+        "--main_process_port",
+        str(port),
+        "--mixed_precision",
+        "no",
+    ]
+    command += [
+        "--num_machines",
+        "1",
+        "--dynamo_backend",
+        "no",
+        *flags,
+        WORKER,
+        str(out),
+        str(batch_size),
+        json.dumps(settings),
+    ]
     env = {**os.environ, "OMP_NUM_THREADS": "1", "TOKENIZERS_PARALLELISM": "false", **environment}
     run = subprocess.run(command, env=env, capture_output=True, text=True, timeout=400)
     assert run.returncode == 0, run.stderr[-3000:]

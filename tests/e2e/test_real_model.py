@@ -48,7 +48,16 @@ def test_generate_in_a_new_process_prints_text_kept_share_and_bytes(adapter):
 
 
 def test_evaluate_writes_results_picture_and_card(adapter):
-    options = ["--n", "2", "--n_ppl", "1", "--budgets", ".25", "--policies", "gate+global,gate,snapkv+ada,untrained+global"]
+    options = [
+        "--n",
+        "2",
+        "--n_ppl",
+        "1",
+        "--budgets",
+        ".25",
+        "--policies",
+        "gate+global,gate,snapkv+ada,untrained+global",
+    ]
     out = run("recipes/evaluate.py", "--adapter", str(adapter), *options)
     results = json.loads((adapter / "results.json").read_text())
     assert {r["task"] for r in results["rows"]} == {"niah_multikey", "ppl"} and results["run"]["versions"]["torch"]
@@ -59,10 +68,10 @@ def test_evaluate_writes_results_picture_and_card(adapter):
 def test_real_model_keeps_the_law_in_float32(adapter):
     import torch
     from peft import PeftModel
+    from transformers import AutoModelForCausalLM
 
     import gatekv
     from checkpoints.fetch import fetch
-    from transformers import AutoModelForCausalLM
 
     torch.manual_seed(0)
     plain = AutoModelForCausalLM.from_pretrained(fetch(), dtype=torch.float32).eval()

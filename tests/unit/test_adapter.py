@@ -76,7 +76,9 @@ def test_disable_adapter_is_the_plain_model_in_training_mode_too():
     with model.disable_adapter():
         assert torch.equal(model(ids, use_cache=False).logits, plain)
     model.eval()
-    assert torch.equal(model(ids, use_cache=False).logits, plain), "gates act in training, in `parallel` and in a KVCache"
+    assert torch.equal(model(ids, use_cache=False).logits, plain), (
+        "gates act in training, in `parallel` and in a KVCache"
+    )
 
 
 def test_only_gates_are_trainable_and_counted(capsys):

@@ -99,7 +99,9 @@ def test_batches_are_right_padded(text_file):
     batch = data(text_file).batch(0, 4)
     lengths = batch["attention_mask"].sum(-1)
     for r in range(4):
-        assert (batch["attention_mask"][r, : lengths[r]] == 1).all() and (batch["weights"][r, lengths[r] - 1 :] == 0).all()
+        assert (batch["attention_mask"][r, : lengths[r]] == 1).all() and (
+            batch["weights"][r, lengths[r] - 1 :] == 0
+        ).all()
 
 
 def test_sources(tmp_path):

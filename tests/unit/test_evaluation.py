@@ -33,8 +33,23 @@ def test_rows_carry_everything_and_full_is_exact(short_tasks):
     cells = run(model, ["gate+global", "snapkv", "untrained+global", "random+ada"], [0.5, 0.9])
     rows = frontier.rows(cells, "ppl", "agnostic", 0)
     full = rows[0]
-    assert full["policy"] == "full" and full["score"] == 0 and full["kl"] == pytest.approx(0, abs=1e-7) and full["n"] == 6
-    fields = {"policy", "budget", "task", "mode", "score", "kl", "bytes_ratio", "bytes_ratio_end", "n", "ci_low", "ci_high", "seed"}
+    assert (
+        full["policy"] == "full" and full["score"] == 0 and full["kl"] == pytest.approx(0, abs=1e-7) and full["n"] == 6
+    )
+    fields = {
+        "policy",
+        "budget",
+        "task",
+        "mode",
+        "score",
+        "kl",
+        "bytes_ratio",
+        "bytes_ratio_end",
+        "n",
+        "ci_low",
+        "ci_high",
+        "seed",
+    }
     for r in rows[1:]:
         assert fields <= set(r) and r["kl"] > 0 and r["ci_low"] <= r["score"] <= r["ci_high"]
         assert r["bytes_ratio"] < r["budget"] * 1.2
@@ -62,7 +77,9 @@ def test_tasks_are_deterministic_and_aware_asks_inside_the_context():
         b = tasks.niah_multikey(Small(), [TEXT], mode, 3, 0)
         assert a == b and a != tasks.niah_multikey(Small(), [TEXT], mode, 4, 0)
     aware = tasks.niah_multikey(Small(), [TEXT], "aware", 3, 0)
-    assert len(aware.asks) == 1 and len(aware.asks[0][0]) == 1, "only the question's last token meets the compressed cache"
+    assert len(aware.asks) == 1 and len(aware.asks[0][0]) == 1, (
+        "only the question's last token meets the compressed cache"
+    )
     item = tasks.ppl(Small(), [TEXT], "agnostic", 0, 0, prefix=100, continuation=20)
     assert len(item.context) == 99 and len(item.asks[0][0]) == 1 and len(item.asks[0][1]) == 20
 
@@ -87,5 +104,8 @@ def test_picture_and_card(tmp_path, short_tasks):
     (tmp_path / "results.json").write_text(__import__("json").dumps({"rows": rows}))
     write_card(tmp_path, {"model": "", "window": 3})
     card = (tmp_path / "README.md").read_text()
-    assert card.startswith("---\nbase_model: HuggingFaceTB/SmolLM2-135M-Instruct") and "| ppl | agnostic | snapkv |" in card
+    assert (
+        card.startswith("---\nbase_model: HuggingFaceTB/SmolLM2-135M-Instruct")
+        and "| ppl | agnostic | snapkv |" in card
+    )
     assert results_table(rows).count("\n") == len(rows) + 1

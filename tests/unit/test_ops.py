@@ -107,7 +107,9 @@ def test_merging_two_empty_memories_gives_nothing_not_nan():
 
 def test_merge_is_associative():
     torch.manual_seed(1)
-    parts = [(torch.randn(1, 2, 3, 4, dtype=torch.float64), torch.randn(1, 2, 3, dtype=torch.float64)) for _ in range(3)]
+    parts = [
+        (torch.randn(1, 2, 3, 4, dtype=torch.float64), torch.randn(1, 2, 3, dtype=torch.float64)) for _ in range(3)
+    ]
     a = naive.merge([naive.merge(parts[:2]), parts[2]])
     b = naive.merge(parts)
     torch.testing.assert_close(a[0], b[0])

@@ -93,7 +93,9 @@ def test_ada_is_the_papers_rule():
     got = keep("ada", scores, 0.4, protected)
     free = 20 - 5
     joint = torch.zeros(4, dtype=torch.long)
-    joint.scatter_add_(0, scores[0, 0, :, :45].flatten().topk(free * 4).indices // 45, torch.ones(free * 4, dtype=torch.long))
+    joint.scatter_add_(
+        0, scores[0, 0, :, :45].flatten().topk(free * 4).indices // 45, torch.ones(free * 4, dtype=torch.long)
+    )
     wanted = torch.round(0.8 * joint + 0.2 * free).long() + 5
     assert got[0, 0].sum(-1).tolist() == wanted.tolist()
     assert got[0, 0, :, -5:].all()

@@ -41,13 +41,17 @@ class ToyData:
         return {"input_ids": ids, "attention_mask": mask, "weights": weights}
 
 
-def make(objective="kl", sparsity="abs", scope="global", gate="mlp", relaxation="log", oracle_weight=0.0, dtype=torch.float32):
+def make(
+    objective="kl", sparsity="abs", scope="global", gate="mlp", relaxation="log", oracle_weight=0.0, dtype=torch.float32
+):
     torch.manual_seed(0)
     spec = dict(gate=gate, relaxation=relaxation, window=4, sinks=2, hidden=8, heads=2, head_dim=4, context_window=8)
     model = get_peft_model(tiny(dtype=dtype), gatekv.GateKVConfig(**spec, initial_logit=0.5)).to(dtype).train()
     for w in wrappers(model):  # a zero last layer would block the first step's gradient to the layers before it
         torch.nn.init.normal_(w.gatekv_gate["default"].out.weight, std=0.5)
-    return Objective(model, objective=objective, sparsity=sparsity, scope=scope, sparsity_weight=2.0, oracle_weight=oracle_weight)
+    return Objective(
+        model, objective=objective, sparsity=sparsity, scope=scope, sparsity_weight=2.0, oracle_weight=oracle_weight
+    )
 
 
 def config(tmp_path, **changes):
@@ -122,7 +126,9 @@ def test_received_attention_matches_naive(n, window):
     mask[1, ..., n // 2 :] = False  # a right-padded row
     b = received_attention(q, k, window=window, scale=0.3, mask=mask)
     torch.testing.assert_close(b, naive.received_attention(q, k, window=window, scale=0.3, mask=mask))
-    torch.testing.assert_close(b[1:, :, : n // 2], received_attention(q[1:, :, : n // 2], k[1:, :, : n // 2], window=window, scale=0.3))
+    torch.testing.assert_close(
+        b[1:, :, : n // 2], received_attention(q[1:, :, : n // 2], k[1:, :, : n // 2], window=window, scale=0.3)
+    )
 
 
 def test_oracle_loss_judges_only_what_can_be_evicted():
@@ -140,11 +146,17 @@ def test_schedules():
     lr = [learning_rate_factor(s, 100, 10, 0.1) for s in range(100)]
     assert lr[0] == 0.1 and lr[9] == 1 and lr[99] == pytest.approx(0.1)
     draws = [sampled_keep(s, 0, 0.08, 0.4) for s in range(200)]
-    assert 0.08 <= min(draws) < 0.1 and 0.35 < max(draws) <= 0.4 and draws == [sampled_keep(s, 0, 0.08, 0.4) for s in range(200)]
+    assert (
+        0.08 <= min(draws) < 0.1
+        and 0.35 < max(draws) <= 0.4
+        and draws == [sampled_keep(s, 0, 0.08, 0.4) for s in range(200)]
+    )
 
 
 @pytest.mark.parametrize("objective", ["kl", "lm"])
-@pytest.mark.parametrize("sparsity,scope", [("abs", "global"), ("abs", "layer"), ("lagrange", "layer"), ("budget", "global")])
+@pytest.mark.parametrize(
+    "sparsity,scope", [("abs", "global"), ("abs", "layer"), ("lagrange", "layer"), ("budget", "global")]
+)
 @pytest.mark.parametrize("gate,relaxation", [("mlp", "log"), ("attention", "ste")])
 def test_every_gate_parameter_moves_and_no_base_parameter_does(tmp_path, objective, sparsity, scope, gate, relaxation):
     module = make(objective, sparsity, scope, gate, relaxation)
@@ -158,7 +170,9 @@ def test_every_gate_parameter_moves_and_no_base_parameter_does(tmp_path, objecti
         assert module.multiplier.abs().sum() > 0
 
 
-@pytest.mark.parametrize("sparsity,scope,oracle", [("abs", "layer", 0.0), ("lagrange", "global", 0.0), ("budget", "global", 0.3)])
+@pytest.mark.parametrize(
+    "sparsity,scope,oracle", [("abs", "layer", 0.0), ("lagrange", "global", 0.0), ("budget", "global", 0.3)]
+)
 def test_accumulation_changes_nothing(tmp_path, sparsity, scope, oracle):
     results = []
     for accumulation in (1, 2, 4):

@@ -221,10 +221,15 @@ PEFT_TYPE_TO_TUNER_MAPPING[GATEKV] = GateKVModel
 PEFT_TYPE_TO_PREFIX_MAPPING[GATEKV] = PREFIX
 
 
-def set_calibration(model: nn.Module, calibration: Calibration) -> None:
-    """Store a calibration in the active adapter: it is saved with its config and used by `KVCache` at once."""
+def set_calibration(model: nn.Module, calibration: Calibration, threshold: float | None = None) -> None:
+    """Store a calibration, and a new tau if given, in the active adapter: in force at once, and saved with its config."""
     for module in model.modules():
         if isinstance(module, GateLayer):
-            module.calibrations[module.active()] = calibration
             name = module.active()
-    model.peft_config[name].calibration = asdict(calibration)
+            module.calibrations[name] = calibration
+            if threshold is not None:
+                module.specs[name].threshold = threshold
+    config = model.peft_config[name]
+    config.calibration = asdict(calibration)
+    if threshold is not None:
+        config.threshold = threshold

@@ -39,8 +39,7 @@ WORDINGS = {
         ("One of the special magic numbers for {w} is {n}.", "What is the special magic number for {w}?",
          "The special magic number for {w} is"),
         ("The secret key of {w} is {n}.", "What is the secret key of {w}?", "The secret key of {w} is"),
-        ("For {w}, the inventory lists item {n}.", "Which item does the inventory list for {w}?",
-         "For {w}, the inventory lists item"),
+        ("{W} costs exactly {n} coins.", "How many coins does {w} cost?", "{W} costs exactly"),
     ],
 }  # fmt: skip
 

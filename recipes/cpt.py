@@ -62,7 +62,8 @@ def main(argv: list[str]) -> None:
         batch = {k: v.to(accelerator.device) for k, v in data.batch(10**6, 1).items()}
         model.train()
         gap = objective.soft_hard(batch, config.target_keep)
-        calibrate(model, data, config.calibrate_rows)
+        keep = config.target_keep if config.sparsity == "budget" else None
+        calibrate(model, data, config.calibrate_rows, keep)
         output = Path(config.output_dir)
         model.save_pretrained(output)
         tokenizer.save_pretrained(output)

@@ -58,6 +58,27 @@ def _compressed(model, undecided: KVCache, context: torch.Tensor, policy: str, b
     )  # as training-free policies do: the same bytes at the end too
 
 
+def _ask(model, cache: KVCache, asks: list) -> tuple[list[torch.Tensor], float]:
+    """Feed every (query, answer) to its own copy of a one-row cache; asks of equal length share a forward.
+
+    Pads between context and question would shift the window, so unequal ones do not. Returns per ask the logits
+    [answer tokens, vocabulary] in float32, and the bytes ratio at the end of the first.
+    """
+    answers: list = [None] * len(asks)
+    ratio = 0.0
+    for shape in sorted({(len(q), len(a)) for q, a in asks}):
+        members = [i for i, (q, a) in enumerate(asks) if (len(q), len(a)) == shape]
+        copies = cache.fork()
+        copies.batch_repeat_interleave(len(members))
+        ids = torch.tensor([asks[i][0] + asks[i][1] for i in members], device=model.device)
+        out = model(ids, past_key_values=copies, logits_to_keep=shape[1] + 1).logits[:, :-1].float()
+        for i, logits in zip(members, out):
+            answers[i] = logits
+        if 0 in members:
+            ratio = copies.memory()["ratio"]
+    return answers, ratio
+
+
 @torch.no_grad()
 def run_item(model, item: Item, task: str, cells: list[Cell]) -> None:
     """Score every cell on one item. cells[0] must be the full cache: KL is taken against it."""
@@ -75,12 +96,10 @@ def run_item(model, item: Item, task: str, cells: list[Cell]) -> None:
             cell.refused = str(error)
             continue
         cell.ratios.append(cache.memory()["ratio"])
+        answers, ratio_end = _ask(model, cache, item.asks)
         scores, kls = [], []
-        for i, (query, answer) in enumerate(item.asks):
-            fork = cache.fork()
-            ids = torch.tensor([query + answer], device=device)
-            logits = model(ids, past_key_values=fork, logits_to_keep=len(answer) + 1).logits[0, :-1].float()
-            truth = ids[0, len(query) :]
+        for i, (logits, (_, answer)) in enumerate(zip(answers, item.asks)):
+            truth = torch.tensor(answer, device=device)
             if task == "ppl":
                 log_p = logits.log_softmax(-1)
                 if cell is cells[0]:
@@ -91,8 +110,7 @@ def run_item(model, item: Item, task: str, cells: list[Cell]) -> None:
                 kls.append(float((reference[i].exp() * (reference[i] - log_p)).sum(-1).mean()))
             else:
                 scores.append(float((logits.argmax(-1) == truth).all()))
-            if i == 0:
-                cell.ratios_end.append(fork.memory()["ratio"])
+        cell.ratios_end.append(ratio_end)
         cell.scores.append(scores)
         cell.kls.append(kls)
 

@@ -30,7 +30,7 @@ def heldout_texts(sources: list[str]) -> list[str]:
 def niah_multikey(
     tokenizer, texts, mode: str, index: int, seed: int, wordings: str = "heldout", words="heldout"
 ) -> Item:
-    """4 word -> number facts in 600-1000 tokens of real text; two of them are asked, each on its own.
+    """4 word -> number facts in 600-1000 tokens of real text; all are asked, each on its own.
 
     mode "agnostic": the context is compressed before the question is seen. "aware": the question is part of it; only
     its last token is fed to the compressed cache, so that the first answer token comes from what was kept.
@@ -39,7 +39,7 @@ def niah_multikey(
     encode = lambda text: tokenizer(text, add_special_tokens=False).input_ids  # noqa: E731
     sample = make_sample(
         rng.choice(texts), rng, facts=4, characters=rng.randrange(2300, 3700), split=words, wordings=wordings,
-        frame=chat_frame(tokenizer), questions=2 if mode == "agnostic" else 1,
+        frame=chat_frame(tokenizer), questions=4 if mode == "agnostic" else 1,
     )  # fmt: skip
     context = encode(sample.context)
     asks = [(encode(q.query), encode(q.answer)) for q in sample.questions]

@@ -1,5 +1,6 @@
 """Thresholds for any budget: quantiles of a gate's logits, measured once after training, stored in the adapter."""
 
+import bisect
 import math
 from dataclasses import dataclass
 
@@ -31,6 +32,13 @@ class Calibration:
                 return [a + share * (b - a) for a, b in zip(self.table[i], self.table[i + 1])]
         return self.table[-1]
 
+    def at_level(self, ratio: float, level: float) -> float:
+        """The logit threshold that keeps the share `level` of unprotected tokens while the cache holds `ratio`."""
+        row = self.row(ratio)
+        right = min(max(bisect.bisect_left(self.levels, level), 1), len(row) - 1)
+        low, high = self.levels[right - 1], self.levels[right]
+        return row[right - 1] + (level - low) / (high - low) * (row[right] - row[right - 1])
+
     def thresholds(self, sinks: int, window: int):
         """(ratio, tokens seen [...], prompt length or None) -> logit thresholds [...] of tokens that leave the window.
 
@@ -38,20 +46,17 @@ class Calibration:
         this at every T is 0 until (sinks + window)/ratio tokens are seen and `ratio` from then on. Where the prompt's
         length N is known, its tokens share alike: (ratio·N - s - w)/(N - s - w).
         """
-        levels = torch.tensor(self.levels)
+        protected = sinks + window
 
         def at(ratio: float, seen: torch.Tensor, prompt: int | None = None) -> torch.Tensor:
             if ratio >= 1:
                 return torch.full(seen.shape, -torch.inf, device=seen.device)
-            protected = sinks + window
-            level = torch.where(seen * ratio >= protected, ratio, 0.0)
+            later = torch.full(seen.shape, self.at_level(ratio, ratio), device=seen.device)
+            out = later.masked_fill(seen * ratio < protected, torch.inf)
             if prompt is not None:
-                level = level.masked_fill(seen <= prompt, (ratio * prompt - protected) / max(1, prompt - protected))
-            row, grid = torch.tensor(self.row(ratio), device=seen.device), levels.to(seen.device)
-            level = level.clamp(0, 1)
-            right = torch.searchsorted(grid, level.contiguous()).clamp(1, len(grid) - 1)
-            share = (level - grid[right - 1]) / (grid[right] - grid[right - 1])
-            value = row[right - 1] + share * (row[right] - row[right - 1])
-            return torch.where(level > 0, value, torch.inf)
+                level = (ratio * prompt - protected) / max(1, prompt - protected)
+                inside = self.at_level(ratio, level) if level > 0 else torch.inf
+                out = out.masked_fill(seen <= prompt, inside)
+            return out
 
         return at

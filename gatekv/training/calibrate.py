@@ -48,8 +48,11 @@ def logits_of(model, data: TrainingData, first: int, rows: int, threshold: float
     return torch.cat(pooled).float()
 
 
-def calibrate(model, data: TrainingData, rows: int, first: int = 10**6) -> Calibration:
-    """Measure and store the thresholds. Rows `first` … are training text that the run has not reached."""
+def calibrate(model, data: TrainingData, rows: int, keep: float | None = None, first: int = 10**6) -> Calibration:
+    """Measure and store the thresholds. Rows `first` … are training text that the run has not reached.
+
+    keep: also make tau the threshold that keeps this share, for gates that were trained without a fixed one ("budget").
+    """
     model.eval()
     levels = torch.tensor(LEVELS)
     spec = wrappers(model)[0].specs[wrappers(model)[0].active()]
@@ -62,7 +65,8 @@ def calibrate(model, data: TrainingData, rows: int, first: int = 10**6) -> Calib
             level = max(0.0, (RATIOS[i + 1] * data.length - protected) / (data.length - protected))
             threshold = float(_at(logits, torch.tensor([level])))
     calibration = Calibration(list(RATIOS), list(LEVELS), table)
-    set_calibration(model, calibration)
+    tau = None if keep is None else torch.tensor(calibration.at_level(keep, keep)).double().sigmoid().item()
+    set_calibration(model, calibration, tau)
     return calibration
 
 

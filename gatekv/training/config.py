@@ -79,6 +79,8 @@ class CPTConfig:
             raise ValueError(
                 f"target_keep is the share of tokens to keep, above 0 and at most 1; got {self.target_keep}."
             )
+        if self.warm_share > 0 and self.oracle_weight == 0:
+            raise ValueError("warm_share trains on the oracle alone: set oracle_weight above 0 too.")
         self.gate_fields()
 
     def gate_fields(self) -> dict:

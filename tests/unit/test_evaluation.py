@@ -109,3 +109,18 @@ def test_picture_and_card(tmp_path, short_tasks):
         and "| ppl | agnostic | snapkv |" in card
     )
     assert results_table(rows).count("\n") == len(rows) + 1
+
+
+@pytest.mark.parametrize("policy,budget", [("full", None), ("gate+global", 0.6), ("snapkv", 0.7)])
+def test_questions_asked_together_are_questions_asked_alone(policy, budget):
+    model = gated(window=4, sinks=2, gate="attention", context_window=5)
+    context = torch.randint(1, 90, (1, 60))
+    asks = [([3, 4, 5], [6, 7]), ([8, 9, 10, 11, 12], [13]), ([14, 15, 16], [17, 18])]
+    watching = frontier.KVCache.undecided(model)
+    with torch.no_grad():
+        model(context, past_key_values=watching)
+        cache = watching.decide(policy, budget)
+        together, _ = frontier._ask(model, cache, asks)
+        for logits, ask in zip(together, asks):
+            alone, _ = frontier._ask(model, cache, [ask])
+            torch.testing.assert_close(logits, alone[0], rtol=1e-5, atol=1e-5)

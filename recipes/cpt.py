@@ -25,7 +25,7 @@ def main(argv: list[str]) -> None:
     from gatekv.training.card import write_card
     from gatekv.training.config import load_config
     from gatekv.training.data import TrainingData, check_length
-    from gatekv.training.loop import train
+    from gatekv.training.loop import PROBE_ROW, train
     from gatekv.training.objective import Objective
 
     config = load_config(argv)
@@ -59,7 +59,7 @@ def main(argv: list[str]) -> None:
     records = train(objective, data, config, accelerator)
 
     if accelerator.is_main_process:
-        batch = {k: v.to(accelerator.device) for k, v in data.batch(10**6, 1).items()}
+        batch = {k: v.to(accelerator.device) for k, v in data.batch(PROBE_ROW, 1).items()}
         model.train()
         gap = objective.soft_hard(batch, config.target_keep)
         keep = config.target_keep if config.sparsity == "budget" else None

@@ -13,13 +13,17 @@ from gatekv.training.objective import Objective
 from gatekv.training.schedule import learning_rate_factor, sampled_keep, target_keep
 
 
+PROBE_ROW = 10**6  # far behind any run: a row on which soft and hard gates are compared
+
+
 def global_mean(accelerator: Accelerator, tensor: torch.Tensor) -> torch.Tensor:
     """Mean over processes."""
     return accelerator.reduce(tensor, reduction="mean")
 
 
 def train(objective: Objective, data: TrainingData, config: CPTConfig, accelerator: Accelerator) -> list[dict]:
-    """Run to config.max_steps; returns one record per step (loss, task, sparsity, keep, target, lr).
+    """Run to config.max_steps; returns one record per step (loss, task, sparsity, keep, target, lr; at every checkpoint
+    also the soft and hard loss on one row, their gap, and the share of undecided gates).
 
     Raises:
         FloatingPointError: a loss that is not finite; the last checkpoint stays as it is.
@@ -32,7 +36,8 @@ def train(objective: Objective, data: TrainingData, config: CPTConfig, accelerat
     _prepare_accumulation(accelerator, config)
     module, optimizer = accelerator.prepare(objective, optimizer)
     rank, world = accelerator.process_index, accelerator.num_processes
-    records, step = [], start
+    records, done, gap = [], start, float("nan")
+    probe = {k: v.to(accelerator.device) for k, v in data.batch(PROBE_ROW, 1).items()}
 
     def save(done: int) -> None:
         if accelerator.is_main_process:
@@ -50,15 +55,19 @@ def train(objective: Objective, data: TrainingData, config: CPTConfig, accelerat
             if config.sparsity == "budget" and target <= config.target_keep:
                 target = sampled_keep(step, config.seed, config.target_keep / 2.5, config.target_keep * 2)
             record = _step(module, optimizer, data, config, accelerator, step, target, rank, world)
+            done = step + 1
             record |= {"step": step, "target": target, "lr": lr}
             records.append(record)
-            bar.set_postfix(loss=f"{record['loss']:.3f}", keep=f"{record['keep']:.2f}", target=f"{target:.2f}")
+            if done % config.save_every == 0:
+                save(done)
+                record |= accelerator.unwrap_model(module).soft_hard(probe, config.target_keep)
+                gap = record["soft_hard_gap"]
+            state = {"loss": record["loss"], "keep": record["keep"], "target": target, "soft_hard_gap": gap}
+            bar.set_postfix({k: f"{v:.3f}" for k, v in state.items()})
             accelerator.log(record, step=step)
-            if (step + 1) % config.save_every == 0:
-                save(step + 1)
-        save(config.max_steps)
+        save(done)
     except KeyboardInterrupt:
-        save(step)
+        save(done)
         raise
     return records
 

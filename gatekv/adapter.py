@@ -22,7 +22,7 @@ from transformers.utils import logging
 from gatekv.config import GateSpec, check_keys, strict
 from gatekv.gates import build_gate
 from gatekv.gates.calibration import Calibration
-from gatekv.modules import ATTENTION_NAME, GatedAttention, base_model, is_sliding, use_attention
+from gatekv.modules import ATTENTION_NAME, GatedAttention, base_model, sliding_layers, use_attention
 from gatekv.version import VERSION
 
 logger = logging.get_logger(__name__)
@@ -179,7 +179,7 @@ class GateKVModel(BaseTuner):
 
     def _create_and_replace(self, config, adapter_name, target, target_name, parent, current_key):
         base = target.base_layer if isinstance(target, GatedAttention) else target
-        if is_sliding(base):
+        if sliding_layers(base.config)[base.layer_idx]:
             return
         layer = target if isinstance(target, GateLayer) else GateLayer(base)
         shape = self.model.config.get_text_config(decoder=True)
@@ -222,7 +222,7 @@ PEFT_TYPE_TO_PREFIX_MAPPING[GATEKV] = PREFIX
 
 
 def set_calibration(model: nn.Module, calibration: Calibration, threshold: float | None = None) -> None:
-    """Store a calibration, and a new tau if given, in the active adapter: in force at once, and saved with its config."""
+    """Store a calibration, and a new tau if given, in the active adapter: in force at once, saved with its config."""
     for module in model.modules():
         if isinstance(module, GateLayer):
             name = module.active()

@@ -4,7 +4,7 @@ from contextlib import contextmanager
 
 import torch
 from torch import nn
-from transformers import Cache, PreTrainedModel
+from transformers import Cache, DynamicCache, PreTrainedModel
 
 from gatekv import attention
 from gatekv.attention import AttentionCall, Memory
@@ -73,9 +73,9 @@ def wrappers(model: nn.Module) -> list[GatedAttention]:
     return sorted((m for m in model.modules() if isinstance(m, GatedAttention)), key=lambda m: m.layer_idx)
 
 
-def is_sliding(module: nn.Module) -> bool:
-    """Sliding-window layers hold a bounded cache already and are left alone."""
-    return vars(module).get("sliding_window") is not None
+def sliding_layers(config) -> list[bool]:
+    """Which layers have a sliding window, as transformers sees it: their cache is bounded already."""
+    return DynamicCache(config=config.get_text_config(decoder=True)).is_sliding
 
 
 def attention_layers(model: nn.Module) -> list[tuple[nn.Module, nn.Module]]:
@@ -89,7 +89,9 @@ def attention_layers(model: nn.Module) -> list[tuple[nn.Module, nn.Module]]:
         raise ValueError(
             f"{type(model).__name__} has no `{ATTENTION_NAME}` modules; gatekv knows Llama and Qwen3 families."
         )
-    full = [(p, m) for p, m in found if not is_sliding(m.base_layer if isinstance(m, GatedAttention) else m)]
+    plain = [m.base_layer if isinstance(m, GatedAttention) else m for _, m in found]
+    sliding = sliding_layers(plain[0].config)
+    full = [pair for pair, m in zip(found, plain) if not sliding[m.layer_idx]]
     if not full:
         raise ValueError(f"every layer of {type(model).__name__} has a sliding window: its cache is bounded already.")
     return full

@@ -12,7 +12,6 @@ from gatekv.training.data import TrainingData
 from gatekv.training.objective import Objective
 from gatekv.training.schedule import learning_rate_factor, sampled_keep, target_keep
 
-
 PROBE_ROW = 10**6  # far behind any run: a row on which soft and hard gates are compared
 
 

@@ -4,7 +4,7 @@ BIN := .venv/bin
 .PHONY: demo test quick lint
 
 demo: .venv/ready  ## train, reload, generate, compare, draw: a quarter of an hour on two cores
-	$(BIN)/accelerate launch $(shell $(BIN)/python -c "import torch; print('' if torch.cuda.is_available() else '--cpu')") --num_processes 1 --num_machines 1 --mixed_precision no --dynamo_backend no recipes/cpt.py
+	$(BIN)/accelerate launch --num_processes 1 --num_machines 1 --mixed_precision no --dynamo_backend no recipes/cpt.py
 	$(BIN)/python recipes/generate.py --adapter checkpoints/demo --budget .25
 	$(BIN)/python recipes/evaluate.py --adapter checkpoints/demo
 

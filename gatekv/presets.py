@@ -14,7 +14,7 @@ PRESETS = {
     "default": {
         "gate": "mlp", "relaxation": "ste", "window": 32, "sinks": 4, "initial_logit": -5.0, "objective": "kl",
         "sparsity": "budget", "scope": "global", "target_keep": 0.2, "target_share": 0.5,
-        "oracle_weight": 0.3, "warm_share": 0.45, "max_steps": 160,
+        "oracle_weight": 0.3, "warm_share": 0.5, "max_steps": 140,
     },
 }  # fmt: skip
 

@@ -45,7 +45,8 @@ def frontier(results: dict, path: Path) -> None:
         full = [r for r in here if r["policy"] == "full"]
         if full and value == "score":
             axis.axhline(full[0]["score"], color="black", ls="--", lw=1)
-            axis.annotate("full cache", (0.01, full[0]["score"] + 0.015), xycoords=("axes fraction", "data"), fontsize=9)
+            place = (0.01, full[0]["score"] + 0.015)
+            axis.annotate("full cache", place, xycoords=("axes fraction", "data"), fontsize=9)
         axis.set_xlabel("bytes held / bytes of the full cache, after prefill")
         axis.set_ylabel(LABELS.get(task, "share of answers right"))
         axis.set_title(f"{task}, {mode}, n = {here[0]['n']}", fontsize=11)

@@ -38,11 +38,11 @@ def test_load_example_runs(tmp_path, monkeypatch):
     base.save_pretrained(tmp_path / "base")
     from transformers import AutoModelForCausalLM
 
-    model = gated(model=AutoModelForCausalLM.from_pretrained(tmp_path / "base"), dtype=torch.float32, window=4)
+    model = gated(model=AutoModelForCausalLM.from_pretrained(tmp_path / "base"), dtype=torch.float32, window=3, sinks=2)
     model.save_pretrained(tmp_path / "checkpoints/demo")
     monkeypatch.chdir(tmp_path)
     code = re.search(r"```python\n(.*?)```", README, re.S)[1]
-    ids, mask = padded_batch([40, 30])
+    ids, mask = padded_batch([60, 48])
     scope = {"inputs": {"input_ids": ids, "attention_mask": mask, "max_new_tokens": 3}}
     exec(code, scope)
     assert 0 < scope["cache"].memory()["ratio"] < 1

@@ -84,9 +84,8 @@ class KVLayer(CacheLayerMixin):
     def clear(self) -> None:
         """Forget everything; the cache is as new."""
         self.keys = self.values = None  # the tail: [batch, kv_heads, n, head_dim]
-        self.flags = self.valid = self.scores = (
-            None  # of the tail: [batch, kv_heads, n], [batch, n], [batch, kv_heads, n]
-        )
+        self.flags = self.scores = None  # of the tail: [batch, kv_heads, n]
+        self.valid = None  # of the tail: [batch, n]
         self.store = None
         self.seen, self.real, self.folded = 0, None, 0  # slots; real tokens [batch, 1]; slots that left the tail
         self.in_prompt, self.first_call = True, None
@@ -277,13 +276,13 @@ class KVLayer(CacheLayerMixin):
         return protected[:, None], valid
 
     def all_scores(self) -> torch.Tensor:
-        """[batch, kv_heads, seen]; tokens evicted already score -inf."""
-        if not len(self.store):
+        """[batch, kv_heads, seen]; tokens that the prompt's own flags evicted score -inf, gone from memory or not yet."""
+        if not self.plan.trims:
             return self.plan.policy.scorer.score(self.view())
         b, kv, _ = self.scores.shape
         scores = self.scores.new_full((b, kv, self.seen), -torch.inf)
         self.store.scatter(scores, self.store.scores)
-        scores[..., self.folded :] = self.scores
+        scores[..., self.folded :] = self.scores.masked_fill(~self.flags, -torch.inf)
         return scores
 
     def restrict(self, keep: torch.Tensor, cut: torch.Tensor | None) -> None:

@@ -220,6 +220,18 @@ def test_sparse_prefill_then_exact_trim(policy):
     assert_close(runs[0], runs[1], mask)
 
 
+@pytest.mark.parametrize("cuts", [[], [20], [20, 45, 46]])
+def test_sparse_prefill_that_keeps_nothing_before_the_trim(cuts):
+    model = gated(window=6, sinks=0)
+    for w in wrappers(model):
+        w.calibrations["default"] = Calibration([1.0], [0.0, 0.5, 1.0], [[1e3, 1e3, 1e3]])
+    ids, mask = padded_batch([60])
+    cache = gatekv.KVCache(model, "gate+global", 0.5, prefill="sparse", prompt_tokens=60)
+    recurrent_logits(model, ids, mask, cache, cuts)
+    for f in cache.flags():
+        assert f[..., -5:].all() and not f[..., :54].any(), "only the window was left to keep"
+
+
 def test_another_cache_or_none_is_bit_identical(family):
     plain = tiny(family)
     ids, mask = padded_batch([40, 25])

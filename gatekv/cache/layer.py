@@ -276,7 +276,7 @@ class KVLayer(CacheLayerMixin):
         return protected[:, None], valid
 
     def all_scores(self) -> torch.Tensor:
-        """[batch, kv_heads, seen]; tokens that the prompt's own flags evicted score -inf, gone from memory or not yet."""
+        """[batch, kv_heads, seen]; tokens that the prompt's own flags evicted score -inf, in memory or not."""
         if not self.plan.trims:
             return self.plan.policy.scorer.score(self.view())
         b, kv, _ = self.scores.shape

@@ -31,7 +31,7 @@ def gated_attention(q, k, v, gate, *, window: int, scale: float, mask: Tensor | 
     Args:
         q: [B, H, T, D]; k, v: [B, K, T, D]; all of one sequence, so query i and key i are the same token.
         gate: [B, K, T] in [0, 1]; 1 = kept, 0 = evicted. The gradient is exact, also where the gate is 0:
-            d out_i / d gate_j = exp(s_ij - lse_i) (v_j - out_i)   (Attention-Gate, arXiv 2410.12876; DESIGN note 1).
+            d out_i / d gate_j = exp(s_ij - lse_i) (v_j - out_i)   (Attention-Gate, arXiv 2410.12876, straight-through).
         window: keys with i - j < max(window, 1) ignore their gate.
         scale: of the logits.  mask: [B, 1, T, T] bool, True = may attend; None = causal.
 

@@ -13,20 +13,19 @@ from dataclasses import dataclass
 import torch
 
 
-def row_budgets(ratio: float, valid: torch.Tensor, protected: torch.Tensor | None = None) -> list[int]:
+def row_budgets(ratio: float, valid: torch.Tensor, protected: torch.Tensor) -> list[int]:
     """Tokens per head for one ratio, per row.
 
     Raises:
         ValueError: when they do not hold the `protected` [batch, kv_heads, tokens].
     """
     counts = [math.floor(ratio * n + 1e-6) for n in valid.sum(-1).tolist()]
-    if protected is not None:
-        for row, (count, need) in enumerate(zip(counts, protected.sum(-1).amax(-1).tolist())):
-            if count < need:
-                raise ValueError(
-                    f"budget {ratio:.4g} of the {int(valid[row].sum())} tokens of row {row} is {count} a head, below "
-                    f"the {need} that sinks + window protect: raise budget, lower sinks or window, use longer prompts."
-                )
+    for row, (count, need) in enumerate(zip(counts, protected.sum(-1).amax(-1).tolist())):
+        if count < need:
+            raise ValueError(
+                f"budget {ratio:.4g} of the {int(valid[row].sum())} tokens of row {row} is {count} a head, below "
+                f"the {need} that sinks + window protect: raise budget, lower sinks or window, use longer prompts."
+            )
     return counts
 
 

@@ -5,11 +5,9 @@ disable_adapter (= the teacher), save_pretrained and push_to_hub work. Where sto
 weights we raise. Tensors are named `gatekv_gate.*`, so that other parts can live in the same file later.
 """
 
-import hashlib
 import os
 from dataclasses import asdict, dataclass, field, fields
 
-import torch
 from peft import PeftConfig
 from peft.mapping import PEFT_TYPE_TO_CONFIG_MAPPING, PEFT_TYPE_TO_PREFIX_MAPPING, PEFT_TYPE_TO_TUNER_MAPPING
 from peft.tuners.tuners_utils import BaseTuner, BaseTunerLayer
@@ -20,9 +18,10 @@ from torch import nn
 from transformers.utils import logging
 
 from gatekv.config import GateSpec, check_keys, strict
+from gatekv.fingerprint import fingerprint, tensors_sha256
 from gatekv.gates import build_gate
 from gatekv.gates.calibration import Calibration
-from gatekv.modules import ATTENTION_NAME, GatedAttention, base_model, sliding_layers, use_attention
+from gatekv.modules import ATTENTION_NAME, GatedAttention, sliding_layers, use_attention
 from gatekv.version import VERSION
 
 logger = logging.get_logger(__name__)
@@ -37,33 +36,6 @@ class _PeftType(str):
 
 
 GATEKV = _PeftType("GATEKV")
-
-
-def tensors_sha256(tensors: dict[str, torch.Tensor]) -> str:
-    """Hash of names, dtypes, shapes and bytes; the same before saving and after loading."""
-    digest = hashlib.sha256()
-    for name in sorted(tensors):
-        t = tensors[name].detach().cpu().contiguous()
-        digest.update(f"{name} {t.dtype} {tuple(t.shape)}".encode())
-        digest.update(t.flatten().view(torch.uint8).numpy().tobytes())
-    return digest.hexdigest()
-
-
-def fingerprint(model: nn.Module) -> dict:
-    """Shapes that a gate depends on (must match) and a hash of a few weights (a mismatch is only worth a warning)."""
-    inner = base_model(model)
-    config = inner.config.get_text_config(decoder=True)
-    weight = inner.get_input_embeddings().weight
-    sample = None
-    if weight.device.type != "meta" and weight.numel():
-        sample = tensors_sha256({"embed": weight.detach().flatten()[:4096].to(torch.bfloat16)})[:16]
-    return {
-        "model_type": config.model_type,
-        "hidden_size": config.hidden_size,
-        "num_hidden_layers": config.num_hidden_layers,
-        "num_key_value_heads": config.num_key_value_heads,
-        "weights": sample,
-    }
 
 
 @strict

@@ -1,8 +1,9 @@
-"""The end of a prompt: scores become flags, per layer or over all layers at once."""
+"""The end of a prompt or turn: scores become flags, per layer or over all layers at once."""
 
 import torch
 
-from gatekv.cache.layer import KVLayer, Plan
+from gatekv.cache.layer import KVLayer
+from gatekv.cache.plan import Plan
 from gatekv.policies.budgets import row_budgets
 
 
@@ -36,7 +37,7 @@ class Decision:
             if ratio is not None:
                 protected, valid = layer.protection()
                 row_budgets(ratio, valid, protected)
-            layer.fold()
+            layer.settle()
         elif rule.scope == "layer":
             self._decide([layer])
         elif layer is self.layers[-1]:
@@ -51,7 +52,7 @@ class Decision:
         protected = protected.expand(scores.shape)
         keep = policy.rule.keep(scores, protected, valid, [ratios[order[id(layer)]] for layer in layers])
         cuts = [None] * len(layers)
-        if self.plan.learned and not self.plan.keep_later:
+        if self.plan.learned and not (self.plan.keep_later or self.plan.turns):
             refused = scores.masked_fill(keep | protected | ~valid[:, None], -torch.inf).amax(-1, keepdim=True)
             if policy.rule.scope == "model":
                 refused = refused.amax((0, 2), keepdim=True).expand(len(layers), -1, -1, -1)

@@ -5,11 +5,14 @@ import copy
 import torch
 from transformers import Cache, DynamicCache
 
+from gatekv.cache import storage
 from gatekv.cache.decision import Decision
-from gatekv.cache.layer import KVLayer, Plan
+from gatekv.cache.layer import KVLayer, Phase
+from gatekv.cache.plan import Plan
 from gatekv.config import GateSpec, check_choice
 from gatekv.gates.relaxations import logit_of
 from gatekv.modules import attach, base_model, wrappers
+from gatekv.ops.backends import BACKENDS
 from gatekv.policies import Full, Gate, resolve
 from gatekv.policies.budgets import Threshold
 
@@ -36,9 +39,12 @@ class KVCache(Cache):
             policies that decide once. Default: evict. Policies without a gate keep them in any case.
         sinks, window: protected tokens; default: as the adapter was trained, or what the scorer's paper protects.
         prompt_tokens: length of the prompt as fed, for prompts that arrive in several calls (`prefill_chunk_size`).
+        turns: tokens after the prompt stay until `compress` applies the budget to them, turn by turn.
+        block_size: tokens in a page of the storage.
+        backend: of paged attention: "torch", "triton", "flash"; None = the best that can run; `print(cache)` names it.
 
     Raises:
-        ValueError: unknown policy or prefill, impossible budget, a gate without an adapter or without calibration.
+        ValueError: unknown policy, prefill or backend, impossible budget, a gate without an adapter or calibration.
     """
 
     def __init__(
@@ -52,6 +58,9 @@ class KVCache(Cache):
         sinks: int | None = None,
         window: int | None = None,
         prompt_tokens: int | None = None,
+        turns: bool = False,
+        block_size: int = 16,
+        backend: str | None = None,
     ):
         attach(model)
         self.model = model
@@ -64,6 +73,12 @@ class KVCache(Cache):
         prefill = prefill or ("sparse" if streaming else "dense")
         check_choice("prefill", prefill, ("dense", "sparse"))
         check_choice("decode", decode, ("evict", "keep"))
+        if block_size < 1:
+            raise ValueError(f"block_size is the number of tokens in a page, at least 1; got {block_size}.")
+        if backend is not None:
+            check_choice("backend", backend, BACKENDS)
+        if turns and streaming:
+            raise ValueError("turns=True has nothing to do for a threshold gate: it evicts as it goes. Leave it out.")
         if prefill == "sparse" and not learned:
             raise ValueError(
                 f"prefill='sparse' needs a causal gate; {type(policy.scorer).__name__} decides after the prompt."
@@ -84,6 +99,9 @@ class KVCache(Cache):
             keep_later=decode == "keep",
             prompt_tokens=prompt_tokens,
             threshold=logit_of(spec.threshold),
+            turns=turns,
+            block_size=block_size,
+            backend=backend,
         )
         if calibration is not None:
             plan.thresholds = calibration.thresholds(plan.sinks, plan.window)
@@ -126,11 +144,45 @@ class KVCache(Cache):
             layer.end_prompt()
         return cache
 
-    def fork(self) -> "KVCache":
-        """An independent copy that shares storage until either side grows: several questions over one context."""
+    def compress(self) -> None:
+        """End the turn: of the tokens fed since the last decision, keep `budget` (sinks and window as for a prompt).
+
+        Earlier decisions stand. Raises ValueError without `turns=True`, or when the turn is too short for its budget.
+        """
+        if not self.plan.turns:
+            raise ValueError("compress() needs KVCache(…, turns=True), which keeps what a later decision looks at.")
+        for layer in self.evicting():
+            if layer.phase is not Phase.TURN or layer.seen == layer.base:
+                raise ValueError("nothing has been fed since the last decision: feed the turn first, then compress().")
+        for layer in self.evicting():
+            layer.end_prompt()
+
+    def snapshot(self) -> "KVCache":
+        """An independent copy that shares storage until either side changes: several questions over one context."""
         twin = copy.copy(self)
-        twin.layers = [copy.copy(layer) for layer in self.layers]
+        twin.plan = copy.copy(self.plan)
+        twin.layers = [layer.twin() if isinstance(layer, KVLayer) else copy.copy(layer) for layer in self.layers]
+        twin.plan.decide = Decision(twin.plan, twin.evicting())
+        for layer in twin.evicting():
+            layer.plan = twin.plan
         return twin
+
+    def restore(self, snapshot: "KVCache") -> None:
+        """Become again what `snapshot` holds; the snapshot stays usable."""
+        vars(self).update(vars(snapshot.snapshot()))
+
+    def save(self, path: str) -> None:
+        """Write the compressed cache to one safetensors file, so that a prompt is compressed once and reused."""
+        storage.save(self, path)
+
+    @classmethod
+    def load(cls, path: str, model, backend: str | None = None) -> "KVCache":
+        """Read a cache that `save` wrote, for the same model and adapter.
+
+        Raises:
+            FileNotFoundError, ValueError: no such file, another model or adapter, a missing or mis-shaped tensor.
+        """
+        return storage.load(cls, path, model, backend)
 
     def evicting(self) -> list[KVLayer]:
         """The layers that gatekv holds, by depth."""
@@ -146,8 +198,8 @@ class KVCache(Cache):
         for layer in self.layers:
             if isinstance(layer, KVLayer) and layer.is_initialized:
                 held += distinct_bytes(layer.tensors())
-                _, kv, _, d = layer.keys.shape
-                full += int(layer.real.sum()) * kv * 2 * d * layer.keys.element_size()
+                keys = layer.tail.keys
+                full += int(layer.real.sum()) * keys.shape[1] * 2 * keys.shape[3] * keys.element_size()
             elif layer.is_initialized:
                 held += (own := distinct_bytes([layer.keys, layer.values]))
                 full += own
@@ -156,8 +208,10 @@ class KVCache(Cache):
     def __repr__(self) -> str:
         p = self.plan
         size = self.memory()
+        backend = next((layer.backend for layer in self.evicting() if layer.is_initialized), p.backend or "auto")
         return (
             f"KVCache({type(p.policy.scorer).__name__} x {type(p.policy.rule).__name__}, budget={p.policy.ratio}, "
             f"prefill={'dense' if p.dense else 'sparse'}, sinks={p.sinks}, window={p.window}, "
+            f"block_size={p.block_size}, backend={backend}, "
             f"seen={self.get_seq_length()}, bytes={size['bytes']}, ratio={size['ratio']:.3f})"
         )

@@ -1,80 +1,38 @@
-"""One layer's cache: a dense tail of recent tokens, a ragged store of kept ones, and the moment flags act.
+"""One layer's cache: a dense tail of recent tokens, pages of kept ones, and the moment flags act.
 
 Recurrent form of the law (gatekv.attention): tokens enter the tail; when they leave the window they are folded, i.e.
-moved to the ragged store if flagged, dropped if not. Folding waits for FOLD tokens; meanwhile the mask hides the dead.
+moved to pages if flagged, dropped if not. Folding waits for FOLD tokens; meanwhile the mask hides the dead.
 """
 
-from dataclasses import dataclass
+import copy
+from enum import Enum
 
 import torch
 from transformers.cache_utils import CacheLayerMixin
 
 from gatekv.attention import AttentionCall, live_mask, sink_tokens, valid_tokens
-from gatekv.cache.ragged import RaggedStore
-from gatekv.ops import naive
-from gatekv.ops.segments import ragged_segment
-from gatekv.policies import Gate, Policy, View
-from gatekv.policies.budgets import Threshold
+from gatekv.cache.pages import Pages
+from gatekv.cache.plan import Plan
+from gatekv.cache.tail import Tail
+from gatekv.ops import backends, segments
+from gatekv.policies import View
 
-FOLD = 16
+FOLD = 16  # tokens that leave together
+PIECE = 512  # tokens of a long call that attend together, so that what they evict is gone for the next piece
+ROLLBACK = 256  # while recording, how many of the last tokens can be taken back
 
 
-@dataclass
-class Plan:
-    """What all layers of a cache share.
+class Phase(Enum):
+    """PROMPT: before the decision; LATER: after it; TURN: after it, tokens wait whole for `KVCache.compress`."""
 
-    Attributes:
-        policy: scorer, rule and ratio. sinks, window: protected tokens.
-        dense: the prompt attends to all of itself, flags act after it.
-        prompt_tokens: where the prompt ends, or None = with the first forward.
-        threshold: tau as a logit, for a gate without a ratio.
-        keep_later: tokens after the prompt all stay.
-        thresholds: (ratio, real tokens seen [batch, n], prompt_tokens) -> logit thresholds [batch, n], calibrated.
-        defer: keep what scorers need, decide when asked to.
-        decide: called by a layer whose prompt has ended.
-    """
-
-    policy: Policy
-    sinks: int
-    window: int
-    dense: bool
-    prompt_tokens: int | None
-    threshold: float
-    keep_later: bool = False
-    thresholds: object = None
-    defer: bool = False
-    decide: object = None
-
-    @property
-    def learned(self) -> bool:
-        """A gate goes on judging tokens after the prompt; other scores decided once."""
-        return isinstance(self.policy.scorer, Gate)
-
-    @property
-    def streaming(self) -> bool:
-        return isinstance(self.policy.rule, Threshold)
-
-    @property
-    def ranks(self) -> bool:
-        """A gate's logits are kept until the end of the prompt, to be ranked there."""
-        return self.learned and not self.streaming
-
-    @property
-    def trims(self) -> bool:
-        """Flags act inside the prompt (sparse), and an exact trim follows at its end."""
-        return self.learned and not self.dense and not self.streaming
-
-    @property
-    def grace(self) -> int:
-        """Tokens behind the query that ignore their flag: only flags of later tokens can make this matter."""
-        return self.window if self.learned else 0
+    PROMPT, LATER, TURN = range(3)
 
 
 class KVLayer(CacheLayerMixin):
     """Cache layer of one full-attention layer; `attend` is called by the attention function."""
 
     is_sliding = False
-    is_croppable = False
+    is_croppable = True
 
     def __init__(self, plan: Plan, layer_idx: int):
         super().__init__()
@@ -83,33 +41,33 @@ class KVLayer(CacheLayerMixin):
 
     def clear(self) -> None:
         """Forget everything; the cache is as new."""
-        self.keys = self.values = None  # the tail: [batch, kv_heads, n, head_dim]
-        self.flags = self.scores = None  # of the tail: [batch, kv_heads, n]
-        self.valid = None  # of the tail: [batch, n]
-        self.store = None
+        self.tail: Tail | None = None
+        self.pages: Pages | None = None
+        self.paged_segment = None
         self.seen, self.real, self.folded = 0, None, 0  # slots; real tokens [batch, 1]; slots that left the tail
-        self.in_prompt, self.first_call = True, None
+        self.phase, self.base = Phase.PROMPT, 0  # base: the slot where the current prompt or turn begins
+        self.first_call = None
         self.cut = None  # [batch, 1 or kv_heads, 1]: the logit that a later token must exceed, after an exact decision
         self.gate_state = None
         self.queries = self.hidden = self.scaling = self.gate = None  # only while a decision is ahead
+        self.record_past, self.history = False, []
         self.is_initialized = False
 
     # -- what transformers asks of a cache layer
 
     def lazy_initialization(self, key_states, value_states) -> None:
-        self.keys, self.values = key_states, value_states
-        b, kv, n, _ = key_states.shape
-        self.flags = torch.ones(b, kv, n, dtype=torch.bool, device=key_states.device)
-        self.valid = self.flags[:, 0].clone()
-        self.scores = self.flags.float() if self.plan.ranks else None
-        self.store = RaggedStore.empty(key_states, self.plan.trims)
-        self.real = torch.zeros(b, 1, dtype=torch.long, device=key_states.device)
+        plan = self.plan
+        self.tail = Tail(key_states, plan.ranks)
+        self.pages = Pages(key_states, plan.block_size, plan.trims)
+        self.real = torch.zeros(len(key_states), 1, dtype=torch.long, device=key_states.device)
+        self.backend = backends.choose(plan.backend, plan.block_size, key_states.device, key_states.dtype)
+        self.paged_segment = backends.load(self.backend)
         self.is_initialized = True
 
     def update(self, key_states, value_states, *args, **kwargs):
         """Hands the new tokens through; `attend` stores them, because only there flags and mask are known."""
         if not self.is_initialized:
-            self.lazy_initialization(key_states[:, :, :0], value_states[:, :, :0])
+            self.lazy_initialization(key_states, value_states)
         return key_states, value_states
 
     def get_seq_length(self) -> int:
@@ -125,22 +83,23 @@ class KVLayer(CacheLayerMixin):
     def reset(self) -> None:
         self.clear()
 
-    def crop(self, tokens_to_remove: int) -> None:
-        if tokens_to_remove:
-            raise ValueError("a compressed cache cannot be rolled back yet: generate without an assistant or lookup.")
-
     def reorder_cache(self, beam_idx: torch.Tensor) -> None:
         """Re-order, repeat or reduce the batch."""
         if not self.is_initialized:
             return
-        index = beam_idx.to(self.keys.device)
-        self.store = self.store.select(index, self.keys.shape[1])
-        for name in ("keys", "values", "flags", "valid", "scores", "real", "cut", "queries", "hidden"):
-            tensor = vars(self)[name]
-            if tensor is not None:
-                setattr(self, name, tensor.index_select(0, index))
-        if self.gate_state is not None:
-            self.gate_state = tuple(t.index_select(0, index) for t in self.gate_state)
+        index = beam_idx.to(self.real.device)
+        batch, kv = len(self.real), self.tail.keys.shape[1]
+        if len(index) == batch and torch.equal(index, torch.arange(batch, device=index.device)):
+            return
+        self.pages.select((index[:, None] * kv + torch.arange(kv, device=index.device)).flatten())
+        self.tail.select(index)
+        pick = lambda t: None if t is None else t.index_select(0, index)  # noqa: E731
+        for name in ("real", "cut", "queries", "hidden"):
+            setattr(self, name, pick(vars(self)[name]))
+        self.gate_state = self.gate_state and tuple(map(pick, self.gate_state))
+        self.history = [
+            (state and tuple(map(pick, state)), *map(pick, judged)) for state, *judged in self.history
+        ]  # fmt: skip
 
     def batch_repeat_interleave(self, repeats: int) -> None:
         if self.is_initialized:
@@ -150,61 +109,133 @@ class KVLayer(CacheLayerMixin):
         if self.is_initialized:
             self.reorder_cache(torch.arange(len(self.real), device=indices.device)[indices])
 
+    # -- rolling back
+
+    def activate_past_recording(self) -> None:
+        """Keep the last ROLLBACK tokens whole until `crop` says which of them stay."""
+        self.record_past = True
+
+    def croppable(self) -> int:
+        """How many of the last tokens can be taken back without a trace."""
+        if self.phase is Phase.PROMPT and (self.plan.waits or self.plan.defer):
+            return 0
+        grace = 0 if self.phase is Phase.TURN else max(self.plan.grace - 1, 0)
+        limit = len(self.tail) - grace if self.folded else self.seen
+        if self.plan.waits:
+            limit = min(limit, self.seen - self.base)
+        if self.gate_state is not None:
+            limit = min(limit, sum(hidden.shape[1] for _, hidden, _, _ in self.history))
+        return max(limit, 0)
+
+    def crop(self, tokens_to_remove: int) -> None:
+        """Take back the last -tokens_to_remove tokens, as if they had never been seen.
+
+        Raises:
+            ValueError: when some of what they displaced is gone (call `activate_past_recording` first), or when the
+                cut would fall inside a compressed prompt.
+        """
+        if tokens_to_remove > 0:
+            raise ValueError("crop takes minus the number of tokens to remove, as in transformers' own caches.")
+        if not self.is_initialized:
+            return
+        if remove := -tokens_to_remove:
+            if remove > self.croppable():
+                raise ValueError(
+                    f"cannot take back {remove} tokens, only the last {self.croppable()}: more has been evicted since, "
+                    f"or is a compressed prompt. Call cache.activate_past_recording() before they are fed (the last "
+                    f"{ROLLBACK} can be taken back then), or keep a cache.snapshot()."
+                )
+            self.real = self.real - self.tail.valid[:, len(self.tail) - remove :].sum(-1, keepdim=True)
+            self.tail.drop(back=remove)
+            self.seen -= remove
+            self._rewind_gate(remove)
+            if self.queries is not None:
+                self.queries = self.queries[:, :, : max(self.queries.shape[2] - remove, 0)]
+        self.history = []
+        if self.phase is Phase.LATER:
+            self.fold(FOLD, rollback=0)
+
+    def _rewind_gate(self, remove: int) -> None:
+        """A gate with memory goes back to the call in which the cut falls, and reads its first tokens again."""
+        while remove and self.history:
+            state, hidden, keys, valid = self.history.pop()
+            stays = max(hidden.shape[1] - remove, 0)
+            remove -= hidden.shape[1] - stays
+            self.gate_state = state
+            if stays:
+                _, self.gate_state = self.gate(hidden[:, :stays], keys[:, :, :stays], valid[:, :stays], state)
+
     # -- the recurrent form
 
+    @torch.compiler.disable
     def attend(self, call: AttentionCall, q, k, v, mask, scaling: float) -> torch.Tensor:
         """Take in new tokens, answer their queries, evict.
 
         q: [B, H, Q, D]; k, v: [B, K, Q, D]; mask: [B, 1, Q, seen + Q] bool or None. Returns [B, H, Q, D].
         """
         b, _, n, _ = q.shape
-        self._check_chunks(n)
+        self._check_calls(n)
         valid = valid_tokens(mask, b, n, q.device)
-        self._take_in(call, k, v, valid)
-        out = self._answer(q, mask, scaling)
-        self.seen += n
-        self.real = self.real + valid.sum(-1, keepdim=True)
-        if self.in_prompt:
+        flags, logits = self._judge(call, k, valid)
+        whole = self.phase is Phase.PROMPT and self.plan.dense
+        outs = []
+        for a in range(0, n, n if whole else PIECE):
+            c = min(n, n if whole else a + PIECE)
+            piece = (k[:, :, a:c], v[:, :, a:c], flags[..., a:c], valid[:, a:c])
+            slack = 0 if self.phase is Phase.PROMPT else FOLD
+            self.tail.append(*piece, None if logits is None else logits[..., a:c], slack=slack)
+            self.seen += c - a
+            outs.append(self._answer(q[:, :, a:c], None if mask is None else mask[:, :, a:c, : self.seen], scaling))
+            if not whole and self.phase is not Phase.TURN:
+                self.fold(FOLD)
+        self.real = self.real + (n if mask is None else valid.sum(-1, keepdim=True))
+        if self.phase is not Phase.LATER:
             self._observe(call, q, scaling)
-            if self.plan.prompt_tokens is None or self.seen >= self.plan.prompt_tokens:
-                self.end_prompt()
-            elif not self.plan.dense:
-                self.fold()
-        else:
-            self.fold(at_least=FOLD)
-        return out
+        if self.phase is Phase.PROMPT and (self.plan.prompt_tokens is None or self.seen >= self.plan.prompt_tokens):
+            self.end_prompt()
+        return outs[0] if len(outs) == 1 else torch.cat(outs, 2)
 
-    def _check_chunks(self, n: int) -> None:
-        waits = (self.plan.dense or not self.plan.streaming) and self.plan.policy.ratio != 1
+    def _check_calls(self, n: int) -> None:
+        if not self.plan.waits:
+            return
+        if self.record_past and self.phase is Phase.PROMPT and not self.plan.defer:
+            raise ValueError(
+                "assisted decoding feeds its first draft together with the prompt, and this policy decides where the "
+                "prompt ends: feed the prompt first, model(prompt, past_key_values=cache), then generate."
+            )
         if self.first_call is None:
             self.first_call = n
-        elif n > 1 and n == self.first_call == self.seen and waits and self.plan.prompt_tokens is None:
+        elif n > 1 and n == self.first_call == self.seen and self.plan.prompt_tokens is None and not self.plan.turns:
             raise ValueError(
                 f"two calls of {n} tokens look like a prompt prefilled in chunks, and this policy decides at the "
                 "prompt's end, which a cache cannot see: pass KVCache(…, prompt_tokens=N), or use a threshold gate."
             )
 
-    def _take_in(self, call, k, v, valid) -> None:
-        """Append new tokens to the tail, with the flag each will have once it leaves the window."""
-        flags = valid[:, None].expand(k.shape[:3])
+    def _judge(self, call, k, valid) -> tuple[torch.Tensor, torch.Tensor | None]:
+        """(flags that new tokens will have once they leave the window, logits to keep), both [B, K, n] or None."""
+        flags, kept_logits = valid[:, None].expand(k.shape[:3]), None
         if self.plan.learned:
             if call.gate is None:
                 raise ValueError("the adapter was disabled or unloaded while this cache was in use; enable it again.")
-            logits, self.gate_state = call.gate(call.hidden, k, valid, self.gate_state)
+            before = self.gate_state
+            logits, self.gate_state = call.gate(call.hidden, k, valid, before)
             flags = (logits > self._thresholds(valid)) & flags
-            if self.scores is not None:
-                self.scores = torch.cat([self.scores, logits.float()], -1)
-        flags = flags | sink_tokens(valid, self.plan.sinks, self.real)[:, None]
-        self.keys, self.values = torch.cat([self.keys, k], 2), torch.cat([self.values, v], 2)
-        self.flags, self.valid = torch.cat([self.flags, flags], -1), torch.cat([self.valid, valid], -1)
+            kept_logits = logits if self.tail.scores is not None else None
+            if self.record_past and self.gate_state is not None:
+                self.gate = call.gate
+                self.history.append((before, call.hidden, k, valid))
+                while sum(h[1].shape[1] for h in self.history[1:]) >= ROLLBACK:
+                    self.history.pop(0)
+            flags = flags | sink_tokens(valid, self.plan.sinks, self.real)[:, None]
+        return flags, kept_logits
 
     def _thresholds(self, valid) -> torch.Tensor:
         """Logit thresholds of the new tokens, broadcastable to [batch, kv_heads, n]."""
-        if self.plan.keep_later and not self.in_prompt:
+        plan = self.plan
+        if self.phase is Phase.TURN or (plan.keep_later and self.phase is Phase.LATER):
             return torch.tensor(-torch.inf, device=valid.device)
         if self.cut is not None:
             return self.cut
-        plan = self.plan
         if plan.policy.ratio is None:
             return torch.tensor(plan.threshold, device=valid.device)
         if plan.streaming or plan.trims:
@@ -216,22 +247,36 @@ class KVLayer(CacheLayerMixin):
         return torch.tensor(-torch.inf, device=valid.device)  # a dense prompt decides at its end
 
     def _answer(self, q, mask, scaling) -> torch.Tensor:
-        n, tail = q.shape[2], self.keys.shape[2]
-        slots = torch.arange(self.folded, self.folded + tail, device=q.device)
-        queries = slots[tail - n :]
-        visible = (queries[:, None] >= slots)[None, None] if mask is None else mask[..., self.folded :]
-        if not (self.in_prompt and self.plan.dense):
-            visible = visible & live_mask(queries, slots, self.flags, self.plan.grace)
-        if len(self.store):
-            far = ragged_segment(q, self.store.keys, self.store.values, self.store.offsets, scaling)
-            near = naive.dense_segment(q, self.keys, self.values, visible, scaling)
-            return naive.merge([far, near])[0].to(q.dtype)
-        groups = q.shape[1] // self.keys.shape[1]
-        causal = mask is None and visible.shape[:2] == (1, 1) and n == tail
-        k, v = (t.repeat_interleave(groups, 1) for t in (self.keys, self.values))
-        visible = visible.repeat_interleave(groups, 1) if visible.shape[1] > 1 else visible
-        attend = torch.nn.functional.scaled_dot_product_attention
-        return attend(q, k, v, attn_mask=None if causal else visible, is_causal=causal, scale=scaling)
+        n, tail = q.shape[2], len(self.tail)
+        whole = self.phase is Phase.TURN or (self.phase is Phase.PROMPT and self.plan.dense)
+        k, v = self.tail.keys, self.tail.values
+        if not len(self.pages) and whole and mask is None and n == tail:
+            gqa = q.shape[1] != k.shape[1]
+            attend = torch.nn.functional.scaled_dot_product_attention
+            return attend(q, k, v, is_causal=n > 1, scale=scaling, enable_gqa=gqa)
+        visible = self._visible(n, mask, whole)
+        if len(self.pages):
+            far = self.paged_segment(q, self.pages.keys, self.pages.values, self.pages.table, scaling)
+            near = segments.dense_segment(q, k, v, visible, scaling)
+            return segments.merge([far, near])[0].to(q.dtype)
+        groups = q.shape[1] // k.shape[1]
+        k, v = (t.repeat_interleave(groups, 1) for t in (k, v))
+        if visible is not None and visible.shape[1] > 1:
+            visible = visible.repeat_interleave(groups, 1)
+        return torch.nn.functional.scaled_dot_product_attention(q, k, v, attn_mask=visible, scale=scaling)
+
+    def _visible(self, n: int, mask, whole: bool) -> torch.Tensor | None:
+        """[B, 1 or K, n, tail] bool: what the last n tokens may see of the tail; None = everything."""
+        visible = None if mask is None else mask[..., self.folded :]
+        judged = self.plan.learned and not whole
+        if n > 1 or judged:
+            slots = torch.arange(len(self.tail), device=self.real.device)
+            if visible is None and n > 1:
+                visible = (slots[-n:, None] >= slots)[None, None]
+            if judged:
+                live = live_mask(slots[-n:], slots, self.tail.flags, self.plan.grace)
+                visible = live if visible is None else visible & live
+        return visible
 
     # -- decisions
 
@@ -246,94 +291,118 @@ class KVLayer(CacheLayerMixin):
 
     def adopt(self, other: "KVLayer", gate) -> None:
         """Take over an undecided layer's whole prompt, sharing its tensors; gate judges it from here on."""
-        taken = ("keys", "values", "flags", "valid", "seen", "real", "folded", "queries", "hidden", "scaling")
-        vars(self).update({name: vars(other)[name] for name in taken})
-        self.gate, self.is_initialized = gate, True
-        self.store = RaggedStore.empty(self.keys, False)
+        self.lazy_initialization(other.tail.keys[:, :, :0], None)
+        self.tail = other.tail.twin()
+        for name in ("seen", "real", "folded", "queries", "hidden", "scaling"):
+            setattr(self, name, vars(other)[name])
+        self.gate = gate
 
     def end_prompt(self) -> None:
-        """The prompt is whole: let the plan's rule decide what stays."""
-        if self.plan.defer:
-            return
-        self.in_prompt = False
-        self.plan.decide(self)
+        """The prompt or turn is whole: let the plan's rule decide what stays."""
+        if not self.plan.defer:
+            self.plan.decide(self)
 
     def view(self) -> View:
-        """What a scorer sees of a prompt that is still whole."""
-        return View(self.keys, self.values, self.queries, self.valid, self.scaling, self.layer_idx, self._gate_logits)
+        """What a scorer sees of a prompt or turn that is still whole."""
+        tail = self.tail
+        return View(tail.keys, tail.values, self.queries, tail.valid, self.scaling, self.layer_idx, self._gate_logits)
 
     def _gate_logits(self) -> torch.Tensor:
-        if self.scores is None:
-            logits, self.gate_state = self.gate(self.hidden, self.keys, self.valid, None)
-            self.scores = logits.float()
-        return self.scores
+        if self.tail.scores is None:
+            logits, self.gate_state = self.gate(self.hidden, self.tail.keys, self.tail.valid, None)
+            self.tail.scores = logits.float()
+        return self.tail.scores
 
     def protection(self) -> tuple[torch.Tensor, torch.Tensor]:
-        """(protected [batch, 1, seen], valid [batch, seen]): sinks and window of each row; pads stand on the left."""
-        slots = torch.arange(self.seen, device=self.real.device)
-        valid = slots >= self.seen - self.real
-        protected = sink_tokens(valid, self.plan.sinks) | (valid & (slots >= self.seen - self.plan.window))
-        return protected[:, None], valid
+        """(protected [batch, 1, n], valid [batch, n]) of the n slots since base: sinks and window of each row."""
+        slots = torch.arange(self.base, self.seen, device=self.real.device)
+        if self.folded == self.base:
+            valid = self.tail.valid
+        else:  # part of the prompt is in pages already; pads stand on the left
+            valid = slots >= self.seen - self.real
+        sinks = sink_tokens(valid, self.plan.sinks, self.real - valid.sum(-1, keepdim=True))
+        return (sinks | (valid & (slots >= self.seen - self.plan.window)))[:, None], valid
 
     def all_scores(self) -> torch.Tensor:
-        """[batch, kv_heads, seen]; tokens that the prompt's own flags evicted score -inf, in memory or not."""
-        if not self.plan.trims:
+        """[batch, kv_heads, n] since base; tokens that the prompt's own flags evicted score -inf."""
+        if not self.plan.trims or self.phase is Phase.TURN:
             return self.plan.policy.scorer.score(self.view())
-        b, kv, _ = self.scores.shape
-        scores = self.scores.new_full((b, kv, self.seen), -torch.inf)
-        self.store.scatter(scores, self.store.scores)
-        scores[..., self.folded :] = self.scores.masked_fill(~self.flags, -torch.inf)
+        b, kv, _ = self.tail.scores.shape
+        scores = self.tail.scores.new_full((b, kv, self.seen), -torch.inf)
+        self.pages.scatter(scores, self.pages.scores)
+        scores[..., self.folded :] = self.tail.scores.masked_fill(~self.tail.flags, -torch.inf)
         return scores
 
     def restrict(self, keep: torch.Tensor, cut: torch.Tensor | None) -> None:
-        """Hold exactly keep [batch, kv_heads, seen]; later tokens must exceed cut [batch, 1 or kv_heads, 1], if any."""
-        flags = keep[..., self.folded :]
+        """Hold exactly keep [batch, kv_heads, slots since base].
+
+        cut [batch, 1 or kv_heads, 1]: the logit that later tokens must exceed; None: they all stay.
+        """
+        tail = self.tail
+        flags = keep[..., self.folded - self.base :]
         if cut is not None:
             # Tokens still in the window were kept for that alone; their own logits decide when they leave it.
             young = torch.arange(flags.shape[-1], device=flags.device) > flags.shape[-1] - max(self.plan.window, 1)
-            sinks = sink_tokens(self.valid, self.plan.sinks, self.real - self.valid.sum(-1, keepdim=True))[:, None]
-            flags = torch.where(young, ((self.scores > cut) & self.valid[:, None]) | sinks, flags)
-        self.cut, self.flags = cut, flags
-        self.scores = self.queries = self.hidden = None
-        self.store = self.store.filter(keep)
-        self.fold()
+            sinks = sink_tokens(tail.valid, self.plan.sinks, self.real - tail.valid.sum(-1, keepdim=True))[:, None]
+            flags = torch.where(young, ((tail.scores > cut) & tail.valid[:, None]) | sinks, flags)
+        self.cut, tail.flags = cut, flags
+        if self.folded > self.base:
+            self.pages.filter(keep, self.base)
+        self.pages.scores = self.queries = self.hidden = None
+        if not self.plan.turns:
+            tail.scores = None
+        self.settle()
 
-    def fold(self, at_least: int = 1) -> None:
-        """Move flagged tokens that have left the window from the tail to the store; forget the others."""
-        leave = self.keys.shape[2] - max(self.plan.grace - 1, 0)
-        if leave < at_least or leave <= 0:
-            return
-        parts = (self.keys, self.values, self.flags)
-        scores = None if self.store.scores is None else self.scores[..., :leave]
-        self.store = self.store.append(*(t[:, :, :leave] for t in parts), self.folded, scores)
-        self.keys, self.values, self.flags = (t[:, :, leave:].clone() for t in parts)
-        self.valid = self.valid[:, leave:].clone()
-        self.scores = None if self.scores is None else self.scores[..., leave:].clone()
+    def settle(self) -> None:
+        """The prompt or turn is over: fold it, and go on with what follows."""
+        if self.plan.turns:
+            self._fold(len(self.tail))
+            self.phase, self.base = Phase.TURN, self.seen
+        else:
+            self.phase, self.base = Phase.LATER, self.seen
+            self.fold()
+
+    def fold(self, at_least: int = 1, rollback: int | None = None) -> None:
+        """Move flagged tokens that have left the window from the tail to pages, if so many have; forget the others.
+
+        rollback: leave that many tokens more; None = what recording asks for.
+        """
+        if rollback is None:
+            rollback = ROLLBACK if self.record_past else 0
+        leave = len(self.tail) - max(self.plan.grace - 1, 0) - rollback
+        if leave >= max(at_least, 1):
+            self._fold(leave)
+
+    def _fold(self, leave: int) -> None:
+        t = self.tail
+        scores = None if self.pages.scores is None else t.scores[..., :leave]
+        self.pages.append(t.keys[:, :, :leave], t.values[:, :, :leave], t.flags[..., :leave], self.folded, scores)
+        t.drop(front=leave)
         self.folded += leave
+
+    def twin(self) -> "KVLayer":
+        """An independent copy that shares storage until either side changes."""
+        twin = copy.copy(self)
+        if self.is_initialized:
+            twin.tail, twin.pages, twin.history = self.tail.twin(), self.pages.twin(), list(self.history)
+        return twin
 
     # -- accounting
 
     def held(self) -> torch.Tensor:
         """[batch, kv_heads, seen] bool: what the next query can still see."""
-        b, kv, tail = self.flags.shape
-        held = torch.zeros(b, kv, self.seen, dtype=torch.bool, device=self.flags.device)
-        self.store.scatter(held, True)
+        tail = self.tail
+        b, kv, _ = tail.flags.shape
+        held = torch.zeros(b, kv, self.seen, dtype=torch.bool, device=tail.flags.device)
+        self.pages.scatter(held, True)
         slots = torch.arange(self.folded, self.seen, device=held.device)
-        live = live_mask(slots.new_tensor([self.seen]), slots, self.flags, self.plan.grace)[:, :, 0]
-        held[..., self.folded :] = (live | torch.tensor(self.in_prompt and self.plan.dense)) & self.valid[:, None]
+        live = live_mask(slots.new_tensor([self.seen]), slots, tail.flags, self.plan.grace)[:, :, 0]
+        whole = self.phase is Phase.TURN or (self.phase is Phase.PROMPT and self.plan.dense)
+        held[..., self.folded :] = (live | torch.tensor(whole)) & tail.valid[:, None]
         return held
 
     def tensors(self) -> list[torch.Tensor]:
         """Every tensor that this layer holds."""
-        own = (
-            self.keys,
-            self.values,
-            self.flags,
-            self.valid,
-            self.scores,
-            self.real,
-            self.cut,
-            self.queries,
-            self.hidden,
-        )
-        return [t for t in (*own, *(self.gate_state or ()), *self.store.tensors()) if t is not None]
+        side = [self.real, self.cut, self.queries, self.hidden, *(self.gate_state or ())]
+        side += [t for state, *judged in self.history for t in (*(state or ()), *judged)]
+        return [t for t in (*side, *self.tail.tensors(), *self.pages.tensors()) if t is not None]

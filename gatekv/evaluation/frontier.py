@@ -68,7 +68,7 @@ def _ask(model, cache: KVCache, asks: list) -> tuple[list[torch.Tensor], float]:
     ratio = 0.0
     for shape in sorted({(len(q), len(a)) for q, a in asks}):
         members = [i for i, (q, a) in enumerate(asks) if (len(q), len(a)) == shape]
-        copies = cache.fork()
+        copies = cache.snapshot()
         copies.batch_repeat_interleave(len(members))
         ids = torch.tensor([asks[i][0] + asks[i][1] for i in members], device=model.device)
         out = model(ids, past_key_values=copies, logits_to_keep=shape[1] + 1).logits[:, :-1].float()

@@ -73,30 +73,33 @@ def received_attention(q, k, *, window: int, scale: float, mask: Tensor | None =
 def dense_segment(q, k, v, mask: Tensor, scale: float) -> tuple[Tensor, Tensor]:
     """Attention over a rectangular memory, answered as (output, log-sum-exp).
 
-    q: [B, H, Q, D]; k, v: [B, K, T, D]; mask: [B, 1 or K, Q, T] bool.
+    q: [B, H, Q, D]; k, v: [B, K, T, D]; mask: [B, 1 or K, Q, T] bool or None = all is seen.
     Returns out [B, H, Q, D] in the accumulation dtype and lse [B, H, Q]; a query that sees nothing gets (0, -inf).
     """
     b, h, n, d = q.shape
     kv, acc = k.shape[1], accumulation_dtype(q)
     s = torch.einsum("bkgqd,bktd->bkgqt", group_queries(q, kv).to(acc), k.to(acc)) * scale
-    s = s.masked_fill(~mask[:, :, None], -torch.inf)
+    if mask is not None:
+        s = s.masked_fill(~mask[:, :, None], -torch.inf)
     lse = s.logsumexp(-1)
     p = torch.exp(s - lse.masked_fill(lse == -torch.inf, 0)[..., None])
     out = torch.einsum("bkgqt,bktd->bkgqd", p, v.to(acc))
     return out.reshape(b, h, n, d), lse.reshape(b, h, n)
 
 
-def ragged_segment(q, keys, values, offsets: list[int], scale: float) -> tuple[Tensor, Tensor]:
-    """Attention over a ragged memory: rows offsets[r]:offsets[r + 1] of `keys` belong to (sequence, head) r = b*K + k.
+def paged_segment(q, keys, values, table, scale: float) -> tuple[Tensor, Tensor]:
+    """Attention over a paged memory in which every (sequence, kv head) row has its own tokens.
 
-    q: [B, H, Q, D]; keys, values: [N, D]; every query sees every stored token of its head. Returns as `dense_segment`.
+    q: [B, H, Q, D]; keys, values: [P, block, D], the pool; table: `gatekv.ops.page_table.PageTable` over B·K rows.
+    Every query sees every token of its row, whatever the order. Returns as `dense_segment`.
     """
     b, h, n, d = q.shape
     acc = accumulation_dtype(q)
-    heads = group_queries(q, (len(offsets) - 1) // b).to(acc).flatten(0, 1)  # [B*K, G, Q, D]
+    heads = group_queries(q, table.rows // b).to(acc).flatten(0, 1)  # [B*K, G, Q, D]
     outs, lses = [], []
-    for r in range(len(offsets) - 1):
-        k, v = keys[offsets[r] : offsets[r + 1]].to(acc), values[offsets[r] : offsets[r + 1]].to(acc)
+    for r in range(table.rows):
+        mine = [(p, f) for p, o, f in zip(*(t.tolist() for t in (table.pages, table.owners, table.fill))) if o == r]
+        k, v = (torch.cat([t[:0, 0], *(t[p, :f] for p, f in mine)]).to(acc) for t in (keys, values))
         s = heads[r] @ k.T * scale
         lse = s.logsumexp(-1)
         outs.append(torch.exp(s - lse.masked_fill(lse == -torch.inf, 0)[..., None]) @ v)

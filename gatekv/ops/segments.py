@@ -1,17 +1,47 @@
-"""Fast paths of `naive.ragged_segment`: equal heads are one batched product, uneven ones a loop over their slices."""
+"""Few operations per decoding step: rectangular memories, and the merge of two answers."""
 
 import torch
 
-from gatekv.ops import naive
+from gatekv.ops.naive import accumulation_dtype
+
+Tensor = torch.Tensor
 
 
-def ragged_segment(q, keys, values, offsets: list[int], scale: float) -> tuple[torch.Tensor, torch.Tensor]:
-    """See `gatekv.ops.naive.ragged_segment`."""
-    b = q.shape[0]
-    heads = len(offsets) - 1
-    length = offsets[1] - offsets[0]
-    if all(offsets[r + 1] - offsets[r] == length for r in range(1, heads)):
-        shape = (b, heads // b, length, q.shape[-1])
-        mask = torch.ones(1, 1, 1, 1, dtype=torch.bool, device=q.device)
-        return naive.dense_segment(q, keys.view(shape), values.view(shape), mask, scale)
-    return naive.ragged_segment(q, keys, values, offsets, scale)
+def dense_segment(q: Tensor, k: Tensor, v: Tensor, mask: Tensor | None, scale: float) -> tuple[Tensor, Tensor]:
+    """See `gatekv.ops.naive.dense_segment`."""
+    (b, h, n, d), (_, kv, t, _) = q.shape, k.shape
+    acc = accumulation_dtype(q)
+    x = (q.to(acc) * scale).reshape(b * kv, h // kv * n, d)
+    hidden = None if mask is None else ~mask.expand(b, kv, n, t).reshape(b * kv, 1, n, t)
+    out, lse = rows_segment(x, k.flatten(0, 1).to(acc), v.flatten(0, 1).to(acc), hidden)
+    return out.view(b, h, n, d), lse.view(b, h, n)
+
+
+def rows_segment(x: Tensor, k: Tensor, v: Tensor, hidden: Tensor | None) -> tuple[Tensor, Tensor]:
+    """One batched product per row: x [rows, queries, D], scaled; k, v [rows, T, D] in x's dtype.
+
+    hidden: bool [rows, 1, Q or 1, T] where queries are G·Q, or None = all is seen. Returns out [rows, queries, D] and
+    lse [rows, queries]; a query that sees nothing gets (0, -inf).
+    """
+    s = torch.bmm(x, k.transpose(1, 2))
+    if hidden is None:
+        top = s.amax(-1, keepdim=True)
+    else:
+        grouped = s.view(len(s), -1, hidden.shape[2] if hidden.shape[2] > 1 else s.shape[1], s.shape[2])
+        s = grouped.masked_fill_(hidden, -torch.inf).view_as(s)
+        top = s.amax(-1, keepdim=True).clamp_min_(torch.finfo(s.dtype).min)
+    p = s.sub_(top).exp_()
+    total = p.sum(-1, keepdim=True)
+    lse = total.log().add_(top)
+    if hidden is not None:
+        total = total.masked_fill(total == 0, 1)
+    return torch.bmm(p, v).div_(total), lse[..., 0]
+
+
+def merge(segments: list[tuple[Tensor, Tensor]]) -> tuple[Tensor, Tensor]:
+    """See `gatekv.ops.naive.merge`."""
+    out, lse = segments[0]
+    for other, other_lse in segments[1:]:
+        share = torch.nan_to_num(other_lse - lse).sigmoid_()[..., None]  # -inf against -inf: nothing against nothing
+        out, lse = torch.lerp(out, other, share), torch.logaddexp(lse, other_lse)
+    return out, lse

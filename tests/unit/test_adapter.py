@@ -10,7 +10,8 @@ from peft import AutoPeftModelForCausalLM, PeftConfig, PeftModel, get_peft_model
 from safetensors.torch import load_file, save_file
 
 import gatekv
-from gatekv.adapter import set_calibration, tensors_sha256
+from gatekv.adapter import set_calibration
+from gatekv.fingerprint import tensors_sha256
 from gatekv.gates.calibration import Calibration
 from gatekv.modules import wrappers
 

@@ -16,7 +16,7 @@ LEVELS = [
     ["report", "evaluation", "training"],
     ["adapter"],
     ["cache"],
-    ["modules"],
+    ["modules", "fingerprint"],
     ["attention"],
     ["policies", "gates", "presets"],
     ["ops", "config", "facts", "version"],

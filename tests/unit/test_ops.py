@@ -5,7 +5,6 @@ import torch
 
 from gatekv.ops import gated_attention as fast
 from gatekv.ops import naive
-from gatekv.ops.segments import ragged_segment
 
 
 def problem(n, heads=6, kv=3, d=8, batch=2, seed=0):
@@ -72,31 +71,6 @@ def test_evicted_key_that_outweighs_all_live_ones_stays_finite():
     out = fast.gated_attention(q, k, v.float(), torch.zeros(1, 1, 8, requires_grad=True), window=0, scale=1.0)
     out.sum().backward()
     assert torch.isfinite(out).all() and torch.isfinite(q.grad).all()
-
-
-@pytest.mark.parametrize("counts", [[4, 4, 4, 4, 4, 4], [0, 7, 1, 3, 0, 12], [0, 0, 0, 0, 0, 0]])
-@pytest.mark.parametrize("queries", [1, 5])
-def test_ragged_segment_matches_naive_and_merges(counts, queries):
-    torch.manual_seed(0)
-    offsets = [0]
-    for c in counts:
-        offsets.append(offsets[-1] + c)
-    keys, values = torch.randn(offsets[-1], 8, dtype=torch.float64), torch.randn(offsets[-1], 8, dtype=torch.float64)
-    q = torch.randn(2, 6, queries, 8, dtype=torch.float64)
-    a, b = ragged_segment(q, keys, values, offsets, 0.3), naive.ragged_segment(q, keys, values, offsets, 0.3)
-    for x, y in zip(a, b):
-        torch.testing.assert_close(x, y)
-    assert not torch.isnan(a[0]).any()
-    dense_k, dense_v = torch.randn(2, 3, 4, 8, dtype=torch.float64), torch.randn(2, 3, 4, 8, dtype=torch.float64)
-    mask = torch.ones(2, 1, queries, 4, dtype=torch.bool)
-    out, lse = naive.merge([a, naive.dense_segment(q, dense_k, dense_v, mask, 0.3)])
-    for r in range(6):
-        row, head = divmod(r, 3)
-        k = torch.cat([keys[offsets[r] : offsets[r + 1]], dense_k[row, head]])
-        v = torch.cat([values[offsets[r] : offsets[r + 1]], dense_v[row, head]])
-        s = q[row, head * 2 : head * 2 + 2] @ k.T * 0.3
-        torch.testing.assert_close(out[row, head * 2 : head * 2 + 2], s.softmax(-1) @ v)
-        torch.testing.assert_close(lse[row, head * 2 : head * 2 + 2], s.logsumexp(-1))
 
 
 def test_merging_two_empty_memories_gives_nothing_not_nan():

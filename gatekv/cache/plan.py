@@ -1,0 +1,66 @@
+"""What all layers of a cache share: the policy, when it acts, and how tokens are stored."""
+
+from dataclasses import dataclass
+
+from gatekv.policies import Gate, Policy
+from gatekv.policies.budgets import Threshold
+
+
+@dataclass
+class Plan:
+    """Settings of one cache.
+
+    Attributes:
+        policy: scorer, rule and ratio. sinks, window: protected tokens.
+        dense: the prompt attends to all of itself, flags act after it.
+        prompt_tokens: where the prompt ends, or None = with the first forward.
+        threshold: tau as a logit, for a gate without a ratio.
+        keep_later: tokens after the prompt all stay. turns: they stay until `KVCache.compress` ends the turn.
+        block_size: tokens in a page. backend: of paged attention, or None = the best that can run.
+        thresholds: (ratio, real tokens seen [batch, n], prompt_tokens) -> logit thresholds [batch, n], calibrated.
+        defer: keep what scorers need, decide when asked to.
+        decide: called by a layer whose prompt has ended.
+    """
+
+    policy: Policy
+    sinks: int
+    window: int
+    dense: bool
+    prompt_tokens: int | None
+    threshold: float
+    keep_later: bool = False
+    turns: bool = False
+    block_size: int = 16
+    backend: str | None = None
+    thresholds: object = None
+    defer: bool = False
+    decide: object = None
+
+    @property
+    def learned(self) -> bool:
+        """A gate goes on judging tokens after the prompt; other scores decided once."""
+        return isinstance(self.policy.scorer, Gate)
+
+    @property
+    def streaming(self) -> bool:
+        return isinstance(self.policy.rule, Threshold)
+
+    @property
+    def ranks(self) -> bool:
+        """A gate's logits are kept until the end of the prompt, to be ranked there."""
+        return self.learned and not self.streaming
+
+    @property
+    def trims(self) -> bool:
+        """Flags act inside the prompt (sparse), and an exact trim follows at its end."""
+        return self.learned and not self.dense and not self.streaming
+
+    @property
+    def waits(self) -> bool:
+        """Something is decided at the end of the prompt, so the cache must know where that is."""
+        return (self.dense or not self.streaming) and self.policy.ratio != 1
+
+    @property
+    def grace(self) -> int:
+        """Tokens behind the query that ignore their flag: only flags of later tokens can make this matter."""
+        return self.window if self.learned else 0

@@ -1,0 +1,141 @@
+"""A compressed cache as one safetensors file: a prompt is compressed once and reused."""
+
+import dataclasses
+import json
+import os
+from pathlib import Path
+
+import torch
+from safetensors import SafetensorError, safe_open
+from safetensors.torch import save_file
+
+from gatekv.cache.layer import KVLayer, Phase
+from gatekv.fingerprint import fingerprint, gates_sha256
+from gatekv.policies import BUDGETS, SCORERS, Policy
+from gatekv.version import VERSION
+
+KEY = "gatekv_cache"
+COUNTERS = ("seen", "folded", "base", "first_call")
+POOL = ("keys", "values", "positions", "owners", "ordinals", "lengths", "scores")
+TAIL = ("keys", "values", "flags", "valid", "scores")
+SIDE = ("real", "cut", "queries")
+
+
+def _describe(part, known: dict, what: str) -> dict:
+    """{"name", "fields"} of a scorer or rule."""
+    name = next((n for n, cls in known.items() if cls is type(part)), None)
+    if name is None:
+        raise ValueError(f"only caches under gatekv's own {what}s can be saved, not {type(part).__name__}.")
+    return {"name": name, "fields": dataclasses.asdict(part)}
+
+
+def _tensors(layer) -> dict[str, torch.Tensor]:
+    """Name -> tensor of everything that one layer must get back."""
+    if not isinstance(layer, KVLayer):  # a sliding layer of transformers' own
+        return {"keys": layer.keys, "values": layer.values}
+    named = {f"tail.{n}": getattr(layer.tail, n) for n in TAIL}
+    named |= {f"pages.{n}": getattr(layer.pages, n) for n in POOL}
+    named |= {n: getattr(layer, n) for n in SIDE}
+    named |= {f"gate_state.{i}": t for i, t in enumerate(layer.gate_state or ())}
+    return {n: t for n, t in named.items() if t is not None}
+
+
+def save(cache, path: str) -> None:
+    """See `KVCache.save`.
+
+    Raises:
+        ValueError: when the prompt is not over, or the policy is not one of gatekv's own.
+    """
+    plan, layers = cache.plan, cache.evicting()
+    if plan.defer or not layers[0].is_initialized or layers[0].phase is Phase.PROMPT:
+        raise ValueError("only a cache whose prompt has been read and decided can be saved: feed the prompt first.")
+    header = {
+        "version": VERSION,
+        "base": fingerprint(cache.model),
+        "gates": gates_sha256(cache.model) if plan.learned else None,
+        "scorer": _describe(plan.policy.scorer, SCORERS, "scorer"),
+        "rule": _describe(plan.policy.rule, BUDGETS, "budget rule"),
+        "budget": plan.policy.ratio,
+        "options": {
+            "prefill": "dense" if plan.dense else "sparse", "decode": "keep" if plan.keep_later else "evict",
+            **{n: getattr(plan, n) for n in ("sinks", "window", "prompt_tokens", "turns", "block_size")},
+        },
+        "layers": [], "names": [],
+    }  # fmt: skip
+    tensors = {}
+    for i, layer in enumerate(cache.layers):
+        own = isinstance(layer, KVLayer)
+        counters = {n: getattr(layer, n) for n in COUNTERS} if own else {"cumulative_length": layer.cumulative_length}
+        header["layers"].append(counters | ({"phase": layer.phase.name} if own else {}))
+        tensors |= {f"{i}.{name}": t.contiguous().clone() for name, t in _tensors(layer).items()}
+    header["names"] = sorted(tensors)
+    target = Path(path)
+    target.parent.mkdir(parents=True, exist_ok=True)
+    partial = target.with_name(target.name + ".part")
+    save_file(tensors, partial, metadata={KEY: json.dumps(header)})
+    os.replace(partial, target)  # an interrupted save leaves the older file whole
+
+
+def _read(path: str, device) -> tuple[dict, dict[str, torch.Tensor]]:
+    if not Path(path).is_file():
+        raise FileNotFoundError(f"no saved cache at {path}: write one with cache.save(path).")
+    try:
+        with safe_open(path, framework="pt", device=str(device)) as file:
+            metadata = file.metadata() or {}
+            tensors = {name: file.get_tensor(name) for name in file.keys()}
+    except SafetensorError as error:
+        raise ValueError(f"{path} is not a whole safetensors file ({error}): save the cache again.") from error
+    if KEY not in metadata:
+        raise ValueError(f"{path} is a safetensors file, but not a gatekv cache: write one with cache.save(path).")
+    header = json.loads(metadata[KEY])
+    if missing := sorted(set(header["names"]) ^ set(tensors)):
+        raise ValueError(f"{path}: tensor {missing[0]!r} is missing or stray: save the cache again.")
+    return header, tensors
+
+
+def _check(path: str, header: dict, model) -> None:
+    found, wanted = fingerprint(model), header["base"]
+    for name, value in wanted.items():
+        if found[name] != value:
+            raise ValueError(
+                f"{path} was compressed by a model with {name} {value!r}, this one has {found[name]!r}: load the model "
+                "that wrote it, or compress the prompt again."
+            )
+    if header["gates"] is not None and gates_sha256(model) != header["gates"]:
+        raise ValueError(f"{path} was compressed by other gates: load the adapter that wrote it, or compress again.")
+
+
+def load(cls, path: str, model, backend: str | None):
+    """See `KVCache.load`."""
+    weight = next(model.parameters())
+    header, tensors = _read(path, weight.device)
+    _check(path, header, model)
+    scorer, rule = (known[header[part]["name"]](**header[part]["fields"]) for part, known in
+                    (("scorer", SCORERS), ("rule", BUDGETS)))  # fmt: skip
+    policy = Policy(scorer, rule, header["budget"])
+    cache = cls(model, policy, header["budget"], backend=backend, **header["options"])
+    for i, (layer, state) in enumerate(zip(cache.layers, header["layers"])):
+        mine = {n.split(".", 1)[1]: t for n, t in tensors.items() if n.split(".", 1)[0] == str(i)}
+        if not isinstance(layer, KVLayer):
+            layer.lazy_initialization(mine["keys"], mine["values"])
+            layer.keys, layer.values, layer.cumulative_length = mine["keys"], mine["values"], state["cumulative_length"]
+            continue
+        try:
+            _fill(layer, mine, state)
+        except (KeyError, IndexError, RuntimeError, ValueError) as error:
+            raise ValueError(f"{path}: layer {i} is damaged ({error!r}): save the cache again.") from error
+    return cache
+
+
+def _fill(layer: KVLayer, mine: dict[str, torch.Tensor], state: dict) -> None:
+    """Put saved tensors and counters into a fresh layer."""
+    layer.lazy_initialization(mine["tail.keys"][:, :, :0], None)
+    layer.phase = Phase[state["phase"]]
+    for name in COUNTERS:
+        setattr(layer, name, state[name])
+    layer.tail.scores = mine["tail.scores"][..., :0] if "tail.scores" in mine else None
+    layer.tail.append(*(mine.get(f"tail.{n}") for n in TAIL))
+    layer.pages.restore({n: mine.get(f"pages.{n}") for n in POOL})
+    for name in SIDE:
+        setattr(layer, name, mine.get(name))
+    layer.gate_state = tuple(mine[n] for n in sorted(mine) if n.startswith("gate_state.")) or None

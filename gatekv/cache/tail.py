@@ -1,0 +1,84 @@
+"""The dense end of a layer's cache: the recent window and what has not been folded into pages yet."""
+
+import copy
+
+import torch
+
+Tensor = torch.Tensor
+
+
+class Tail:
+    """Recent tokens, rectangular, in a buffer that is written in place and slides when it is full.
+
+    Appending costs the new tokens alone; every `slack` tokens the live part, no longer than the window, moves once.
+
+    Attributes:
+        keys, values: [batch, kv_heads, n, head_dim]. flags: [batch, kv_heads, n] bool, what each token's fate is once
+        it leaves the window. valid: [batch, n] bool, False at pads. scores: [batch, kv_heads, n] float32 or None.
+    """
+
+    def __init__(self, like: Tensor, with_scores: bool):
+        """An empty tail; `like` [batch, kv_heads, tokens, head_dim] gives shapes, dtype and device."""
+        b, kv, _, d = like.shape
+        self._buffers = [like.new_empty(b, kv, 0, d) for _ in range(2)]
+        self.flags = torch.ones(b, kv, 0, dtype=torch.bool, device=like.device)
+        self.valid = self.flags[:, 0]
+        self.scores = self.flags.float() if with_scores else None
+        self.shared = False
+
+    def __len__(self) -> int:
+        return self.valid.shape[1]
+
+    @property
+    def keys(self) -> Tensor:
+        return self._buffers[0][:, :, : len(self)]
+
+    @property
+    def values(self) -> Tensor:
+        return self._buffers[1][:, :, : len(self)]
+
+    def tensors(self) -> list[Tensor]:
+        """Every tensor held, slack included."""
+        return [*self._buffers, self.flags, self.valid, *([] if self.scores is None else [self.scores])]
+
+    def append(self, keys, values, flags, valid, scores=None, slack: int = 0) -> None:
+        """Add n tokens (shapes as the attributes'); a new buffer, when one is due, leaves room for `slack` more."""
+        old, new = len(self), keys.shape[2]
+        if old == 0 and slack == 0:
+            self._buffers = [keys, values]
+        else:
+            if self.shared or old + new > self._buffers[0].shape[2]:
+                self._buffers = [self._moved(b, 0, old, new + slack) for b in self._buffers]
+            for buffer, piece in zip(self._buffers, (keys, values)):
+                buffer[:, :, old : old + new] = piece
+        self.flags, self.valid = torch.cat([self.flags, flags], -1), torch.cat([self.valid, valid], -1)
+        self.scores = None if self.scores is None else torch.cat([self.scores, scores.float()], -1)
+        self.shared = False
+
+    def drop(self, front: int = 0, back: int = 0) -> None:
+        """Forget the first `front` and the last `back` tokens, and give their memory back."""
+        end = len(self) - back
+        if front:
+            self._buffers = [self._moved(b, front, end, 0) for b in self._buffers]
+            self.shared = False
+        self.flags, self.valid = self.flags[..., front:end].clone(), self.valid[:, front:end].clone()
+        self.scores = None if self.scores is None else self.scores[..., front:end].clone()
+
+    @staticmethod
+    def _moved(buffer: Tensor, start: int, end: int, room: int) -> Tensor:
+        b, kv, _, d = buffer.shape
+        out = buffer.new_empty(b, kv, end - start + room, d)
+        out[:, :, : end - start] = buffer[:, :, start:end]
+        return out
+
+    def select(self, index: Tensor) -> None:
+        """Keep, reorder or repeat sequences: index [new_batch]."""
+        self._buffers = [b.index_select(0, index) for b in self._buffers]
+        self.flags, self.valid = self.flags.index_select(0, index), self.valid.index_select(0, index)
+        self.scores = None if self.scores is None else self.scores.index_select(0, index)
+        self.shared = False
+
+    def twin(self) -> "Tail":
+        """A second owner of the same buffers; whichever grows first takes a copy of its own."""
+        self.shared = True
+        return copy.copy(self)

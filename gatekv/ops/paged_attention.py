@@ -1,0 +1,75 @@
+"""Paged attention in plain torch, any device: pages of all heads in a few batched products, no loop over heads."""
+
+import torch
+
+from gatekv.ops.naive import accumulation_dtype, group_queries
+from gatekv.ops.page_table import PageTable
+from gatekv.ops.segments import merge, rows_segment
+
+Tensor = torch.Tensor
+CHUNK = 1024  # pages whose float32 copy is alive at a time: it should stay in the processor's cache
+FEW_QUERIES = 64  # queries of a row (of all heads in a group) up to which an answer per page is cheap
+QUERY_BLOCK = 1024
+
+
+def paged_segment(q: Tensor, keys: Tensor, values: Tensor, table: PageTable, scale: float) -> tuple[Tensor, Tensor]:
+    """See `gatekv.ops.naive.paged_segment`."""
+    b, h, n, d = q.shape
+    x = (group_queries(q, table.rows // b).to(accumulation_dtype(q)) * scale).reshape(table.rows, -1, d)
+    answer = _row_by_row if x.shape[1] > FEW_QUERIES else _even_rows if table.even else _page_by_page
+    out, lse = answer(x, keys, values, table)
+    return out.reshape(b, h, n, d), lse.reshape(b, h, n)
+
+
+def _page_by_page(x: Tensor, keys: Tensor, values: Tensor, table: PageTable) -> tuple[Tensor, Tensor]:
+    """Each page answers alone; answers of one row are summed. x: [rows, queries, D], scaled."""
+    owners, (rows, queries, _) = table.owners.long(), x.shape
+    if not len(owners):
+        return torch.zeros_like(x), x.new_full(x.shape[:2], -torch.inf)
+    spans = [slice(a, a + CHUNK) for a in range(0, len(owners), CHUNK)]
+    load = lambda pool, span: pool.index_select(0, table.pages[span]).to(x.dtype)  # noqa: E731
+    parts = [torch.bmm(x.index_select(0, owners[span]), load(keys, span).transpose(1, 2)) for span in spans]
+    s = parts[0] if len(parts) == 1 else torch.cat(parts)  # [entries, queries, block]
+    unused = torch.arange(keys.shape[1], device=x.device) >= table.fill[:, None]
+    s = s.masked_fill_(unused[:, None], -torch.inf)
+    index = owners[:, None].expand(-1, queries)
+    top = x.new_full((rows, queries), torch.finfo(x.dtype).min).scatter_reduce(0, index, s.amax(-1), "amax")
+    p = s.sub_(top.index_select(0, owners)[..., None]).exp_()
+    total = x.new_zeros(rows, queries).index_add_(0, owners, p.sum(-1))
+    out = torch.zeros_like(x)
+    for span in spans:
+        out.index_add_(0, owners[span], torch.bmm(p[span], load(values, span)))
+    empty = total == 0
+    return out / total.masked_fill(empty, 1)[..., None], (top + total.log()).masked_fill(empty, -torch.inf)
+
+
+def _even_rows(x: Tensor, keys: Tensor, values: Tensor, table: PageTable) -> tuple[Tensor, Tensor]:
+    """Rows of equal page counts are a rectangle; spans of it answer and merge."""
+    pages, fill, block = (*(t.view(table.rows, -1) for t in (table.pages, table.fill)), keys.shape[1])
+    slots, answers = torch.arange(block, dtype=torch.int32, device=x.device), []
+    step = max(1, CHUNK // table.rows)
+    for a in range(0, table.even, step):
+        part = pages[:, a : a + step]
+        k, v = (t.index_select(0, part.flatten()).to(x.dtype).view(table.rows, -1, x.shape[2]) for t in (keys, values))
+        hidden = None
+        if a + step >= table.even:  # only the last page of a row can be part empty
+            hidden = (slots >= fill[:, a : a + step, None]).view(table.rows, 1, 1, -1)
+        answers.append(rows_segment(x, k, v, hidden))
+    return merge(answers)
+
+
+def _row_by_row(x: Tensor, keys: Tensor, values: Tensor, table: PageTable) -> tuple[Tensor, Tensor]:
+    """Many queries: each row's pages are gathered once and read by all of them."""
+    out, lse = torch.zeros_like(x), x.new_full(x.shape[:2], -torch.inf)
+    starts, lengths = table.starts.tolist(), table.lengths.tolist()
+    for r in range(table.rows):
+        if not lengths[r]:
+            continue
+        pages = table.pages[starts[r] : starts[r + 1]]
+        k, v = (pool.index_select(0, pages).flatten(0, 1)[: lengths[r]].to(x.dtype) for pool in (keys, values))
+        for a in range(0, x.shape[1], QUERY_BLOCK):
+            block = slice(a, a + QUERY_BLOCK)
+            s = x[r, block] @ k.T
+            lse[r, block] = s.logsumexp(-1)
+            out[r, block] = torch.exp(s - lse[r, block, None]) @ v
+    return out, lse

@@ -1,12 +1,19 @@
 """Random two-layer models of each family, and gates with something to say."""
 
+import os
+
 import pytest
 import torch
+
+if not torch.cuda.is_available():
+    os.environ.setdefault("TRITON_INTERPRET", "1")  # read when triton is imported: kernels run on the CPU
+
 from peft import get_peft_model
 from transformers import LlamaConfig, LlamaForCausalLM, Qwen3Config, Qwen3ForCausalLM
 
 from gatekv import GateKVConfig
-from gatekv.modules import wrappers
+from gatekv.attention import AttentionCall
+from gatekv.modules import base_model, wrappers
 
 FAMILIES = ["llama", "qwen3"]
 VOCAB = 97
@@ -51,6 +58,38 @@ def padded_batch(lengths, seed: int = 3):
     for row, length in enumerate(lengths):
         mask[row, width - length :] = 1
     return ids * mask, mask
+
+
+class MaskedMemory:
+    """Answers attention densely under a fixed mask: the reference that evicts nothing."""
+
+    def __init__(self, live):
+        self.live = live
+
+    def attend(self, call, q, k, v, mask, scaling):
+        groups = q.shape[1] // k.shape[1]
+        k, v, live = (t.repeat_interleave(groups, 1) for t in (k, v, self.live.expand(-1, k.shape[1], -1, -1)))
+        return torch.nn.functional.scaled_dot_product_attention(q, k, v, attn_mask=live, scale=scaling)
+
+
+@torch.no_grad()
+def dense_reference(model, ids, live):
+    """Logits of one uncached pass in which each layer's queries see what live [1, kv_heads, tokens, tokens] says."""
+    n, undo = torch.arange(ids.shape[1]), []
+    for w, layer_live in zip(wrappers(model), live):
+        memory = MaskedMemory(layer_live & (n[:, None] >= n))
+
+        def forward(hidden_states, w=w, memory=memory, **kwargs):
+            call = AttentionCall(hidden_states, w.layer_idx, memory=memory)
+            return w.base_layer(hidden_states, gatekv=call, **kwargs)
+
+        w.forward = forward
+        undo.append(w)
+    try:
+        return base_model(model)(ids, use_cache=False).logits
+    finally:
+        for w in undo:
+            del w.forward
 
 
 @pytest.fixture(params=FAMILIES)

@@ -5,6 +5,7 @@ moved to pages if flagged, dropped if not. Folding waits for FOLD tokens; meanwh
 """
 
 import copy
+from dataclasses import replace
 from enum import Enum
 
 import torch
@@ -173,8 +174,20 @@ class KVLayer(CacheLayerMixin):
 
         q: [B, H, Q, D]; k, v: [B, K, Q, D]; mask: [B, 1, Q, seen + Q] bool or None. Returns [B, H, Q, D].
         """
-        b, _, n, _ = q.shape
+        n = q.shape[2]
         self._check_calls(n)
+        end = self.plan.prompt_tokens
+        if self.phase is not Phase.PROMPT or not self.plan.waits or end is None or not self.seen < end < self.seen + n:
+            return self._attend(call, q, k, v, mask, scaling)
+        outs, start = [], self.seen
+        for a, c in ((0, end - start), (end - start, n)):  # what follows the prompt sees it compressed
+            part = replace(call, hidden=call.hidden[:, a:c])
+            seen_by = None if mask is None else mask[:, :, a:c, : start + c]
+            outs.append(self._attend(part, q[:, :, a:c], k[:, :, a:c], v[:, :, a:c], seen_by, scaling))
+        return torch.cat(outs, 2)
+
+    def _attend(self, call: AttentionCall, q, k, v, mask, scaling: float) -> torch.Tensor:
+        b, _, n, _ = q.shape
         valid = valid_tokens(mask, b, n, q.device)
         flags, logits = self._judge(call, k, valid)
         whole = self.phase is Phase.PROMPT and self.plan.dense
@@ -198,10 +211,18 @@ class KVLayer(CacheLayerMixin):
     def _check_calls(self, n: int) -> None:
         if not self.plan.waits:
             return
-        if self.record_past and self.phase is Phase.PROMPT and not self.plan.defer:
+        end = self.plan.prompt_tokens
+        if self.record_past and self.phase is Phase.PROMPT and end is None:
             raise ValueError(
                 "assisted decoding feeds its first draft together with the prompt, and this policy decides where the "
-                "prompt ends: feed the prompt first, model(prompt, past_key_values=cache), then generate."
+                "prompt ends: pass KVCache(…, prompt_tokens=N), the prompt's length, or use a threshold gate."
+            )
+        crosses = self.phase is Phase.PROMPT and end is not None and self.seen < end < self.seen + n
+        if crosses and self.plan.policy.rule.scope == "model":
+            raise ValueError(
+                f"this call runs past the prompt's end (prompt_tokens={end}), and heads that compete over all layers "
+                "are decided between calls: feed the prompt in a call of its own (assisted decoding never does: use "
+                "uniform, ada or a threshold gate there)."
             )
         if self.first_call is None:
             self.first_call = n
@@ -360,7 +381,7 @@ class KVLayer(CacheLayerMixin):
             self.phase, self.base = Phase.TURN, self.seen
         else:
             self.phase, self.base = Phase.LATER, self.seen
-            self.fold()
+            self.fold(rollback=0 if self.plan.waits else None)  # nothing takes back a decided prompt
 
     def fold(self, at_least: int = 1, rollback: int | None = None) -> None:
         """Move flagged tokens that have left the window from the tail to pages, if so many have; forget the others.

@@ -48,7 +48,8 @@ class AttentionGate(nn.Module):
         k, v, valid = (torch.cat([old, new], 1) for old, new in zip(state, (k, v, valid)))
         out = self._banded(q, k, v, valid)
         return self.out(out.flatten(2)).transpose(1, 2), tuple(
-            t[:, -past:] if past else t[:, :0] for t in (k, v, valid)
+            t[:, t.shape[1] - past :].clone()
+            for t in (k, v, valid)  # a view would keep the whole prompt alive
         )
 
     def _banded(self, q, k, v, valid):

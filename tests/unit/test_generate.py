@@ -91,7 +91,7 @@ def test_full_budget_matches_plain_tokens_in_bfloat16_closely():
 def test_rollback_is_refused_in_one_line():
     model = tiny()
     ids, _ = padded_batch([40])
-    with pytest.raises(ValueError, match="feed the prompt first"):
+    with pytest.raises(ValueError, match="prompt_tokens=N"):
         model.generate(ids, past_key_values=gatekv.KVCache(model, "l2", 0.5), prompt_lookup_num_tokens=3, **GREEDY)
 
 

@@ -3,7 +3,7 @@ the same path, is the plain model."""
 
 import pytest
 import torch
-from conftest import gated, padded_batch, tiny
+from conftest import dense_reference, gated, padded_batch, tiny
 
 import gatekv
 from gatekv.attention import live_mask, sink_tokens
@@ -120,48 +120,12 @@ def test_full_budget_is_the_plain_model(family, policy):
     assert ((logits - plain)[mask_full.bool()].abs().max() / plain.abs().max()) <= 1e-12
 
 
-@torch.no_grad()
 def masked_reference(model, ids, flags, window, prompt):
     """Dense logits under the law: queries after the prompt see the prompt only where flagged (or in their window)."""
-    inner = base_model(model)
-    n = ids.shape[1]
-    queries = torch.arange(n)
-    causal = queries[:, None] >= queries
-
-    def attention(layer_flags):
-        groups = inner.config.num_attention_heads // inner.config.num_key_value_heads
-        live = live_mask(queries, queries, layer_flags, window) | (queries[:, None] < prompt)
-        return (live & causal).repeat_interleave(groups, 1)
-
-    from gatekv.attention import AttentionCall
-    from gatekv.modules import GatedAttention
-
-    class Reference:
-        def __init__(self, mask):
-            self.mask = mask
-
-        def attend(self, call, q, k, v, mask, scaling):
-            g = q.shape[1] // k.shape[1]
-            return torch.nn.functional.scaled_dot_product_attention(
-                q, k.repeat_interleave(g, 1), v.repeat_interleave(g, 1), attn_mask=self.mask, scale=scaling
-            )
-
-    hooks = []
-    for w, f in zip(wrappers(model), flags):
-        reference = Reference(attention(f))
-
-        def forward(hidden_states, w=w, reference=reference, **kwargs):
-            call = AttentionCall(hidden_states, w.layer_idx, memory=reference)
-            return w.base_layer(hidden_states, gatekv=call, **kwargs)
-
-        hooks.append((w, w.forward))
-        w.forward = forward
-    try:
-        return inner(ids, use_cache=False).logits
-    finally:
-        for w, _ in hooks:
-            del w.forward
-        assert all(type(w).forward is GatedAttention.forward for w in wrappers(model))
+    queries = torch.arange(ids.shape[1])
+    return dense_reference(
+        model, ids, [live_mask(queries, queries, f, window) | (queries[:, None] < prompt) for f in flags]
+    )
 
 
 @pytest.mark.parametrize(

@@ -1,116 +1,123 @@
 """Speed and memory as ratios, measured interleaved in one run. Last line: JSON.
 
     python recipes/benchmark.py decode --quick       # time per token against a full cache and against the limit
-    python recipes/benchmark.py cache --quick        # bytes held and prefill time
+    python recipes/benchmark.py cache --quick        # prefill time, peak memory, bytes held, resident memory
     python recipes/benchmark.py train --quick        # a training step against the frozen model's forward + backward
+    python recipes/benchmark.py decode --contexts 1024,2048,4096,8192,16384,32768 --batches 1,8
+    make peer && python recipes/benchmark.py decode --peer kvpress --contexts 8192 --keeps .125
 
-*limit*: a plain cache that holds keep x context tokens, the best that any eviction can do. CPU time is process CPU
-seconds; medians of --repeats.
+*limit*: a plain cache that holds keep x context tokens, the best that any eviction can do. *uneven*: heads that
+compete for one budget and end up very unequal. CPU time is process CPU seconds; medians of --repeats. `decode` fills
+caches with random keys and values; a peer prefills in earnest.
 """
 
 import argparse
 import json
 import statistics
-import time
 
-from common import load_model, run
+from common import ROOT, load_model, run
+from measure import Peer, Skewed, full_cache, interleaved, peak, report, resident, small_llama, step, undecided_from
 
-
-def clock(device: str):
-    """Seconds of work so far: process CPU seconds, or wall time after a synchronisation on a GPU."""
-    if device == "cpu":
-        return time.process_time()
-    import torch
-
-    torch.cuda.synchronize()
-    return time.perf_counter()
+PEER_PYTHON = ROOT / ".venv-peer" / "bin" / "python"
 
 
-def interleaved(work: dict, repeats: int, device: str) -> dict[str, float]:
-    """Median seconds of each callable, run in turn `repeats` times after one warm-up round."""
-    times = {name: [] for name in work}
-    for r in range(repeats + 1):
-        for name, call in work.items():
-            start = clock(device)
-            call()
-            if r:
-                times[name].append(clock(device) - start)
-    return {name: statistics.median(t) for name, t in times.items()}
+def compressed(undecided, keep: float) -> dict:
+    """The same prompt with equal heads and with very unequal ones."""
+    if keep == 1:
+        return {"even": undecided.decide("full")}
+    rule = {"even": "uniform", "uneven": "global"}
+    return {name: undecided.decide(_policy(Skewed(), r), keep) for name, r in rule.items()}
 
 
-def plain_cache(model, ids):
-    """A DynamicCache that holds exactly these tokens."""
-    from transformers import DynamicCache
+def _policy(scorer, rule: str):
+    from gatekv.policies import BUDGETS, Policy
 
-    cache = DynamicCache(config=model.config)
-    model(ids, past_key_values=cache, logits_to_keep=1)
-    return cache
-
-
-def step(model, cache, batch: int):
-    """One decoding step; the cache grows by a token."""
-    import torch
-
-    token = torch.full((batch, 1), 5, device=model.device)
-    return lambda: model(token, past_key_values=cache, logits_to_keep=1)
+    return Policy(scorer, BUDGETS[rule](), None)
 
 
 def decode(model, args) -> list[dict]:
-    import torch
-
-    import gatekv
-
-    rows = []
+    rows, device = [], model.device.type
     for context in args.contexts:
         for batch in args.batches:
-            ids = torch.randint(3, model.config.vocab_size, (batch, context), device=model.device)
-            undecided = gatekv.KVCache.undecided(model)
-            model(ids, past_key_values=undecided, logits_to_keep=1)
-            full = plain_cache(model, ids)
-            for keep in args.keeps:
-                limit = plain_cache(model, ids[:, : max(1, int(keep * context))])
-                caches = {"even": undecided.decide("random", keep), "uneven": undecided.decide("random+global", keep)}
-                ratios = {name: c.memory()["ratio"] for name, c in caches.items()}
-                caches |= {"full": full, "limit": limit}
-                times = interleaved(
-                    {n: step(model, c, batch) for n, c in caches.items()}, args.repeats, model.device.type
+            full = full_cache(model, batch, context)
+            size = sum(t.nbytes for layer in full.layers for t in (layer.keys, layer.values))
+            if size * (1 + 3 * sum(args.keeps)) > args.memory * 2**30:
+                print(f"context {context}, batch {batch} skipped: its caches need more than --memory {args.memory} GiB")
+                continue
+            undecided = undecided_from(model, full)
+            caches = {(k, name): c for k in args.keeps for name, c in compressed(undecided, k).items()}
+            ratios = {key: c.memory()["ratio"] for key, c in caches.items()}
+            caches |= {(k, "limit"): full_cache(model, batch, max(1, int(k * context))) for k in args.keeps if k < 1}
+            work = {key: step(model, c, batch) for key, c in caches.items()}
+            work["full"] = step(model, full, batch)
+            peers = [(k, n, Peer(str(PEER_PYTHON), args.path, args.dtype, n))
+                     for k in args.keeps if args.peer and k < 1 for n in ("snap", "ada")]  # fmt: skip
+            for k, name, peer in peers:
+                held = peer.ask(context=context, batch=batch, keep=k)
+                ratios[k, f"kvpress {name}"] = held["bytes"] / held["full_bytes"]
+                work[k, f"kvpress {name}"] = lambda peer=peer: peer.ask(step=True)["seconds"]
+            times = interleaved(work, args.repeats, device)
+            for _, _, peer in peers:
+                peer.close()
+            for (keep, name), ratio in ratios.items():
+                mine = times[keep, name]
+                rows.append({
+                    "context": context, "batch": batch, "keep": keep, "heads": name, "bytes_ratio": round(ratio, 4),
+                    "ms_per_token": round(1e3 * mine, 2), "time_vs_full": round(mine / times["full"], 3),
+                    "time_vs_limit": round(mine / times.get((keep, "limit"), times["full"]), 3),
+                })  # fmt: skip
+            report(rows[-len(ratios) :])
+    for batch in args.batches:
+        for name in ("even", "uneven"):
+            here = [r["time_vs_limit"] for r in rows if (r["batch"], r["heads"]) == (batch, name) and r["keep"] < 1]
+            if here:
+                print(
+                    f"median over {len(here)} rows, batch {batch}, {name} heads: {statistics.median(here):.2f} x limit"
                 )
-                for name in ratios:
-                    rows.append({
-                        "context": context, "batch": batch, "keep": keep, "heads": name,
-                        "bytes_ratio": round(ratios[name], 4), "ms_per_token": round(1e3 * times[name], 2),
-                        "time_vs_full": round(times[name] / times["full"], 3),
-                        "time_vs_limit": round(times[name] / times["limit"], 3),
-                    })  # fmt: skip
     return rows
 
 
 def cache(model, args) -> list[dict]:
     import torch
+    from transformers import DynamicCache
 
     import gatekv
 
-    rows = []
+    rows, device = [], model.device.type
+
+    def prefill(ids, policy, keep):
+        made = DynamicCache(config=model.config)
+        if policy != "plain":
+            scorer, _, rule = policy.partition("+")
+            made = gatekv.KVCache(model, _policy(Skewed(), rule) if scorer == "uneven" else policy, keep)
+        model(ids, past_key_values=made, logits_to_keep=1)
+        return made
+
     for context in args.contexts:
         for batch in args.batches:
             ids = torch.randint(3, model.config.vocab_size, (batch, context), device=model.device)
-            for keep in args.keeps:
-                held = {}
-
-                def prefill(policy=None, keep=keep, held=held, ids=ids):
-                    cache = gatekv.KVCache(model, policy, keep)
-                    model(ids, past_key_values=cache, logits_to_keep=1)
-                    held[policy] = cache.memory()["ratio"]
-
-                work = {p: (lambda p=p: prefill(p)) for p in ("snapkv", "snapkv+ada", "random+global")}
-                work["full"] = lambda ids=ids: plain_cache(model, ids)
-                times = interleaved(work, args.repeats, model.device.type)
-                for policy, ratio in held.items():
-                    rows.append({
-                        "context": context, "batch": batch, "keep": keep, "policy": policy,
-                        "bytes_ratio": round(ratio, 4), "time_vs_full": round(times[policy] / times["full"], 3),
-                        "time_vs_limit": None,
-                    })  # fmt: skip
+            policies = ("snapkv", "snapkv+ada", "uneven+ada", "uneven+global")
+            cases = [("plain", 1.0), *((p, k) for p in policies for k in args.keeps if k < 1)]
+            for case in cases[:: len(args.keeps)]:
+                prefill(ids, *case)  # so that buffers made once count as nobody's memory
+            held = {}
+            for case in cases:
+                before = resident(device)
+                made, most = peak(lambda c=case, i=ids: prefill(i, *c), device)
+                held[case] = {"peak": most, "resident": resident(device) - before}
+                held[case]["ratio"] = 1.0 if case[0] == "plain" else made.memory()["ratio"]
+                del made
+            work = {case: lambda c=case, i=ids: prefill(i, *c) for case in cases}
+            times = interleaved(work, args.repeats, device)
+            plain = cases[0]
+            for case in cases[1:]:
+                rows.append({
+                    "context": context, "batch": batch, "keep": case[1], "policy": case[0],
+                    "bytes_ratio": round(held[case]["ratio"], 4), "time_vs_full": round(times[case] / times[plain], 3),
+                    "resident_vs_full": round(held[case]["resident"] / max(1, held[plain]["resident"]), 3),
+                    "peak_vs_full": round(held[case]["peak"] / max(1, held[plain]["peak"]), 3), "time_vs_limit": None,
+                })  # fmt: skip
+            report(rows[-len(cases) + 1 :])
     return rows
 
 
@@ -141,8 +148,9 @@ def train(model, args) -> list[dict]:
         times = interleaved(work, args.repeats, model.device.type)
         for kind in ("lm", "kl"):
             ratio = round(times[kind] / times["plain"], 3)
-            rows.append({"context": context, "batch": 1, "keep": None, "bytes_ratio": None, "objective": kind,
-                         "time_vs_full": ratio, "time_vs_limit": None})  # fmt: skip
+            rows.append({"context": context, "batch": 1, "objective": kind, "time_vs_full": ratio,
+                         "keep": None, "bytes_ratio": None, "time_vs_limit": None})  # fmt: skip
+        report(rows[-2:])
     detach(peft)
     return rows
 
@@ -150,32 +158,35 @@ def train(model, args) -> list[dict]:
 def main(argv: list[str]) -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("what", choices=["decode", "cache", "train"])
-    parser.add_argument("--quick", action="store_true", help="one context, two ratios, under 45 s on two cores")
-    parser.add_argument("--model", default="")
+    parser.add_argument("--quick", action="store_true", help="one context, few ratios, under 45 s on two cores")
+    parser.add_argument("--model", default="", help="folder or Hub name; 'small' = a random Llama of 30 M parameters")
     parser.add_argument("--dtype", default="bfloat16")
-    parser.add_argument("--contexts", default="1024,2048,4096")
-    parser.add_argument("--batches", default="1,4")
-    parser.add_argument("--keeps", default=".5,.25,.125")
+    parser.add_argument("--device", default="cpu")
+    parser.add_argument("--contexts", default="1024,2048,4096,8192")
+    parser.add_argument("--batches", default="1,8")
+    parser.add_argument("--keeps", default="1,.5,.25,.125,.0625")
     parser.add_argument("--repeats", type=int, default=7)
+    parser.add_argument("--memory", type=float, default=12.0, help="GiB that one row's caches may take")
+    parser.add_argument("--peer", default="", choices=["", "kvpress"])
     args = parser.parse_args(argv)
     import torch
 
     if args.quick:
-        args.contexts, args.batches, args.keeps = (
-            ("512", "1", ".25") if args.what != "decode" else ("1024", "1", ".25,.125")
-        )
+        args.contexts, args.batches, args.keeps = {
+            "decode": ("1024,4096", "1", ".25,.125"), "cache": ("512", "1", ".25"), "train": ("512", "1", "1"),
+        }[args.what]  # fmt: skip
         args.repeats = 5 if args.what == "decode" else 3
     args.contexts, args.batches = ([int(v) for v in t.split(",")] for t in (args.contexts, args.batches))
     args.keeps = [float(v) for v in args.keeps.split(",")]
     torch.manual_seed(0)
-    model, _ = load_model(args.model, args.dtype)
+    model = small_llama(args.dtype) if args.model == "small" else load_model(args.model, args.dtype)[0]
+    model, args.path = model.to(args.device), model.name_or_path
     with torch.set_grad_enabled(args.what == "train"):
         rows = {"decode": decode, "cache": cache, "train": train}[args.what](model, args)
-    for row in rows:
-        print("  ".join(f"{k} {v}" for k, v in row.items() if v is not None))
-    print(
-        json.dumps({"rows": rows, "what": args.what, "device": model.device.type, "threads": torch.get_num_threads()})
-    )
+    print(json.dumps({
+        "rows": rows, "what": args.what, "model": args.model or "SmolLM2-135M-Instruct",
+        "device": args.device, "threads": torch.get_num_threads(),
+    }))  # fmt: skip
 
 
 if __name__ == "__main__":

@@ -1,0 +1,174 @@
+"""What the benchmark measures with: clocks, memory, caches filled without a prefill, and a peer in its own process."""
+
+import ctypes
+import gc
+import json
+import random
+import statistics
+import subprocess
+import sys
+import time
+from dataclasses import dataclass
+from pathlib import Path
+
+
+def clock(device: str) -> float:
+    """Seconds of work so far: process CPU seconds, or wall time after a synchronisation on a GPU."""
+    if device == "cpu":
+        return time.process_time()
+    import torch
+
+    torch.cuda.synchronize()
+    return time.perf_counter()
+
+
+def interleaved(work: dict, repeats: int, device: str) -> dict[str, float]:
+    """Median seconds of each callable, run in turn `repeats` times after one warm-up round.
+
+    A callable that returns a number has measured itself (a peer in another process).
+    """
+    times = {name: [] for name in work}
+    for r in range(repeats + 1):
+        for name, call in work.items():
+            start = clock(device)
+            own = call()
+            if r:
+                times[name].append(own if isinstance(own, float) else clock(device) - start)
+    return {name: statistics.median(t) for name, t in times.items()}
+
+
+def _status(field: str) -> int:
+    line = next(ln for ln in Path("/proc/self/status").read_text().splitlines() if ln.startswith(field))
+    return int(line.split()[1]) * 1024
+
+
+def resident(device: str) -> int:
+    """Bytes held now: by CUDA's allocator, or by this process after unused memory went back to the system."""
+    gc.collect()
+    if device != "cpu":
+        import torch
+
+        return torch.cuda.memory_allocated()
+    ctypes.CDLL(None).malloc_trim(0)
+    return _status("VmRSS")
+
+
+def peak(work, device: str) -> tuple[object, int]:
+    """(what work() returns, most bytes held while it ran, above those held before)."""
+    before = resident(device)
+    if device == "cpu":
+        Path("/proc/self/clear_refs").write_text("5")  # Linux: the high-water mark starts anew
+        result = work()
+        return result, _status("VmHWM") - before
+    import torch
+
+    torch.cuda.reset_peak_memory_stats()
+    result = work()
+    return result, torch.cuda.max_memory_allocated() - before
+
+
+def small_llama(dtype: str):
+    """A random Llama of 30 million parameters: 10 layers, 8 heads over 2 KV heads of 64."""
+    import torch
+    from transformers import LlamaConfig, LlamaForCausalLM
+
+    torch.manual_seed(0)
+    config = LlamaConfig(
+        hidden_size=512, intermediate_size=1280, num_hidden_layers=10, num_attention_heads=8, num_key_value_heads=2,
+        head_dim=64, vocab_size=8192, max_position_embeddings=131072, tie_word_embeddings=True,
+    )  # fmt: skip
+    return LlamaForCausalLM(config).to(getattr(torch, dtype)).eval()
+
+
+@dataclass
+class Skewed:
+    """Random scores under which heads that compete end up very unequal: head weights spread over 1/4 … 4."""
+
+    sinks: int = 4
+    window: int = 32
+    queries: int = 0
+    skip_layers = ()
+
+    def score(self, view):
+        import torch
+
+        rng = random.Random(view.layer_idx)
+        weights = torch.tensor([4 ** rng.uniform(-1, 1) for _ in range(view.keys.shape[1])], device=view.keys.device)
+        return torch.rand(view.keys.shape[:3], device=view.keys.device) ** (1 / weights[:, None])
+
+
+def full_cache(model, batch: int, context: int):
+    """A DynamicCache of random keys and values: time and bytes of a step depend on shapes alone."""
+    import torch
+    from transformers import DynamicCache
+
+    config = model.config
+    cache = DynamicCache(config=config)
+    head_dim = config.head_dim or config.hidden_size // config.num_attention_heads
+    shape = (batch, config.num_key_value_heads, context, head_dim)
+    for i in range(config.num_hidden_layers):
+        cache.update(*(torch.randn(shape, dtype=model.dtype, device=model.device) for _ in range(2)), i)
+    return cache
+
+
+def undecided_from(model, full):
+    """A KVCache that has seen what `full` holds, its tensors shared, and has decided nothing yet."""
+    import torch
+
+    import gatekv
+
+    cache = gatekv.KVCache.undecided(model, queries=0)
+    for mine, theirs in zip(cache.evicting(), full.layers):
+        b, kv, n, _ = theirs.keys.shape
+        mine.lazy_initialization(theirs.keys, theirs.values)
+        valid = torch.ones(b, n, dtype=torch.bool, device=theirs.keys.device)
+        mine.tail.append(theirs.keys, theirs.values, valid[:, None].expand(b, kv, n), valid)
+        mine.seen, mine.real = n, torch.full_like(mine.real, n)
+    return cache
+
+
+def step(model, cache, batch: int):
+    """One decoding step; the cache grows by a token."""
+    import torch
+
+    token = torch.full((batch, 1), 5, device=model.device)
+
+    def one():
+        model(token, past_key_values=cache, logits_to_keep=1)
+
+    return one
+
+
+def report(rows: list[dict]) -> None:
+    """Print rows as they come: a long run shows what it has."""
+    for row in rows:
+        print("  ".join(f"{k} {v}" for k, v in row.items() if v is not None), flush=True)
+
+
+class Peer:
+    """kvpress in its own environment: a process that prefills under a press and then steps when told to."""
+
+    def __init__(self, python: str, model: str, dtype: str, press: str):
+        script = Path(__file__).with_name("peer_kvpress.py")
+        if not Path(python).is_file():
+            raise ValueError(f"no python at {python}: `make peer` builds the environment that --peer kvpress needs.")
+        command = [python, str(script), model, dtype, press]
+        self.process = subprocess.Popen(command, stdin=subprocess.PIPE, stdout=subprocess.PIPE, text=True)
+
+    def ask(self, **request) -> dict:
+        """One request, one answer."""
+        self.process.stdin.write(json.dumps(request) + "\n")
+        self.process.stdin.flush()
+        line = self.process.stdout.readline()
+        if not line:
+            raise ValueError("the peer's process ended; what it printed above says why.")
+        return json.loads(line)
+
+    def close(self) -> None:
+        """End the process."""
+        self.process.stdin.close()
+        self.process.wait()
+
+
+if __name__ == "__main__":
+    sys.exit("measure.py holds what benchmark.py measures with; run that.")

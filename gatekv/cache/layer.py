@@ -50,6 +50,9 @@ class KVLayer(CacheLayerMixin):
         self.first_call = None
         self.cut = None  # [batch, 1 or kv_heads, 1]: the logit that a later token must exceed, after an exact decision
         self.gate_state = None
+        self.pending = (
+            None  # [batch, < FOLD, hidden_size]: what the gate has not read yet of tokens still in the window
+        )
         self.queries = self.hidden = self.scaling = self.gate = None  # only while a decision is ahead
         self.record_past, self.history = False, []
         self.is_initialized = False
@@ -95,7 +98,7 @@ class KVLayer(CacheLayerMixin):
         self.pages.select((index[:, None] * kv + torch.arange(kv, device=index.device)).flatten())
         self.tail.select(index)
         pick = lambda t: None if t is None else t.index_select(0, index)  # noqa: E731
-        for name in ("real", "cut", "queries", "hidden"):
+        for name in ("real", "cut", "queries", "hidden", "pending"):
             setattr(self, name, pick(vars(self)[name]))
         self.gate_state = self.gate_state and tuple(map(pick, self.gate_state))
         self.history = [
@@ -125,7 +128,8 @@ class KVLayer(CacheLayerMixin):
         if self.plan.waits:
             limit = min(limit, self.seen - self.base)
         if self.gate_state is not None:
-            limit = min(limit, sum(hidden.shape[1] for _, hidden, _, _ in self.history))
+            unread = 0 if self.pending is None else self.pending.shape[1]
+            limit = min(limit, unread + sum(hidden.shape[1] for _, hidden, _, _ in self.history))
         return max(limit, 0)
 
     def crop(self, tokens_to_remove: int) -> None:
@@ -157,7 +161,11 @@ class KVLayer(CacheLayerMixin):
             self.fold(FOLD, rollback=0)
 
     def _rewind_gate(self, remove: int) -> None:
-        """A gate with memory goes back to the call in which the cut falls, and reads its first tokens again."""
+        """A gate with memory goes back to the tokens among which the cut falls, and reads the first of them again."""
+        if self.pending is not None:
+            unread = self.pending.shape[1]
+            self.pending = self.pending[:, : unread - remove] if unread > remove else None
+            remove = max(remove - unread, 0)
         while remove and self.history:
             state, hidden, keys, valid = self.history.pop()
             stays = max(hidden.shape[1] - remove, 0)
@@ -234,26 +242,39 @@ class KVLayer(CacheLayerMixin):
 
     def _judge(self, call, k, valid) -> tuple[torch.Tensor, torch.Tensor | None]:
         """(flags that new tokens will have once they leave the window, logits to keep), both [B, K, n] or None."""
-        flags, kept_logits = valid[:, None].expand(k.shape[:3]), None
-        if self.plan.learned:
-            if call.gate is None:
-                raise ValueError("the adapter was disabled or unloaded while this cache was in use; enable it again.")
-            before = self.gate_state
-            logits, self.gate_state = call.gate(call.hidden, k, valid, before)
-            flags = (logits > self._thresholds(valid)) & flags
-            kept_logits = logits if self.tail.scores is not None else None
-            if self.record_past and self.gate_state is not None:
-                self.gate = call.gate
-                self.history.append((before, call.hidden, k, valid))
-                while sum(h[1].shape[1] for h in self.history[1:]) >= ROLLBACK:
-                    self.history.pop(0)
-            flags = flags | sink_tokens(valid, self.plan.sinks, self.real)[:, None]
-        return flags, kept_logits
+        flags = valid[:, None].expand(k.shape[:3])
+        later = self.phase is Phase.LATER
+        if not self.plan.learned or (later and self.plan.keep_later):
+            return flags, None
+        if call.gate is None:
+            raise ValueError("the adapter was disabled or unloaded while this cache was in use; enable it again.")
+        # A flag acts when its token leaves the window, so while decoding the gate may read FOLD tokens at a time.
+        hidden = call.hidden if self.pending is None else torch.cat([self.pending, call.hidden], 1)
+        if later and hidden.shape[1] < FOLD <= self.plan.grace:
+            self.pending = hidden
+            return flags, None
+        if old := hidden.shape[1] - k.shape[2]:
+            k = torch.cat([self.tail.keys[:, :, -old:], k], 2)
+            valid = torch.cat([self.tail.valid[:, -old:], valid], 1)
+        before, self.pending = self.gate_state, None
+        logits, self.gate_state = call.gate(hidden, k, valid, before)
+        real = self.real - valid[:, :old].sum(-1, keepdim=True)
+        flags = (logits > self._thresholds(valid, real)) & valid[:, None] | sink_tokens(valid, self.plan.sinks, real)[
+            :, None
+        ]
+        if self.record_past and self.gate_state is not None:
+            self.gate = call.gate
+            self.history.append((before, hidden, k, valid))
+            while sum(h[1].shape[1] for h in self.history[1:]) >= ROLLBACK:
+                self.history.pop(0)
+        if old:
+            self.tail.flags = torch.cat([self.tail.flags[..., : len(self.tail) - old], flags[..., :old]], -1)
+        return flags[..., old:], logits[..., old:] if self.tail.scores is not None else None
 
-    def _thresholds(self, valid) -> torch.Tensor:
-        """Logit thresholds of the new tokens, broadcastable to [batch, kv_heads, n]."""
+    def _thresholds(self, valid, real) -> torch.Tensor:
+        """Logit thresholds of tokens that came after `real` [batch, 1], broadcastable to [batch, kv_heads, n]."""
         plan = self.plan
-        if self.phase is Phase.TURN or (plan.keep_later and self.phase is Phase.LATER):
+        if self.phase is Phase.TURN:
             return torch.tensor(-torch.inf, device=valid.device)
         if self.cut is not None:
             return self.cut
@@ -262,7 +283,7 @@ class KVLayer(CacheLayerMixin):
         if plan.streaming or plan.trims:
             # A token is judged when it leaves the window: by then its row has seen `window` more tokens. This depends
             # on the token alone, never on how the prompt was cut into calls.
-            seen = self.real + valid.long().cumsum(-1) + plan.window
+            seen = real + valid.long().cumsum(-1) + plan.window
             ratio = plan.policy.ratio if plan.streaming else min(1.0, 1.5 * plan.policy.ratio)
             return plan.thresholds(ratio, seen, plan.prompt_tokens)[:, None]
         return torch.tensor(-torch.inf, device=valid.device)  # a dense prompt decides at its end
@@ -424,6 +445,6 @@ class KVLayer(CacheLayerMixin):
 
     def tensors(self) -> list[torch.Tensor]:
         """Every tensor that this layer holds."""
-        side = [self.real, self.cut, self.queries, self.hidden, *(self.gate_state or ())]
+        side = [self.real, self.cut, self.queries, self.hidden, self.pending, *(self.gate_state or ())]
         side += [t for state, *judged in self.history for t in (*(state or ()), *judged)]
         return [t for t in (*side, *self.tail.tensors(), *self.pages.tensors()) if t is not None]

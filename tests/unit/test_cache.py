@@ -24,7 +24,7 @@ def live_tensors_bytes():
     gc.collect()
     seen = {}
     for obj in gc.get_objects():
-        if isinstance(obj, torch.Tensor):
+        if type(obj) is torch.Tensor:  # torch.compile leaves tensors without storage behind
             seen[obj.untyped_storage().data_ptr()] = obj.untyped_storage().nbytes()
     return sum(seen.values())
 
@@ -226,3 +226,20 @@ def test_chunked_prefill_with_prompt_tokens_equals_one_call():
         runs.append((out, cache.flags()))
     assert torch.equal(runs[0][0], runs[1][0])
     assert all(torch.equal(a, b) for a, b in zip(runs[0][1], runs[1][1]))
+
+
+@pytest.mark.parametrize("window,decode,calls", [(16, "evict", 1 + 48 // 16), (4, "evict", 1 + 48), (16, "keep", 1)])
+def test_the_gate_reads_sixteen_tokens_at_a_time_where_the_window_allows(monkeypatch, window, decode, calls):
+    model = gated(window=window, sinks=2)
+    ids, _ = padded_batch([60])
+    cache = gatekv.KVCache(model, "gate+global", 0.5, decode=decode)
+    gate, read = type(wrappers(model)[0].gate()), []
+    forward = gate.forward
+    monkeypatch.setattr(
+        gate, "forward", lambda self, h, *a, **k: (read.append(h.shape[1]), forward(self, h, *a, **k))[1]
+    )
+    with torch.no_grad():
+        model(ids, past_key_values=cache)
+        for i in range(48):
+            model(ids[:, i : i + 1], past_key_values=cache)
+    assert len(read) == 2 * calls and sum(read) == 2 * (60 + (48 if decode == "evict" else 0))

@@ -86,9 +86,13 @@ def test_positions_follow_tokens_seen_not_stored():
 
 
 @pytest.mark.parametrize("policy,budget", [("gate", None), ("gate+global", 0.6), ("random+global", 0.8)])
-def test_reorder_repeat_and_select_follow_the_rows(policy, budget):
-    model = gated(window=4, gate="attention", context_window=6)
+@pytest.mark.parametrize("window", [4, 16])
+def test_reorder_repeat_and_select_follow_the_rows(policy, budget, window):
+    model = gated(window=window, gate="attention", context_window=6)
     cache, ids, mask = filled(model, policy, budget)
+    mask = torch.cat([mask, torch.ones(2, 3, dtype=torch.long)], 1)
+    with torch.no_grad():  # tokens that the gate may not have read yet
+        model(ids[:, -3:], attention_mask=mask, past_key_values=cache)
     twin = cache.snapshot()
     twin.reorder_cache(torch.tensor([1, 0]))
     more = cache.snapshot()

@@ -62,7 +62,7 @@ def test_compress_says_what_it_needs():
 
 @pytest.mark.parametrize("policy,budget", POLICIES)
 def test_several_questions_from_one_snapshot(policy, budget):
-    model = gated(window=5, sinks=2, gate="attention", context_window=6)
+    model = gated(window=16, sinks=2, gate="attention", context_window=6)
     ids, _ = padded_batch([60])
     questions = torch.randint(1, VOCAB, (3, 30), generator=torch.Generator().manual_seed(5))
     cache = gatekv.KVCache(model, policy, budget)
@@ -83,7 +83,7 @@ def test_several_questions_from_one_snapshot(policy, budget):
 def test_a_saved_cache_goes_on_as_if_it_had_never_left(tmp_path, family, policy, budget, turns):
     if turns and policy == "gate":
         pytest.skip("a threshold gate has no turns")
-    model = gated(family, window=5, sinks=2, gate="attention", context_window=6)
+    model = gated(family, window=16, sinks=2, gate="attention", context_window=6)
     ids, mask = padded_batch([60, 50])
     cache = gatekv.KVCache(model, policy, budget, turns=turns)
     with torch.no_grad():

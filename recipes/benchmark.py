@@ -8,31 +8,20 @@
 
 *limit*: a plain cache that holds keep x context tokens, the best that any eviction can do. *uneven*: heads that
 compete for one budget and end up very unequal. CPU time is process CPU seconds; medians of --repeats. `decode` fills
-caches with random keys and values; a peer prefills in earnest.
+caches with random keys and values (a peer prefills in earnest) and counts 16 tokens as one repeat, because that often
+a cache folds its window and a gate reads.
 """
 
 import argparse
 import json
 import statistics
 
+import measure
 from common import ROOT, load_model, run
-from measure import Peer, Skewed, full_cache, interleaved, peak, report, resident, small_llama, step, undecided_from
+from measure import full_cache, interleaved, report, resident
+from peer import Peer
 
 PEER_PYTHON = ROOT / ".venv-peer" / "bin" / "python"
-
-
-def compressed(undecided, keep: float) -> dict:
-    """The same prompt with equal heads and with very unequal ones."""
-    if keep == 1:
-        return {"even": undecided.decide("full")}
-    rule = {"even": "uniform", "uneven": "global"}
-    return {name: undecided.decide(_policy(Skewed(), r), keep) for name, r in rule.items()}
-
-
-def _policy(scorer, rule: str):
-    from gatekv.policies import BUDGETS, Policy
-
-    return Policy(scorer, BUDGETS[rule](), None)
 
 
 def decode(model, args) -> list[dict]:
@@ -44,19 +33,21 @@ def decode(model, args) -> list[dict]:
             if size * (1 + 3 * sum(args.keeps)) > args.memory * 2**30:
                 print(f"context {context}, batch {batch} skipped: its caches need more than --memory {args.memory} GiB")
                 continue
-            undecided = undecided_from(model, full)
-            caches = {(k, name): c for k in args.keeps for name, c in compressed(undecided, k).items()}
+            undecided = measure.undecided_from(model, full)
+            caches = {
+                (k, name): c for k in args.keeps for name, c in measure.compressed(undecided, k, args.gate).items()
+            }
             ratios = {key: c.memory()["ratio"] for key, c in caches.items()}
             caches |= {(k, "limit"): full_cache(model, batch, max(1, int(k * context))) for k in args.keeps if k < 1}
-            work = {key: step(model, c, batch) for key, c in caches.items()}
-            work["full"] = step(model, full, batch)
+            work = {key: measure.step(model, c, batch) for key, c in caches.items()}
+            work["full"] = measure.step(model, full, batch)
             peers = [(k, n, Peer(str(PEER_PYTHON), args.path, args.dtype, n))
                      for k in args.keeps if args.peer and k < 1 for n in ("snap", "ada")]  # fmt: skip
             for k, name, peer in peers:
                 held = peer.ask(context=context, batch=batch, keep=k)
                 ratios[k, f"kvpress {name}"] = held["bytes"] / held["full_bytes"]
                 work[k, f"kvpress {name}"] = lambda peer=peer: peer.ask(step=True)["seconds"]
-            times = interleaved(work, args.repeats, device)
+            times = interleaved(work, args.repeats, device, measure.CYCLE)
             for _, _, peer in peers:
                 peer.close()
             for (keep, name), ratio in ratios.items():
@@ -68,7 +59,7 @@ def decode(model, args) -> list[dict]:
                 })  # fmt: skip
             report(rows[-len(ratios) :])
     for batch in args.batches:
-        for name in ("even", "uneven"):
+        for name in dict.fromkeys(r["heads"] for r in rows):
             here = [r["time_vs_limit"] for r in rows if (r["batch"], r["heads"]) == (batch, name) and r["keep"] < 1]
             if here:
                 print(
@@ -89,7 +80,9 @@ def cache(model, args) -> list[dict]:
         made = DynamicCache(config=model.config)
         if policy != "plain":
             scorer, _, rule = policy.partition("+")
-            made = gatekv.KVCache(model, _policy(Skewed(), rule) if scorer == "uneven" else policy, keep)
+            made = gatekv.KVCache(
+                model, measure.policy_of(measure.Skewed(), rule) if scorer == "uneven" else policy, keep
+            )
         model(ids, past_key_values=made, logits_to_keep=1)
         return made
 
@@ -103,7 +96,7 @@ def cache(model, args) -> list[dict]:
             held = {}
             for case in cases:
                 before = resident(device)
-                made, most = peak(lambda c=case, i=ids: prefill(i, *c), device)
+                made, most = measure.peak(lambda c=case, i=ids: prefill(i, *c), device)
                 held[case] = {"peak": most, "resident": resident(device) - before}
                 held[case]["ratio"] = 1.0 if case[0] == "plain" else made.memory()["ratio"]
                 del made
@@ -165,8 +158,9 @@ def main(argv: list[str]) -> None:
     parser.add_argument("--contexts", default="1024,2048,4096,8192")
     parser.add_argument("--batches", default="1,8")
     parser.add_argument("--keeps", default="1,.5,.25,.125,.0625")
-    parser.add_argument("--repeats", type=int, default=7)
+    parser.add_argument("--repeats", type=int, default=3)
     parser.add_argument("--memory", type=float, default=12.0, help="GiB that one row's caches may take")
+    parser.add_argument("--gate", default="", help="decode: also with random gates of this form, judging as they go")
     parser.add_argument("--peer", default="", choices=["", "kvpress"])
     args = parser.parse_args(argv)
     import torch
@@ -175,12 +169,14 @@ def main(argv: list[str]) -> None:
         args.contexts, args.batches, args.keeps = {
             "decode": ("1024,4096", "1", ".25,.125"), "cache": ("512", "1", ".25"), "train": ("512", "1", "1"),
         }[args.what]  # fmt: skip
-        args.repeats = 5 if args.what == "decode" else 3
+        args.repeats = 2 if args.what == "decode" else 3
     args.contexts, args.batches = ([int(v) for v in t.split(",")] for t in (args.contexts, args.batches))
     args.keeps = [float(v) for v in args.keeps.split(",")]
     torch.manual_seed(0)
-    model = small_llama(args.dtype) if args.model == "small" else load_model(args.model, args.dtype)[0]
+    model = measure.small_llama(args.dtype) if args.model == "small" else load_model(args.model, args.dtype)[0]
     model, args.path = model.to(args.device), model.name_or_path
+    if args.gate:
+        model = measure.with_gate(model, args.gate)
     with torch.set_grad_enabled(args.what == "train"):
         rows = {"decode": decode, "cache": cache, "train": train}[args.what](model, args)
     print(json.dumps({

@@ -1,15 +1,15 @@
-"""What the benchmark measures with: clocks, memory, caches filled without a prefill, and a peer in its own process."""
+"""What the benchmark measures with: clocks, memory, and caches filled without a prefill."""
 
 import ctypes
 import gc
-import json
 import random
 import statistics
-import subprocess
 import sys
 import time
 from dataclasses import dataclass
 from pathlib import Path
+
+CYCLE = 16  # decoding steps after which everything that a cache does has happened once (gatekv.cache.judge.FOLD)
 
 
 def clock(device: str) -> float:
@@ -22,19 +22,20 @@ def clock(device: str) -> float:
     return time.perf_counter()
 
 
-def interleaved(work: dict, repeats: int, device: str) -> dict[str, float]:
-    """Median seconds of each callable, run in turn `repeats` times after one warm-up round.
+def interleaved(work: dict, repeats: int, device: str, cycle: int = 1) -> dict[str, float]:
+    """Median over `repeats` cycles of the mean seconds of each callable, run in turn after one warm-up round.
 
-    A callable that returns a number has measured itself (a peer in another process).
+    cycle: calls until what a callable does comes round again. A callable that returns a number has measured itself.
     """
     times = {name: [] for name in work}
-    for r in range(repeats + 1):
+    for r in range(repeats * cycle + 1):
         for name, call in work.items():
             start = clock(device)
             own = call()
             if r:
                 times[name].append(own if isinstance(own, float) else clock(device) - start)
-    return {name: statistics.median(t) for name, t in times.items()}
+    starts = range(0, repeats * cycle, cycle)
+    return {name: statistics.median(statistics.mean(t[i : i + cycle]) for i in starts) for name, t in times.items()}
 
 
 def _status(field: str) -> int:
@@ -124,7 +125,39 @@ def undecided_from(model, full):
         valid = torch.ones(b, n, dtype=torch.bool, device=theirs.keys.device)
         mine.tail.append(theirs.keys, theirs.values, valid[:, None].expand(b, kv, n), valid)
         mine.seen, mine.real = n, torch.full_like(mine.real, n)
+        mine.hidden = torch.randn(b, n, model.config.hidden_size, dtype=model.dtype, device=model.device)
     return cache
+
+
+def with_gate(model, form: str):
+    """The model under a PEFT adapter whose gates of that form are random: they cost what trained ones cost."""
+    import torch
+    from peft import get_peft_model
+
+    import gatekv
+    from gatekv.modules import wrappers
+
+    peft = get_peft_model(model, gatekv.GateKVConfig(gate=form))
+    for w in wrappers(peft):
+        torch.nn.init.normal_(w.gate().out.weight)
+    return peft.eval()
+
+
+def policy_of(scorer, rule: str):
+    """A policy that ranks by `scorer` and shares the budget by `rule`."""
+    from gatekv.policies import BUDGETS, Policy
+
+    return Policy(scorer, BUDGETS[rule](), None)
+
+
+def compressed(undecided, keep: float, gate: str) -> dict:
+    """The same prompt with equal heads, with very unequal ones, and under a gate that goes on judging."""
+    if keep == 1:
+        return {"even": undecided.decide("full")}
+    policies = {"even": policy_of(Skewed(), "uniform"), "uneven": policy_of(Skewed(), "global")}
+    if gate:
+        policies[f"{gate} gate"] = "gate+global"
+    return {name: undecided.decide(policy, keep) for name, policy in policies.items()}
 
 
 def step(model, cache, batch: int):
@@ -143,31 +176,6 @@ def report(rows: list[dict]) -> None:
     """Print rows as they come: a long run shows what it has."""
     for row in rows:
         print("  ".join(f"{k} {v}" for k, v in row.items() if v is not None), flush=True)
-
-
-class Peer:
-    """kvpress in its own environment: a process that prefills under a press and then steps when told to."""
-
-    def __init__(self, python: str, model: str, dtype: str, press: str):
-        script = Path(__file__).with_name("peer_kvpress.py")
-        if not Path(python).is_file():
-            raise ValueError(f"no python at {python}: `make peer` builds the environment that --peer kvpress needs.")
-        command = [python, str(script), model, dtype, press]
-        self.process = subprocess.Popen(command, stdin=subprocess.PIPE, stdout=subprocess.PIPE, text=True)
-
-    def ask(self, **request) -> dict:
-        """One request, one answer."""
-        self.process.stdin.write(json.dumps(request) + "\n")
-        self.process.stdin.flush()
-        line = self.process.stdout.readline()
-        if not line:
-            raise ValueError("the peer's process ended; what it printed above says why.")
-        return json.loads(line)
-
-    def close(self) -> None:
-        """End the process."""
-        self.process.stdin.close()
-        self.process.wait()
 
 
 if __name__ == "__main__":

@@ -12,15 +12,14 @@ import torch
 from transformers.cache_utils import CacheLayerMixin
 
 from gatekv.attention import AttentionCall, live_mask, sink_tokens, valid_tokens
+from gatekv.cache.judge import FOLD, ROLLBACK, Judge
 from gatekv.cache.pages import Pages
 from gatekv.cache.plan import Plan
 from gatekv.cache.tail import Tail
 from gatekv.ops import backends, segments
 from gatekv.policies import View
 
-FOLD = 16  # tokens that leave together
 PIECE = 512  # tokens of a long call that attend together, so that what they evict is gone for the next piece
-ROLLBACK = 256  # while recording, how many of the last tokens can be taken back
 
 
 class Phase(Enum):
@@ -49,12 +48,8 @@ class KVLayer(CacheLayerMixin):
         self.phase, self.base = Phase.PROMPT, 0  # base: the slot where the current prompt or turn begins
         self.first_call = None
         self.cut = None  # [batch, 1 or kv_heads, 1]: the logit that a later token must exceed, after an exact decision
-        self.gate_state = None
-        self.pending = (
-            None  # [batch, < FOLD, hidden_size]: what the gate has not read yet of tokens still in the window
-        )
-        self.queries = self.hidden = self.scaling = self.gate = None  # only while a decision is ahead
-        self.record_past, self.history = False, []
+        self.judge = Judge()
+        self.queries = self.hidden = self.scaling = None  # only while a decision is ahead
         self.is_initialized = False
 
     # -- what transformers asks of a cache layer
@@ -97,13 +92,10 @@ class KVLayer(CacheLayerMixin):
             return
         self.pages.select((index[:, None] * kv + torch.arange(kv, device=index.device)).flatten())
         self.tail.select(index)
-        pick = lambda t: None if t is None else t.index_select(0, index)  # noqa: E731
-        for name in ("real", "cut", "queries", "hidden", "pending"):
-            setattr(self, name, pick(vars(self)[name]))
-        self.gate_state = self.gate_state and tuple(map(pick, self.gate_state))
-        self.history = [
-            (state and tuple(map(pick, state)), *map(pick, judged)) for state, *judged in self.history
-        ]  # fmt: skip
+        self.judge.select(index)
+        for name in ("real", "cut", "queries", "hidden"):
+            if (held := vars(self)[name]) is not None:
+                setattr(self, name, held.index_select(0, index))
 
     def batch_repeat_interleave(self, repeats: int) -> None:
         if self.is_initialized:
@@ -117,7 +109,7 @@ class KVLayer(CacheLayerMixin):
 
     def activate_past_recording(self) -> None:
         """Keep the last ROLLBACK tokens whole until `crop` says which of them stay."""
-        self.record_past = True
+        self.judge.recording = True
 
     def croppable(self) -> int:
         """How many of the last tokens can be taken back without a trace."""
@@ -127,9 +119,8 @@ class KVLayer(CacheLayerMixin):
         limit = len(self.tail) - grace if self.folded else self.seen
         if self.plan.waits:
             limit = min(limit, self.seen - self.base)
-        if self.gate_state is not None:
-            unread = 0 if self.pending is None else self.pending.shape[1]
-            limit = min(limit, unread + sum(hidden.shape[1] for _, hidden, _, _ in self.history))
+        if (unread := self.judge.rewindable()) is not None:
+            limit = min(limit, unread)
         return max(limit, 0)
 
     def crop(self, tokens_to_remove: int) -> None:
@@ -153,26 +144,12 @@ class KVLayer(CacheLayerMixin):
             self.real = self.real - self.tail.valid[:, len(self.tail) - remove :].sum(-1, keepdim=True)
             self.tail.drop(back=remove)
             self.seen -= remove
-            self._rewind_gate(remove)
+            self.judge.rewind(remove)
             if self.queries is not None:
                 self.queries = self.queries[:, :, : max(self.queries.shape[2] - remove, 0)]
-        self.history = []
+        self.judge.history = []
         if self.phase is Phase.LATER:
             self.fold(FOLD, rollback=0)
-
-    def _rewind_gate(self, remove: int) -> None:
-        """A gate with memory goes back to the tokens among which the cut falls, and reads the first of them again."""
-        if self.pending is not None:
-            unread = self.pending.shape[1]
-            self.pending = self.pending[:, : unread - remove] if unread > remove else None
-            remove = max(remove - unread, 0)
-        while remove and self.history:
-            state, hidden, keys, valid = self.history.pop()
-            stays = max(hidden.shape[1] - remove, 0)
-            remove -= hidden.shape[1] - stays
-            self.gate_state = state
-            if stays:
-                _, self.gate_state = self.gate(hidden[:, :stays], keys[:, :, :stays], valid[:, :stays], state)
 
     # -- the recurrent form
 
@@ -220,7 +197,7 @@ class KVLayer(CacheLayerMixin):
         if not self.plan.waits:
             return
         end = self.plan.prompt_tokens
-        if self.record_past and self.phase is Phase.PROMPT and end is None:
+        if self.judge.recording and self.phase is Phase.PROMPT and end is None:
             raise ValueError(
                 "assisted decoding feeds its first draft together with the prompt, and this policy decides where the "
                 "prompt ends: pass KVCache(…, prompt_tokens=N), the prompt's length, or use a threshold gate."
@@ -248,25 +225,13 @@ class KVLayer(CacheLayerMixin):
             return flags, None
         if call.gate is None:
             raise ValueError("the adapter was disabled or unloaded while this cache was in use; enable it again.")
-        # A flag acts when its token leaves the window, so while decoding the gate may read FOLD tokens at a time.
-        hidden = call.hidden if self.pending is None else torch.cat([self.pending, call.hidden], 1)
-        if later and hidden.shape[1] < FOLD <= self.plan.grace:
-            self.pending = hidden
+        if later and self.judge.postpone(call.hidden, self.plan.grace):
             return flags, None
-        if old := hidden.shape[1] - k.shape[2]:
-            k = torch.cat([self.tail.keys[:, :, -old:], k], 2)
-            valid = torch.cat([self.tail.valid[:, -old:], valid], 1)
-        before, self.pending = self.gate_state, None
-        logits, self.gate_state = call.gate(hidden, k, valid, before)
+        self.judge.gate = call.gate
+        logits, valid, old = self.judge.read(call.hidden, k, valid, self.tail)
         real = self.real - valid[:, :old].sum(-1, keepdim=True)
-        flags = (logits > self._thresholds(valid, real)) & valid[:, None] | sink_tokens(valid, self.plan.sinks, real)[
-            :, None
-        ]
-        if self.record_past and self.gate_state is not None:
-            self.gate = call.gate
-            self.history.append((before, hidden, k, valid))
-            while sum(h[1].shape[1] for h in self.history[1:]) >= ROLLBACK:
-                self.history.pop(0)
+        sinks = sink_tokens(valid, self.plan.sinks, real)
+        flags = (logits > self._thresholds(valid, real)) & valid[:, None] | sinks[:, None]
         if old:
             self.tail.flags = torch.cat([self.tail.flags[..., : len(self.tail) - old], flags[..., :old]], -1)
         return flags[..., old:], logits[..., old:] if self.tail.scores is not None else None
@@ -324,7 +289,7 @@ class KVLayer(CacheLayerMixin):
 
     def _observe(self, call: AttentionCall, q, scaling) -> None:
         """Keep what scorers will look at until the prompt ends."""
-        self.scaling, self.gate = scaling, call.gate
+        self.scaling, self.judge.gate = scaling, call.gate
         wanted = self.plan.policy.scorer.queries
         if wanted:
             self.queries = torch.cat([*([] if self.queries is None else [self.queries]), q], 2)[:, :, -wanted:]
@@ -337,7 +302,7 @@ class KVLayer(CacheLayerMixin):
         self.tail = other.tail.twin()
         for name in ("seen", "real", "folded", "queries", "hidden", "scaling"):
             setattr(self, name, vars(other)[name])
-        self.gate = gate
+        self.judge.gate = gate
 
     def end_prompt(self) -> None:
         """The prompt or turn is whole: let the plan's rule decide what stays."""
@@ -351,8 +316,7 @@ class KVLayer(CacheLayerMixin):
 
     def _gate_logits(self) -> torch.Tensor:
         if self.tail.scores is None:
-            logits, self.gate_state = self.gate(self.hidden, self.tail.keys, self.tail.valid, None)
-            self.tail.scores = logits.float()
+            self.tail.scores = self.judge.read(self.hidden, self.tail.keys, self.tail.valid, self.tail)[0].float()
         return self.tail.scores
 
     def protection(self) -> tuple[torch.Tensor, torch.Tensor]:
@@ -410,7 +374,7 @@ class KVLayer(CacheLayerMixin):
         rollback: leave that many tokens more; None = what recording asks for.
         """
         if rollback is None:
-            rollback = ROLLBACK if self.record_past else 0
+            rollback = ROLLBACK if self.judge.recording else 0
         leave = len(self.tail) - max(self.plan.grace - 1, 0) - rollback
         if leave >= max(at_least, 1):
             self._fold(leave)
@@ -425,8 +389,9 @@ class KVLayer(CacheLayerMixin):
     def twin(self) -> "KVLayer":
         """An independent copy that shares storage until either side changes."""
         twin = copy.copy(self)
+        twin.judge = self.judge.twin()
         if self.is_initialized:
-            twin.tail, twin.pages, twin.history = self.tail.twin(), self.pages.twin(), list(self.history)
+            twin.tail, twin.pages = self.tail.twin(), self.pages.twin()
         return twin
 
     # -- accounting
@@ -445,6 +410,6 @@ class KVLayer(CacheLayerMixin):
 
     def tensors(self) -> list[torch.Tensor]:
         """Every tensor that this layer holds."""
-        side = [self.real, self.cut, self.queries, self.hidden, self.pending, *(self.gate_state or ())]
-        side += [t for state, *judged in self.history for t in (*(state or ()), *judged)]
-        return [t for t in (*side, *self.tail.tensors(), *self.pages.tensors()) if t is not None]
+        side = (self.real, self.cut, self.queries, self.hidden)
+        parts = (self.judge, self.tail, self.pages)
+        return [t for t in side if t is not None] + [t for part in parts for t in part.tensors()]

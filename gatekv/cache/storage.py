@@ -18,7 +18,7 @@ KEY = "gatekv_cache"
 COUNTERS = ("seen", "folded", "base", "first_call")
 POOL = ("keys", "values", "positions", "owners", "ordinals", "lengths", "scores")
 TAIL = ("keys", "values", "flags", "valid", "scores")
-SIDE = ("real", "cut", "queries", "pending")
+SIDE = ("real", "cut", "queries")
 
 
 def _describe(part, known: dict, what: str) -> dict:
@@ -36,7 +36,8 @@ def _tensors(layer) -> dict[str, torch.Tensor]:
     named = {f"tail.{n}": getattr(layer.tail, n) for n in TAIL}
     named |= {f"pages.{n}": getattr(layer.pages, n) for n in POOL}
     named |= {n: getattr(layer, n) for n in SIDE}
-    named |= {f"gate_state.{i}": t for i, t in enumerate(layer.gate_state or ())}
+    named |= {f"gate_state.{i}": t for i, t in enumerate(layer.judge.state or ())}
+    named |= {"pending": layer.judge.pending}
     return {n: t for n, t in named.items() if t is not None}
 
 
@@ -138,4 +139,5 @@ def _fill(layer: KVLayer, mine: dict[str, torch.Tensor], state: dict) -> None:
     layer.pages.restore({n: mine.get(f"pages.{n}") for n in POOL})
     for name in SIDE:
         setattr(layer, name, mine.get(name))
-    layer.gate_state = tuple(mine[n] for n in sorted(mine) if n.startswith("gate_state.")) or None
+    layer.judge.pending = mine.get("pending")
+    layer.judge.state = tuple(mine[n] for n in sorted(mine) if n.startswith("gate_state.")) or None

@@ -117,14 +117,40 @@ def test_reorder_repeat_and_select_follow_the_rows(policy, budget, window):
     torch.testing.assert_close(single, plain[1:])
 
 
-def test_beam_search_runs_and_full_budget_equals_plain(family):
+def test_beam_search_with_a_full_budget_equals_plain(family):
     model = tiny(family)
     ids, mask = padded_batch([30, 22])
     options = dict(attention_mask=mask, max_new_tokens=10, num_beams=3, do_sample=False)
     wanted = model.generate(ids, **options)
     got = model.generate(ids, past_key_values=gatekv.KVCache(model, "full"), **options)
     assert torch.equal(got, wanted)
-    model.generate(ids, past_key_values=gatekv.KVCache(model, "random+global", 0.99, window=4), **options)
+
+
+@pytest.mark.parametrize("gate", ["mlp", "attention"])
+@pytest.mark.parametrize(
+    "search",
+    [dict(num_beams=4, num_return_sequences=2), dict(do_sample=True, top_k=20, num_return_sequences=3)],
+    ids=["beams", "samples"],
+)
+def test_generation_that_evicts_equals_generation_without_a_cache(family, gate, search):
+    """The reference reads the whole sequence anew for every token, with the flags as a mask: the parallel form."""
+    model = gated(family, window=4, sinks=2, gate=gate, context_window=6)
+    ids, mask = padded_batch([30, 22])
+    options = dict(attention_mask=mask, max_new_tokens=40, output_scores=True, return_dict_in_generate=True, **search)
+    torch.manual_seed(5)
+    with gatekv.parallel(model):
+        wanted = model.generate(ids, use_cache=False, **options)
+    torch.manual_seed(5)
+    cache = gatekv.KVCache(model, "gate")
+    got = model.generate(ids, past_key_values=cache, **options)
+    assert torch.equal(got.sequences, wanted.sequences)
+    torch.testing.assert_close(torch.stack(got.scores), torch.stack(wanted.scores), rtol=0, atol=1e-9)
+    real = torch.cat([mask, mask.new_ones(2, 39)], 1).repeat_interleave(cache.flags()[0].shape[0] // 2, 0)
+    kept = torch.stack(cache.flags()).sum() / (real.sum() * len(cache.flags()) * cache.flags()[0].shape[1])
+    assert 0.3 < kept < 0.8, "the search went through evictions"
+    torch.manual_seed(5)
+    plain = model.generate(ids, **options)
+    assert not torch.equal(plain.sequences, wanted.sequences), "and they matter"
 
 
 def test_fork_shares_nothing_that_changes():

@@ -9,7 +9,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 import gatekv
-from gatekv.cache.layer import ROLLBACK
+from gatekv.cache.judge import ROLLBACK
 from gatekv.modules import base_model
 
 GREEDY = dict(max_new_tokens=40, do_sample=False)

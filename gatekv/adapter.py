@@ -116,11 +116,12 @@ class GateLayer(GatedAttention, BaseTunerLayer):
     def calibration(self) -> Calibration | None:
         return self.calibrations.get(self.active())
 
-    def update_layer(self, adapter_name: str, config: GateKVConfig, hidden_size: int, num_kv_heads: int) -> None:
-        """Add an adapter's gate, on the wrapped module's device."""
+    def update_layer(self, adapter_name: str, config: GateKVConfig, shape) -> None:
+        """Add an adapter's gate, on the wrapped module's device. shape: the language model's config."""
         self.specs[adapter_name] = config.gate_spec()
         self.calibrations[adapter_name] = Calibration(**config.calibration) if config.calibration else None
-        gate = build_gate(self.specs[adapter_name], hidden_size, num_kv_heads)
+        sizes = (shape.hidden_size, shape.num_key_value_heads, self.base_layer.head_dim)
+        gate = build_gate(self.specs[adapter_name], *sizes)
         self.gatekv_gate[adapter_name] = gate.to(next(self.base_layer.parameters()).device)
         self.set_adapter(self.active_adapters)
 
@@ -158,7 +159,7 @@ class GateKVModel(BaseTuner):
         if layer is not target:
             layer.set_adapter(self.active_adapters)
             self._replace_module(parent, target_name, layer, target)
-        layer.update_layer(adapter_name, config, shape.hidden_size, shape.num_key_value_heads)
+        layer.update_layer(adapter_name, config, shape)
         if adapter_name not in self.active_adapters:
             layer.gatekv_gate[adapter_name].requires_grad_(False)
 

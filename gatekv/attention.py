@@ -6,14 +6,15 @@ max(window, 1), or flag[j] = keep (sinks are flagged). Training applies it as a 
 
 import sys
 from dataclasses import dataclass
-from typing import Protocol, runtime_checkable
+from typing import NamedTuple, Protocol, runtime_checkable
 
 import torch
 from transformers import AttentionInterface, AttentionMaskInterface
 from transformers.masking_utils import ALL_MASK_ATTENTION_FUNCTIONS
 from transformers.modeling_utils import ALL_ATTENTION_FUNCTIONS
 
-from gatekv.gates.relaxations import RELAXATIONS
+from gatekv.gates.key_mlp import key_features
+from gatekv.gates.relaxations import relax
 from gatekv.ops.gated_attention import gated_attention, received_attention
 
 NAMES = {"sdpa": "gatekv", "eager": "gatekv_eager"}
@@ -26,42 +27,123 @@ class Memory(Protocol):
     def attend(self, call: "AttentionCall", q, k, v, mask, scaling: float) -> torch.Tensor: ...
 
 
+class Judged(NamedTuple):
+    """What a gate said in a pass without a gatekv cache. With a split, about the prompt alone.
+
+    Attributes:
+        logits: [batch, kv_heads, tokens] in float32. valid: [batch, tokens] bool, False at pads.
+        received: [batch, kv_heads, tokens], the most attention a token gets later, or None.
+        error: scalar, how far evicting moves this layer's output, or None.
+    """
+
+    logits: torch.Tensor
+    valid: torch.Tensor
+    received: torch.Tensor | None = None
+    error: torch.Tensor | None = None
+
+
 @dataclass
 class AttentionCall:
     """What the wrapper around self_attn hands to the attention function, beside q, k, v.
 
     Attributes:
-        hidden: [batch, tokens, hidden_size], the layer's input. layer_idx: of the layer.
+        hidden: [batch, tokens, hidden_size], the layer's input; from `prepare` on, what the gate reads.
+        layer_idx: of the layer. rotary: (cos, sin) of the new tokens, or None.
         memory: the gatekv cache layer, or None for the parallel form.
-        gate: the active gate module or None; spec: its GateSpec; form: key of RELAXATIONS for the parallel form,
-        applied to logits - threshold; "listen" = plain attention, the gate only judges.
-        record: called with the parallel form's (logits [batch, kv_heads, tokens], valid [batch, tokens]).
+        gate: the active gate module or None; spec: its GateSpec; form: a relaxation's name or "hard" for the parallel
+        form, applied to logits - threshold; "listen" = plain attention, the gate only judges.
+        split: the prompt's length, for flags that act after it (one-shot); None = flags act as tokens leave the window.
+        seed: of this layer's noise, for the gumbel relaxation.
+        local: (logits, valid) -> threshold: measure this layer's own error too; None = do not.
+        record: called with what the gate said (`Judged`).
     """
 
     hidden: torch.Tensor
     layer_idx: int
+    rotary: tuple | None = None
     memory: Memory | None = None
     gate: torch.nn.Module | None = None
     spec: object = None
     form: str = "hard"
     threshold: torch.Tensor | float = 0.0
+    split: int | None = None
+    seed: int | None = None
+    local: object = None
     record: object = None
 
-    def listen(self, q, k, mask, scaling: float) -> None:
-        """Leave the plain output alone; record what the gate says and what attention each token really receives."""
+    def prepare(self, k: torch.Tensor) -> None:
+        """From here on `hidden` is what the gate reads: the layer's input, or the new keys k [B, K, Q, D]."""
+        if self.gate is not None and self.gate.reads == "keys":
+            self.hidden = key_features(k, self.rotary)
+
+    def judge(self, valid: torch.Tensor) -> torch.Tensor:
+        """Logits [batch, kv_heads, tokens] of the sequence, or of its prompt where there is a split."""
+        return self.gate(self.hidden[:, : self.split], valid[:, : self.split])[0]
+
+    def weights(self, logits: torch.Tensor, valid: torch.Tensor, form: str, threshold) -> torch.Tensor:
+        """[batch, kv_heads, tokens]: the relaxed flags of all tokens; sinks, and what follows a split, are 1.
+
+        The last `window` tokens before a split are kept for good: nothing else shields them from later queries.
+        """
+        weight = relax(form, logits - threshold, self.spec.temperature, self.seed)
+        n = logits.shape[-1]
+        kept = sink_tokens(valid[:, :n], self.spec.sinks)
+        if self.split is not None:
+            kept = kept | (torch.arange(n, device=kept.device) >= n - self.spec.window)
+        weight = weight.masked_fill(kept[:, None], 1.0)
+        return torch.nn.functional.pad(weight, (0, valid.shape[1] - n), value=1.0)
+
+    def listen(self, module, q, k, v, mask, scaling: float, plain: torch.Tensor) -> None:
+        """Leave the plain output alone; record what the gate says and what attention each token really receives.
+
+        plain: [B, Q, H, D], the layer's own answer, against which `local` measures an evicted one.
+        """
         valid = valid_tokens(mask, q.shape[0], q.shape[2], q.device)
+        self.hidden = self.hidden.detach()
         with torch.enable_grad():
-            logits, _ = self.gate(self.hidden.detach(), k.detach(), valid)
-        self.record(logits, valid, received_attention(q, k, window=self.spec.window, scale=scaling, mask=mask))
+            logits = self.judge(valid)
+        n, error = logits.shape[-1], None
+        received = received_attention(q, k, window=self.spec.window, scale=scaling, mask=mask)[..., :n]
+        if self.local is not None:
+            asking = slice(self.split or 0, None)
+            with torch.enable_grad():
+                weight = self.weights(logits, valid, self.spec.relaxation, self.local(logits, valid[:, :n]))
+                part = None if mask is None else mask[:, :, asking]
+                out = gated_attention(
+                    q[:, :, asking], k, v, weight, window=self.spec.window, scale=scaling, mask=part
+                ).transpose(1, 2)
+                error = output_error(module, out, plain[:, asking], valid[:, asking])
+        self.record(Judged(logits, valid[:, :n], received, error))
 
     def parallel(self, q, k, v, mask, scaling: float) -> torch.Tensor:
         """One pass over whole sequences with the gates as weights: the form that is trained."""
         valid = valid_tokens(mask, q.shape[0], q.shape[2], q.device)
-        logits, _ = self.gate(self.hidden, k, valid)
-        self.record(logits, valid)
-        weight = RELAXATIONS[self.form](logits - self.threshold)
-        weight = weight.masked_fill(sink_tokens(valid, self.spec.sinks)[:, None], 1.0)
-        return gated_attention(q, k, v, weight, window=self.spec.window, scale=scaling, mask=mask)
+        logits = self.judge(valid)
+        self.record(Judged(logits, valid[:, : logits.shape[-1]]))
+        weight = self.weights(logits, valid, self.form, self.threshold)
+        n, prompt = q.shape[2], 0 if self.split is None or self.masks_prompt() else self.split
+        outs = [
+            gated_attention(
+                q[:, :, a:c], k[:, :, :c], v[:, :, :c], g[..., :c], window=self.spec.window, scale=scaling,
+                mask=None if mask is None else mask[:, :, a:c, :c],
+            )
+            for a, c, g in ((0, prompt, torch.ones_like(weight)), (prompt, n, weight)) if c > a
+        ]  # fmt: skip
+        return outs[0] if len(outs) == 1 else torch.cat(outs, 2)
+
+    def masks_prompt(self) -> bool:
+        """Whether a prompt's flags act for its own queries too, though all of them were set at its end."""
+        return self.spec.context == "prompt" and self.spec.mask_prompt
+
+
+def output_error(module, out: torch.Tensor, plain: torch.Tensor, valid: torch.Tensor) -> torch.Tensor:
+    """Squared error of a layer's attention output after o_proj, as a share of the output's own square.
+
+    out, plain: [batch, tokens, heads, head_dim]; valid: [batch, tokens]. Mean per row, then over rows.
+    """
+    project = lambda t: module.o_proj(t.flatten(2).to(module.o_proj.weight.dtype)).float() * valid[..., None]  # noqa: E731
+    size = project(plain.detach()).square().sum((1, 2)).clamp_min(1e-6)
+    return (project(out - plain.detach()).square().sum((1, 2)) / size).mean()
 
 
 def valid_tokens(mask: torch.Tensor | None, batch: int, new: int, device) -> torch.Tensor:
@@ -88,11 +170,14 @@ def _as_bool(mask: torch.Tensor | None) -> torch.Tensor | None:
 
 def _forward(base: str):
     def attention(module, q, k, v, mask, *, scaling: float, gatekv: AttentionCall | None = None, **kwargs):
+        if gatekv is not None:
+            gatekv.prepare(k)
         if gatekv is None or gatekv.form == "listen":
-            if gatekv is not None:
-                gatekv.listen(q, k, _as_bool(mask), scaling)
             plain = ALL_ATTENTION_FUNCTIONS.get(base) or sys.modules[type(module).__module__].eager_attention_forward
-            return plain(module, q, k, v, mask, scaling=scaling, **kwargs)
+            out, weights = plain(module, q, k, v, mask, scaling=scaling, **kwargs)
+            if gatekv is not None:
+                gatekv.listen(module, q, k, v, _as_bool(mask), scaling, out)
+            return out, weights
         mask = _as_bool(mask)
         if gatekv.memory is not None:
             out = gatekv.memory.attend(gatekv, q, k, v, mask, scaling)

@@ -39,8 +39,8 @@ def strict(cls):
     return cls
 
 
-GATES = ("mlp", "attention")
-RELAXATIONS = ("log", "ste")
+GATES = ("linear", "mlp", "key_mlp", "attention")
+RELAXATIONS = ("log", "ste", "gumbel")
 
 
 @strict
@@ -49,11 +49,17 @@ class GateSpec:
     """What a gate is and when its flags act; everything inference needs to know about it.
 
     Attributes:
-        gate: form, `mlp` (token-wise) or `attention` (the paper's reduced multi-head attention over a short ring).
-        hidden: width of the `mlp` gate.
+        gate: form: `linear` or `mlp` (token-wise, from the layer's input), `key_mlp` (from each head's own key),
+            `attention` (the paper's reduced multi-head attention).
+        context: `causal`: judged as tokens come (`attention`: over a short ring); `prompt`: the paper's `attention`
+            gate, which reads the whole prompt before it judges any of it.
+        mask_prompt: with context="prompt": flags also act for the prompt's own queries (the paper).
+        hidden: width of the `mlp` and `key_mlp` gates.
         heads, head_dim: of the `attention` gate's MHA'.
         context_window: tokens the `attention` gate looks back on; its ring is counted by `KVCache.memory()`.
-        relaxation: how the hard flag is made differentiable: `ste` (Attention-Gate) or `log` (bias log sigmoid).
+        relaxation: how the hard flag is made differentiable: `ste` (Attention-Gate), `log` (bias log sigmoid) or
+            `gumbel` (the same with logistic noise at `temperature`, as DMS has it).
+        logit_scale: of the `linear` gate's output (DMS: 100).
         window: tokens behind the query that ignore their flag (grace; 0 = the paper).
         sinks: first real tokens of a row that are always kept.
         threshold: keep iff sigmoid(logit) > threshold.
@@ -61,6 +67,8 @@ class GateSpec:
     """
 
     gate: str = "mlp"
+    context: str = "causal"
+    mask_prompt: bool = True
     hidden: int = 128
     heads: int = 4
     head_dim: int = 32
@@ -70,10 +78,17 @@ class GateSpec:
     sinks: int = 4
     threshold: float = 0.5
     initial_logit: float = 4.6
+    logit_scale: float = 1.0
+    temperature: float = 0.1
 
     def __post_init__(self):
         check_choice("gate", self.gate, GATES)
         check_choice("relaxation", self.relaxation, RELAXATIONS)
+        check_choice("context", self.context, ("causal", "prompt"))
+        if self.context == "prompt" and self.gate != "attention":
+            raise ValueError(f"context='prompt' is the attention gate's: set gate='attention', not {self.gate!r}.")
+        if self.temperature <= 0 or self.logit_scale <= 0:
+            raise ValueError(f"temperature and logit_scale must be positive: {self.temperature}, {self.logit_scale}.")
         if self.window < 0 or self.sinks < 0:
             raise ValueError(f"window and sinks count tokens and cannot be negative: {self.window}, {self.sinks}.")
         if not 0 < self.threshold < 1:

@@ -7,7 +7,7 @@ from torch import nn
 from transformers import Cache, DynamicCache, PreTrainedModel
 
 from gatekv import attention
-from gatekv.attention import AttentionCall, Memory
+from gatekv.attention import AttentionCall, Judged, Memory
 from gatekv.config import GateSpec
 from gatekv.gates.relaxations import logit_of
 
@@ -30,7 +30,10 @@ class GatedAttention(nn.Module):
         self.form: str | None = None  # what the parallel form applies outside training mode
         self.off: bool | str = False  # inside `gates_off`: the teacher
         self.threshold: torch.Tensor | float | None = None  # on the logits; None = the gate's own tau
-        self.recorded: tuple[torch.Tensor, ...] | None = None
+        self.split: int | None = None  # the prompt's length, where flags act after it
+        self.seed: int | None = None  # of the gumbel relaxation's noise
+        self.local = None  # (logits, valid) -> threshold, where the layer's own error is wanted
+        self.recorded: Judged | None = None
 
     def active(self) -> str | None:
         """Name of the gate in force; a model without an adapter has none."""
@@ -49,7 +52,9 @@ class GatedAttention(nn.Module):
         """As the wrapped self_attn; hidden_states [batch, tokens, hidden_size]."""
         name = self.active()
         gate, spec = (self.gatekv_gate[name], self.specs[name]) if name else (None, None)
-        call = AttentionCall(hidden_states, self.layer_idx, gate=gate, spec=spec)
+        rotary = kwargs.get("position_embeddings")
+        call = AttentionCall(hidden_states, self.layer_idx, rotary, gate=gate, spec=spec, split=self.split)
+        call.seed, call.local = self.seed, self.local
         memory = None
         if isinstance(past_key_values, Cache) and self.layer_idx < len(past_key_values.layers):
             memory = past_key_values.layers[self.layer_idx]
@@ -64,7 +69,7 @@ class GatedAttention(nn.Module):
             return self.base_layer(hidden_states, past_key_values=past_key_values, **kwargs)
         return self.base_layer(hidden_states, past_key_values=past_key_values, gatekv=call, **kwargs)
 
-    def _record(self, *judged: torch.Tensor) -> None:
+    def _record(self, judged: Judged) -> None:
         self.recorded = judged
 
 
@@ -137,32 +142,33 @@ def detach(model: nn.Module) -> nn.Module:
 
 
 @contextmanager
-def parallel(model: nn.Module, form: str = "hard", threshold: float | None = None):
+def parallel(model: nn.Module, form: str = "hard", threshold: float | None = None, split: int | None = None):
     """Inside, forwards without a cache apply the gates as a mask over whole sequences: the form that is trained.
 
     Args:
-        form: "hard" (deployed flags), "log" or "ste". threshold: on the logits, for "hard"; None = the adapter's own.
+        form: "hard" (deployed flags) or a relaxation. threshold: on the logits, for "hard"; None = the adapter's own.
+        split: length of the prompt as fed, pads included: flags act after it, and what follows is all kept
+            (`prefill="dense"`). None: they act as tokens leave the window.
 
-    Yields the wrappers; each one's `recorded` holds (logits [batch, kv_heads, tokens], valid [batch, tokens]).
+    Yields the wrappers; each one's `recorded` is a `gatekv.attention.Judged`.
     """
     layers = wrappers(model)
     if not any(w.active() for w in layers):
         raise ValueError("the parallel form needs gates: load or create a gatekv adapter on this model first.")
     for w in layers:
-        w.form, w.threshold = form, threshold
+        w.form, w.threshold, w.split = form, threshold, split
     try:
         yield layers
     finally:
         for w in layers:
-            w.form = w.threshold = w.recorded = None
+            w.form = w.threshold = w.split = w.recorded = None
 
 
 @contextmanager
 def gates_off(model: nn.Module, listen: bool = False):
     """Inside, the model answers as its plain base does, in training mode too: the teacher, with no second copy.
 
-    listen: the gates still judge what they see; each wrapper's `recorded` holds (logits [batch, kv_heads, tokens] with
-    gradient, valid [batch, tokens], attention each token received [batch, kv_heads, tokens]).
+    listen: the gates still judge what they see; each wrapper's `recorded` is a `Judged` whose logits have a gradient.
     """
     layers = wrappers(model)
     for w in layers:

@@ -41,10 +41,10 @@ def gated(family: str = "llama", dtype=torch.float64, seed: int = 0, model=None,
     generator = torch.Generator().manual_seed(seed + 1)
     for w in wrappers(peft):
         for name, p in w.gatekv_gate["default"].named_parameters():
-            if name.startswith("out.weight") or name == "distance":
+            if name in ("out.weight", "out_weight", "distance"):
                 with torch.no_grad():
                     p.copy_(torch.randn(p.shape, generator=generator))
-            if name == "out.bias":
+            if name in ("out.bias", "out_bias"):
                 torch.nn.init.zeros_(p)
     return peft.eval()
 

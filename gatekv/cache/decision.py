@@ -34,9 +34,11 @@ class Decision:
     def __call__(self, layer: KVLayer) -> None:
         rule, ratio = self.plan.policy.rule, self.plan.policy.ratio
         if rule.scope == "token":
+            protected, valid = layer.protection()
             if ratio is not None:
-                protected, valid = layer.protection()
                 row_budgets(ratio, valid, protected)
+            if self.plan.keep_later and (self.plan.dense or self.plan.whole):
+                layer.protect(protected)
             layer.settle()
         elif rule.scope == "layer":
             self._decide([layer])

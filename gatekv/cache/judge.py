@@ -20,14 +20,13 @@ class Reading:
 
     before: State
     hidden: torch.Tensor
-    keys: torch.Tensor
     valid: torch.Tensor
 
     def tensors(self) -> list[torch.Tensor]:
-        return [*(self.before or ()), self.hidden, self.keys, self.valid]
+        return [*(self.before or ()), self.hidden, self.valid]
 
     def select(self, index: torch.Tensor) -> "Reading":
-        return Reading(*(_select(part, index) for part in (self.before, self.hidden, self.keys, self.valid)))
+        return Reading(*(_select(part, index) for part in (self.before, self.hidden, self.valid)))
 
 
 def _select(part, index: torch.Tensor):
@@ -41,7 +40,7 @@ class Judge:
     """Feeds a gate the tokens of one sequence batch, in order, each once.
 
     Attributes:
-        state: the gate's memory, or None. pending: [batch, < FOLD, hidden_size], what it has not read yet of the tail's
+        state: the gate's memory, or None. pending: [batch, < FOLD, width], what it has not read yet of the tail's
         last tokens. recording: readings are kept, so that the last ROLLBACK tokens can be taken back.
     """
 
@@ -52,28 +51,27 @@ class Judge:
         self.recording, self.history = False, []
 
     def postpone(self, hidden: torch.Tensor, grace: int) -> bool:
-        """Whether new tokens [batch, n, hidden_size] can wait unread: a flag acts when its token leaves the window."""
+        """Whether new tokens [batch, n, width] can wait unread: a flag acts when its token leaves the window."""
         if self.pending is not None:
             hidden = torch.cat([self.pending, hidden], 1)
         if waits := hidden.shape[1] < FOLD <= grace:
             self.pending = hidden
         return waits
 
-    def read(self, hidden: torch.Tensor, keys, valid, tail: Tail) -> tuple[torch.Tensor, torch.Tensor, int]:
+    def read(self, hidden: torch.Tensor, valid, tail: Tail) -> tuple[torch.Tensor, torch.Tensor, int]:
         """Logits of the tokens that waited, which end `tail`, and of the new ones.
 
-        hidden: [batch, n, hidden_size]; keys: [batch, kv_heads, n, head_dim]; valid: [batch, n] bool.
+        hidden: [batch, n, width], what the gate reads; valid: [batch, n] bool.
         Returns logits [batch, kv_heads, old + n], valid [batch, old + n], old.
         """
         old = 0 if self.pending is None else self.pending.shape[1]
         if old:
             hidden = torch.cat([self.pending, hidden], 1)
-            keys = torch.cat([tail.keys[:, :, -old:], keys], 2)
             valid = torch.cat([tail.valid[:, -old:], valid], 1)
         before, self.pending = self.state, None
-        logits, self.state = self.gate(hidden, keys, valid, before)
+        logits, self.state = self.gate(hidden, valid, before)
         if self.recording and self.state is not None:
-            self.history.append(Reading(before, hidden, keys, valid))
+            self.history.append(Reading(before, hidden, valid))
             while sum(r.hidden.shape[1] for r in self.history[1:]) >= ROLLBACK:
                 self.history.pop(0)
         return logits, valid, old
@@ -96,8 +94,7 @@ class Judge:
             remove -= reading.hidden.shape[1] - stays
             self.state = reading.before
             if stays:
-                keys, valid = reading.keys[:, :, :stays], reading.valid[:, :stays]
-                _, self.state = self.gate(reading.hidden[:, :stays], keys, valid, reading.before)
+                _, self.state = self.gate(reading.hidden[:, :stays], reading.valid[:, :stays], reading.before)
 
     def select(self, index: torch.Tensor) -> None:
         """Keep, reorder or repeat sequences: index [new_batch]."""

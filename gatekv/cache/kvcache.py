@@ -70,6 +70,10 @@ class KVCache(Cache):
         learned, streaming = isinstance(policy.scorer, Gate), isinstance(policy.rule, Threshold)
         if learned and not active:
             raise ValueError("policy 'gate' needs an adapter with gates: load one with peft.PeftModel.from_pretrained.")
+        whole = learned and spec.context == "prompt"
+        if whole:  # everything was judged when the prompt ended; what follows stays
+            decode = "keep"
+            prefill = prefill or ("sparse" if streaming and spec.mask_prompt else "dense")
         prefill = prefill or ("sparse" if streaming else "dense")
         check_choice("prefill", prefill, ("dense", "sparse"))
         check_choice("decode", decode, ("evict", "keep"))
@@ -82,6 +86,11 @@ class KVCache(Cache):
         if prefill == "sparse" and not learned:
             raise ValueError(
                 f"prefill='sparse' needs a causal gate; {type(policy.scorer).__name__} decides after the prompt."
+            )
+        if whole and prefill == "sparse" and (policy.ratio is not None or not streaming):
+            raise ValueError(
+                "a gate that reads the whole prompt masks the prompt's own queries at its threshold only: leave budget "
+                "and rule out, or use prefill='dense'."
             )
         calibration = active[0].calibration() if active else None
         if learned and policy.ratio is not None and (streaming or prefill == "sparse") and calibration is None:
@@ -102,6 +111,7 @@ class KVCache(Cache):
             turns=turns,
             block_size=block_size,
             backend=backend,
+            whole=whole,
         )
         if calibration is not None:
             plan.thresholds = calibration.thresholds(plan.sinks, plan.window)

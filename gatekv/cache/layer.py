@@ -184,7 +184,7 @@ class KVLayer(CacheLayerMixin):
             self.tail.append(*piece, None if logits is None else logits[..., a:c], slack=slack)
             self.seen += c - a
             outs.append(self._answer(q[:, :, a:c], None if mask is None else mask[:, :, a:c, : self.seen], scaling))
-            if not whole and self.phase is not Phase.TURN:
+            if not whole and self.phase is not Phase.TURN and not (self.plan.whole and self.phase is Phase.PROMPT):
                 self.fold(FOLD)
         self.real = self.real + (n if mask is None else valid.sum(-1, keepdim=True))
         if self.phase is not Phase.LATER:
@@ -225,10 +225,15 @@ class KVLayer(CacheLayerMixin):
             return flags, None
         if call.gate is None:
             raise ValueError("the adapter was disabled or unloaded while this cache was in use; enable it again.")
+        if self.plan.whole and self.seen:
+            raise ValueError(
+                "this gate reads the whole prompt before it judges any of it: feed the prompt in one call, without "
+                "prefill_chunk_size, or train a gate with context='causal'."
+            )
         if later and self.judge.postpone(call.hidden, self.plan.grace):
             return flags, None
         self.judge.gate = call.gate
-        logits, valid, old = self.judge.read(call.hidden, k, valid, self.tail)
+        logits, valid, old = self.judge.read(call.hidden, valid, self.tail)
         real = self.real - valid[:, :old].sum(-1, keepdim=True)
         sinks = sink_tokens(valid, self.plan.sinks, real)
         flags = (logits > self._thresholds(valid, real)) & valid[:, None] | sinks[:, None]
@@ -316,7 +321,7 @@ class KVLayer(CacheLayerMixin):
 
     def _gate_logits(self) -> torch.Tensor:
         if self.tail.scores is None:
-            self.tail.scores = self.judge.read(self.hidden, self.tail.keys, self.tail.valid, self.tail)[0].float()
+            self.tail.scores = self.judge.read(self.hidden, self.tail.valid, self.tail)[0].float()
         return self.tail.scores
 
     def protection(self) -> tuple[torch.Tensor, torch.Tensor]:
@@ -358,6 +363,10 @@ class KVLayer(CacheLayerMixin):
         if not self.plan.turns:
             tail.scores = None
         self.settle()
+
+    def protect(self, protected: torch.Tensor) -> None:
+        """Flag the protected [batch, 1, slots since base] for good: what follows is not judged, nor shields them."""
+        self.tail.flags = self.tail.flags | protected[..., self.folded - self.base :]
 
     def settle(self) -> None:
         """The prompt or turn is over: fold it, and go on with what follows."""

@@ -18,6 +18,7 @@ class Plan:
         keep_later: tokens after the prompt all stay. turns: they stay until `KVCache.compress` ends the turn.
         block_size: tokens in a page. backend: of paged attention, or None = the best that can run.
         thresholds: (ratio, real tokens seen [batch, n], prompt_tokens) -> logit thresholds [batch, n], calibrated.
+        whole: the gate reads the whole prompt at once.
         defer: keep what scorers need, decide when asked to.
         decide: called by a layer whose prompt has ended.
     """
@@ -32,6 +33,7 @@ class Plan:
     turns: bool = False
     block_size: int = 16
     backend: str | None = None
+    whole: bool = False
     thresholds: object = None
     defer: bool = False
     decide: object = None

@@ -1,8 +1,8 @@
 """The gate of Attention-Gate (arXiv 2410.12876): a reduced multi-head attention, then a linear gating function.
 
-The paper's MHA' reads the whole context; a causal one with a memory over all tokens would cost a sixth of the cache it
-saves. Ours looks back on the last `context_window` tokens, a ring of constant size. Its size and its relative-position
-bias are our choice: the paper gives neither.
+The paper's MHA' reads the whole prompt (gatekv.gates.prompt); a causal one with a memory over all tokens would cost a
+sixth of the cache it saves. Ours looks back on the last `context_window` tokens, a ring of constant size. Its size and
+its relative-position bias are our choice: the paper gives neither.
 """
 
 import torch
@@ -14,22 +14,24 @@ from gatekv.config import GateSpec
 class AttentionGate(nn.Module):
     """Causal multi-head attention over the last `context_window` tokens -> Linear -> one logit per KV head."""
 
-    def __init__(self, spec: GateSpec, hidden_size: int, num_kv_heads: int):
+    reads = "hidden"
+
+    def __init__(self, spec: GateSpec, width: int, num_kv_heads: int):
         super().__init__()
         self.heads, self.head_dim, self.context = spec.heads, spec.head_dim, spec.context_window
-        width = spec.heads * spec.head_dim
-        self.norm = nn.RMSNorm(hidden_size, eps=1e-6)
-        self.qkv = nn.Linear(hidden_size, 3 * width)
+        inner = spec.heads * spec.head_dim
+        self.norm = nn.RMSNorm(width, eps=1e-6)
+        self.qkv = nn.Linear(width, 3 * inner)
         self.distance = nn.Parameter(torch.zeros(spec.heads, spec.context_window))
-        self.out = nn.Linear(width, num_kv_heads)
+        self.out = nn.Linear(inner, num_kv_heads)
         nn.init.zeros_(self.out.weight)
         nn.init.constant_(self.out.bias, spec.initial_logit)
 
-    def forward(self, hidden: torch.Tensor, keys=None, valid=None, state=None):
+    def forward(self, hidden: torch.Tensor, valid=None, state=None):
         """Logits of new tokens, given the ring of the ones before them.
 
         Args:
-            hidden: [batch, tokens, hidden_size]. keys: unused.
+            hidden: [batch, tokens, width].
             valid: [batch, tokens] bool, False at pads; None = all real.
             state: what the previous call returned, or None at the start of a sequence.
 

@@ -9,15 +9,17 @@ from gatekv.config import GateSpec
 class MLPGate(nn.Module):
     """Reads a layer's input hidden states token by token; needs no memory of its own while streaming."""
 
-    def __init__(self, spec: GateSpec, hidden_size: int, num_kv_heads: int):
+    reads = "hidden"
+
+    def __init__(self, spec: GateSpec, width: int, num_kv_heads: int):
         super().__init__()
-        self.norm = nn.RMSNorm(hidden_size, eps=1e-6)
-        self.up = nn.Linear(hidden_size, spec.hidden)
+        self.norm = nn.RMSNorm(width, eps=1e-6)
+        self.up = nn.Linear(width, spec.hidden)
         self.out = nn.Linear(spec.hidden, num_kv_heads)
         nn.init.zeros_(self.out.weight)
         nn.init.constant_(self.out.bias, spec.initial_logit)
 
-    def forward(self, hidden: torch.Tensor, keys=None, valid=None, state=None) -> tuple[torch.Tensor, None]:
-        """hidden [batch, tokens, hidden_size] -> (logits [batch, kv_heads, tokens] in float32, no state)."""
+    def forward(self, hidden: torch.Tensor, valid=None, state=None) -> tuple[torch.Tensor, None]:
+        """hidden [batch, tokens, width] -> (logits [batch, kv_heads, tokens] in float32, no state)."""
         x = nn.functional.gelu(self.up(self.norm(hidden.to(self.norm.weight.dtype))))
         return self.out(x).transpose(1, 2), None

@@ -21,9 +21,25 @@ def log(margin: torch.Tensor) -> torch.Tensor:
     return torch.sigmoid(margin.clamp_min(-30.0))
 
 
+def gumbel(margin: torch.Tensor, temperature: float, seed: int | None) -> torch.Tensor:
+    """Binary Gumbel-softmax: sigmoid((margin + logistic noise) / temperature), never below e^-30 (DMS, 2506.05345).
+
+    The noise is a pure function of `seed`, so that a resumed run and a recomputed layer see the same; None: no noise.
+    """
+    if seed is not None:
+        u = torch.rand(margin.shape, generator=torch.Generator().manual_seed(seed), dtype=torch.float64)
+        u = u.clamp(1e-9, 1 - 1e-9)
+        margin = margin + (u.log() - (-u).log1p()).to(margin)
+    return log(margin / temperature)
+
+
 def hard(margin: torch.Tensor) -> torch.Tensor:
     """The deployed flag, without gradient."""
     return (margin > 0).to(margin.dtype)
 
 
-RELAXATIONS = {"ste": ste, "log": log, "hard": hard}
+def relax(form: str, margin: torch.Tensor, temperature: float, seed: int | None = None) -> torch.Tensor:
+    """The weight in [0, 1] of tokens with that margin, by a relaxation's name or "hard"."""
+    return (
+        gumbel(margin, temperature, seed) if form == "gumbel" else {"ste": ste, "log": log, "hard": hard}[form](margin)
+    )

@@ -12,13 +12,19 @@ BLOCK = 128
 MAX_EXPONENT = 60.0
 
 
-def _block_weights(q, k, mask, start, end, window, scale):
-    """(s, local, allowed) of queries start:end over keys :end; s is [B, K, G, q, end], local and allowed broadcast."""
-    s = torch.einsum("bkgqd,bktd->bkgqt", q[:, :, :, start:end], k[:, :, :end]).mul_(scale)
-    i = torch.arange(start, end, device=k.device)[:, None]
+def _blocks(q, k):
+    """(queries' slice, number of keys they can see) of each block; q, k [..., Q or T, D], q the last Q of T tokens."""
+    m, past = q.shape[-2], k.shape[-2] - q.shape[-2]
+    return [(slice(a, min(a + BLOCK, m)), past + min(a + BLOCK, m)) for a in range(0, m, BLOCK)]
+
+
+def _block_weights(q, k, mask, part, end, window, scale):
+    """(s, local, allowed) of queries `part` over keys :end; s is [B, K, G, q, end], local and allowed broadcast."""
+    s = torch.einsum("bkgqd,bktd->bkgqt", q[:, :, :, part], k[:, :, :end]).mul_(scale)
+    i = torch.arange(end - s.shape[-2], end, device=k.device)[:, None]
     j = torch.arange(end, device=k.device)
     local = i - j < max(window, 1)
-    allowed = (i >= j) if mask is None else mask[:, :, None, start:end, :end]
+    allowed = (i >= j) if mask is None else mask[:, :, None, part, :end]
     return s, local, allowed
 
 
@@ -31,15 +37,14 @@ class _GatedAttention(torch.autograd.Function):
         out = torch.empty_like(qg)
         lse = qg.new_empty(qg.shape[:-1])
         log_gate = g.log()
-        for start in range(0, n, BLOCK):
-            end = min(start + BLOCK, n)
-            s, local, allowed = _block_weights(qg, ka, mask, start, end, window, scale)
+        for part, end in _blocks(q, k):
+            s, local, allowed = _block_weights(qg, ka, mask, part, end, window, scale)
             bias = torch.where(local, 0, log_gate[:, :, None, :end])[:, :, None]
             s.add_(bias).masked_fill_(~allowed, -torch.inf)
             block_lse = s.logsumexp(-1)
-            lse[:, :, :, start:end] = block_lse
+            lse[:, :, :, part] = block_lse
             s.sub_(block_lse.masked_fill(block_lse == -torch.inf, 0)[..., None]).exp_()
-            out[:, :, :, start:end] = torch.einsum("bkgqt,bktd->bkgqd", s, va[:, :, :end])
+            out[:, :, :, part] = torch.einsum("bkgqt,bktd->bkgqd", s, va[:, :, :end])
         ctx.save_for_backward(q, k, v, gate, out, lse, *(() if mask is None else (mask,)))
         ctx.window, ctx.scale = window, scale
         return out.reshape(b, h, n, d).to(q.dtype)
@@ -48,26 +53,25 @@ class _GatedAttention(torch.autograd.Function):
     def backward(ctx, dout):
         q, k, v, gate, out, lse, *rest = ctx.saved_tensors
         mask = rest[0] if rest else None
-        acc, kv, n = accumulation_dtype(q), k.shape[1], q.shape[2]
+        acc, kv = accumulation_dtype(q), k.shape[1]
         qg, ka, va, g = group_queries(q, kv).to(acc), k.to(acc), v.to(acc), gate.to(acc)
         do = group_queries(dout, kv).to(acc)
         delta = (do * out).sum(-1)
         dq, dk, dv, dg = torch.empty_like(qg), torch.zeros_like(ka), torch.zeros_like(va), torch.zeros_like(g)
-        for start in range(0, n, BLOCK):
-            end = min(start + BLOCK, n)
-            s, local, allowed = _block_weights(qg, ka, mask, start, end, ctx.window, ctx.scale)
-            block_lse = lse[:, :, :, start:end]
+        for part, end in _blocks(q, k):
+            s, local, allowed = _block_weights(qg, ka, mask, part, end, ctx.window, ctx.scale)
+            block_lse = lse[:, :, :, part]
             s.sub_(block_lse.masked_fill(block_lse == -torch.inf, torch.inf)[..., None])
             e = s.clamp_(max=MAX_EXPONENT).exp_().masked_fill_(~allowed, 0)  # e^{s - lse}, the gate left out
             weight = torch.where(local, 1, g[:, :, None, :end])[:, :, None]
-            db = do[:, :, :, start:end]
-            t = torch.einsum("bkgqd,bktd->bkgqt", db, va[:, :, :end]).sub_(delta[:, :, :, start:end, None]).mul_(e)
+            db = do[:, :, :, part]
+            t = torch.einsum("bkgqd,bktd->bkgqt", db, va[:, :, :end]).sub_(delta[:, :, :, part, None]).mul_(e)
             if ctx.needs_input_grad[3]:
                 dg[:, :, :end] += t.sum(2).masked_fill_(local, 0).sum(-2)
             dv[:, :, :end] += torch.einsum("bkgqt,bkgqd->bktd", e.mul_(weight), db)
             ds = t.mul_(weight)
-            dq[:, :, :, start:end] = torch.einsum("bkgqt,bktd->bkgqd", ds, ka[:, :, :end]) * ctx.scale
-            dk[:, :, :end] += torch.einsum("bkgqt,bkgqd->bktd", ds, qg[:, :, :, start:end]) * ctx.scale
+            dq[:, :, :, part] = torch.einsum("bkgqt,bktd->bkgqd", ds, ka[:, :, :end]) * ctx.scale
+            dk[:, :, :end] += torch.einsum("bkgqt,bkgqd->bktd", ds, qg[:, :, :, part]) * ctx.scale
         return dq.reshape(q.shape).to(q.dtype), dk.to(k.dtype), dv.to(v.dtype), dg.to(gate.dtype), None, None, None
 
 
@@ -80,12 +84,10 @@ def gated_attention(q, k, v, gate, *, window: int, scale: float, mask: torch.Ten
 def received_attention(q, k, *, window: int, scale: float, mask: torch.Tensor | None = None) -> torch.Tensor:
     """See `gatekv.ops.naive.received_attention`."""
     qg, ka = group_queries(q, k.shape[1]).float(), k.float()
-    n = k.shape[2]
     best = torch.zeros(k.shape[:3], device=k.device)
-    for start in range(0, n, BLOCK):
-        end = min(start + BLOCK, n)
-        s, local, allowed = _block_weights(qg, ka, mask, start, end, window, scale)
-        asks = allowed[..., start:end].diagonal(dim1=-2, dim2=-1)[..., None]
+    for part, end in _blocks(q, k):
+        s, local, allowed = _block_weights(qg, ka, mask, part, end, window, scale)
+        asks = allowed[..., part].diagonal(dim1=-2, dim2=-1)[..., None]
         p = s.masked_fill_(~allowed, -torch.inf).softmax(-1).masked_fill_(~(allowed & asks) | local, 0)
         best[:, :, :end] = torch.maximum(best[:, :, :end], p.amax((2, 3)))
     return best

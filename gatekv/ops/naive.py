@@ -29,20 +29,20 @@ def gated_attention(q, k, v, gate, *, window: int, scale: float, mask: Tensor | 
     """Attention in which key j weighs ``gate_j * exp(s_ij)`` once it is `window` tokens behind query i.
 
     Args:
-        q: [B, H, T, D]; k, v: [B, K, T, D]; all of one sequence, so query i and key i are the same token.
+        q: [B, H, Q, D], the last Q tokens of a sequence; k, v: [B, K, T, D], all of it; Q <= T.
         gate: [B, K, T] in [0, 1]; 1 = kept, 0 = evicted. The gradient is exact, also where the gate is 0:
             d out_i / d gate_j = exp(s_ij - lse_i) (v_j - out_i)   (Attention-Gate, arXiv 2410.12876, straight-through).
         window: keys with i - j < max(window, 1) ignore their gate.
-        scale: of the logits.  mask: [B, 1, T, T] bool, True = may attend; None = causal.
+        scale: of the logits.  mask: [B, 1, Q, T] bool, True = may attend; None = causal.
 
     Returns:
-        [B, H, T, D] in q's dtype; rows that may attend to nothing (pads) are 0.
+        [B, H, Q, D] in q's dtype; rows that may attend to nothing (pads) are 0.
     """
     b, kv, n, d = k.shape
-    acc = accumulation_dtype(q)
+    acc, m = accumulation_dtype(q), q.shape[2]
     s = torch.einsum("bkgqd,bktd->bkgqt", group_queries(q, kv).to(acc), k.to(acc)) * scale
-    i, j = torch.arange(n, device=q.device)[:, None], torch.arange(n, device=q.device)
-    allowed = (causal_mask(n, n, q.device) if mask is None else mask)[..., :, :].expand(b, 1, n, n)[:, :, None]
+    i, j = torch.arange(n - m, n, device=q.device)[:, None], torch.arange(n, device=q.device)
+    allowed = (causal_mask(m, n, q.device) if mask is None else mask)[..., :, :].expand(b, 1, m, n)[:, :, None]
     weight = torch.where(
         i - j < max(window, 1), torch.ones((), dtype=acc, device=q.device), gate[:, :, None, None].to(acc)
     )
@@ -52,7 +52,7 @@ def gated_attention(q, k, v, gate, *, window: int, scale: float, mask: Tensor | 
     e = weight * torch.exp((s - top).masked_fill(~allowed, -torch.inf))
     total = e.sum(-1, keepdim=True)
     out = torch.einsum("bkgqt,bktd->bkgqd", e, v.to(acc)) / total.masked_fill(total == 0, 1)
-    return out.reshape(b, -1, n, d).to(q.dtype)
+    return out.reshape(b, -1, m, d).to(q.dtype)
 
 
 def received_attention(q, k, *, window: int, scale: float, mask: Tensor | None = None) -> Tensor:

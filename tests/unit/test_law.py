@@ -42,7 +42,7 @@ def assert_close(a, b, mask, dtype=torch.float64):
     assert ((a - b)[mask.bool()].abs().max() / scale) <= TOLERANCE[dtype]
 
 
-@pytest.mark.parametrize("gate", ["mlp", "attention"])
+@pytest.mark.parametrize("gate", ["linear", "mlp", "key_mlp", "attention"])
 @pytest.mark.parametrize("window", [1, 16, 33])
 @pytest.mark.parametrize("cuts", list(CHUNKS))
 def test_parallel_equals_recurrent(family, gate, window, cuts):
@@ -235,3 +235,50 @@ def test_eager_implementation_keeps_the_law_too(family):
 def test_sinks_are_the_first_real_tokens():
     valid = torch.tensor([[False, True, True, True], [True, True, True, True]])
     assert sink_tokens(valid, 2).tolist() == [[False, True, True, False], [True, True, False, False]]
+
+
+@pytest.mark.parametrize("gate", ["linear", "key_mlp", "attention"])
+@pytest.mark.parametrize("window", [0, 5])
+def test_flags_that_act_after_the_prompt(family, gate, window):
+    """prefill="dense", later tokens kept: the parallel form with a split."""
+    model = gated(family, gate=gate, window=window, sinks=2, context_window=9)
+    ids, mask = padded_batch([60, 41, 17 + 13])
+    positions = (mask.cumsum(-1) - 1).clamp_min(0)
+    with torch.no_grad(), gatekv.parallel(model, threshold=0.3, split=40):
+        wanted = model(ids, attention_mask=mask, position_ids=positions, use_cache=False).logits
+        judged = [w.recorded for w in wrappers(model)]
+    assert all(j.logits.shape == (3, 3, 40) for j in judged)
+    spec = wrappers(model)[0].specs["default"]
+    keep = torch.stack([(j.logits > 0.3) & j.valid[:, None] for j in judged])
+    protected = sink_tokens(judged[0].valid, spec.sinks) | (torch.arange(40) >= 40 - window) & judged[0].valid
+    cache = gatekv.KVCache(model, "gate+global", 0.99, decode="keep")
+    cache.plan.policy.rule.keep = lambda *_: keep | protected[:, None]
+    got = recurrent_logits(model, ids, mask, cache, [40, 41, 55])
+    assert_close(got, wanted, mask)
+    assert (wanted - plain_logits(model, ids, mask))[:, 41:][mask[:, 41:].bool()].abs().max() > 1e-3
+
+
+@pytest.mark.parametrize("mask_prompt", [True, False])
+@pytest.mark.parametrize("window", [0, 5])
+def test_prompt_gates_equal_their_one_shot_parallel_form(family, mask_prompt, window):
+    model = gated(family, gate="attention", context="prompt", mask_prompt=mask_prompt, window=window, sinks=2)
+    ids, mask = padded_batch([60, 41, 30])
+    positions = (mask.cumsum(-1) - 1).clamp_min(0)
+    with torch.no_grad(), gatekv.parallel(model, split=40):
+        wanted = model(ids, attention_mask=mask, position_ids=positions, use_cache=False).logits
+    got = recurrent_logits(model, ids, mask, gatekv.KVCache(model, "gate"), [40, 41, 55])
+    assert_close(got, wanted, mask)
+    dense = plain_logits(model, ids, mask)
+    prompt = (got - dense)[:, :40][mask[:, :40].bool()].abs().max()
+    assert (prompt > 1e-3) == mask_prompt
+    with pytest.raises(ValueError, match="in one call"):
+        recurrent_logits(model, ids, mask, gatekv.KVCache(model, "gate", prompt_tokens=40), [20, 40])
+    with pytest.raises(ValueError, match="prefill='dense'"):
+        gatekv.KVCache(model, "gate+global", 0.5, prefill="sparse")
+
+
+def test_a_full_budget_under_a_prompt_gate_is_the_plain_model(family):
+    model = gated(family, gate="attention", context="prompt", window=4)
+    ids, mask = padded_batch([40, 23])
+    got = recurrent_logits(model, ids, mask, gatekv.KVCache(model, "gate+global", 1.0), [30, 31])
+    assert (got - plain_logits(model, ids, mask))[mask.bool()].abs().max() <= 1e-12 * got.abs().max()

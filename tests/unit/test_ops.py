@@ -34,6 +34,22 @@ def test_gated_attention_matches_naive(n, window, masked):
         torch.testing.assert_close(a, b, rtol=1e-10, atol=1e-12)
 
 
+@pytest.mark.parametrize("queries", [1, 37, 140])
+@pytest.mark.parametrize("masked", [False, True])
+def test_gated_attention_of_the_last_queries(queries, masked):
+    q, k, v, gate = problem(201)
+    q = q[:, :, -queries:].detach().requires_grad_()
+    mask = naive.causal_mask(queries, 201)[None, None].repeat(2, 1, 1, 1) if masked else None
+    if masked:
+        mask[1, ..., :50] = False
+    results = []
+    for function in (naive.gated_attention, fast.gated_attention):
+        out = function(q, k, v, gate, window=7, scale=0.35, mask=mask)
+        results.append((out, *torch.autograd.grad(out.square().sum(), (q, k, v, gate))))
+    for a, b in zip(*results):
+        torch.testing.assert_close(a, b, rtol=1e-10, atol=1e-12)
+
+
 @pytest.mark.parametrize("heads,kv", [(4, 4), (8, 1), (6, 2)])
 def test_gated_attention_groups(heads, kv):
     q, k, v, gate = problem(37, heads, kv)

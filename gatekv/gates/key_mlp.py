@@ -1,0 +1,59 @@
+"""A gate that reads keys: RMSNorm(key before RoPE) ⊕ RMSNorm(key after RoPE) -> MLP per KV head (WG-KV)."""
+
+import torch
+from torch import nn
+
+from gatekv.config import GateSpec
+
+
+def unrotate(keys: torch.Tensor, rotary: tuple[torch.Tensor, torch.Tensor]) -> torch.Tensor:
+    """Keys as they were before RoPE.
+
+    keys: [batch, kv_heads, tokens, head_dim]; rotary: (cos, sin) [batch or 1, tokens, rotary_dim] as transformers hands
+    them to attention. The inverse of k·cos + rotate_half(k)·sin; cos² + sin² is the square of RoPE's attention scaling.
+    """
+    cos, sin = (t[:, None].to(keys.dtype) for t in rotary)
+    turned, rest = keys[..., : cos.shape[-1]], keys[..., cos.shape[-1] :]  # Phi rotates a part of the head only
+    a, b = turned.chunk(2, -1)
+    back = (turned * cos - torch.cat([-b, a], -1) * sin) / (cos.square() + sin.square())
+    return torch.cat([back, rest], -1)
+
+
+def key_features(keys: torch.Tensor, rotary) -> torch.Tensor:
+    """What the gate reads: [batch, tokens, kv_heads · 2 · head_dim], each head's key before and after RoPE.
+
+    Raises:
+        ValueError: when the model hands no rotary embeddings to its attention.
+    """
+    if rotary is None:
+        raise ValueError(
+            "gate='key_mlp' reads keys before RoPE, and this model's attention gets no `position_embeddings`: use mlp."
+        )
+    both = torch.cat([unrotate(keys, rotary), keys], -1)
+    return both.transpose(1, 2).flatten(2)
+
+
+class KeyMLPGate(nn.Module):
+    """One small MLP for each KV head, from the head's own key to its logit; streams without memory."""
+
+    reads = "keys"
+
+    def __init__(self, spec: GateSpec, width: int, num_kv_heads: int):
+        super().__init__()
+        self.heads = num_kv_heads
+        self.head_dim = width // (2 * num_kv_heads)
+        self.norm = nn.Parameter(torch.ones(num_kv_heads, 2, self.head_dim))
+        self.up = nn.Parameter(torch.empty(num_kv_heads, 2 * self.head_dim, spec.hidden))
+        self.up_bias = nn.Parameter(torch.zeros(num_kv_heads, spec.hidden))
+        self.out_weight = nn.Parameter(torch.zeros(num_kv_heads, spec.hidden))
+        self.out_bias = nn.Parameter(torch.full((num_kv_heads,), spec.initial_logit))
+        bound = (2 * self.head_dim) ** -0.5
+        nn.init.uniform_(self.up, -bound, bound)
+
+    def forward(self, hidden: torch.Tensor, valid=None, state=None) -> tuple[torch.Tensor, None]:
+        """hidden: `key_features` [batch, tokens, width] -> (logits [batch, kv_heads, tokens] in float32, no state)."""
+        x = hidden.to(self.up.dtype).unflatten(2, (self.heads, 2, self.head_dim))
+        x = nn.functional.rms_norm(x, (self.head_dim,), eps=1e-6) * self.norm
+        x = torch.einsum("btkd,kdh->btkh", x.flatten(3), self.up) + self.up_bias
+        logits = (nn.functional.gelu(x) * self.out_weight).sum(-1) + self.out_bias
+        return logits.transpose(1, 2), None

@@ -1,0 +1,24 @@
+"""The smallest gate: RMSNorm -> Linear, one logit per KV head (DMS, arXiv 2506.05345; KVzap-Linear)."""
+
+import torch
+from torch import nn
+
+from gatekv.config import GateSpec
+
+
+class LinearGate(nn.Module):
+    """Reads a layer's input hidden states token by token; its logit is `logit_scale` · linear + bias."""
+
+    reads = "hidden"
+
+    def __init__(self, spec: GateSpec, width: int, num_kv_heads: int):
+        super().__init__()
+        self.scale = spec.logit_scale
+        self.norm = nn.RMSNorm(width, eps=1e-6)
+        self.out = nn.Linear(width, num_kv_heads)
+        nn.init.zeros_(self.out.weight)
+        nn.init.constant_(self.out.bias, spec.initial_logit / spec.logit_scale)
+
+    def forward(self, hidden: torch.Tensor, valid=None, state=None) -> tuple[torch.Tensor, None]:
+        """hidden [batch, tokens, width] -> (logits [batch, kv_heads, tokens] in float32, no state)."""
+        return self.out(self.norm(hidden.to(self.norm.weight.dtype))).transpose(1, 2) * self.scale, None

@@ -52,8 +52,9 @@ class AttentionCall:
         memory: the gatekv cache layer, or None for the parallel form.
         gate: the active gate module or None; spec: its GateSpec; form: a relaxation's name or "hard" for the parallel
         form, applied to logits - threshold; "listen" = plain attention, the gate only judges.
-        split: the prompt's length, for flags that act after it (one-shot); None = flags act as tokens leave the window.
+        split: the prompt's length, for flags that act after it (one-shot); None = they act as tokens leave the window.
         seed: of this layer's noise, for the gumbel relaxation.
+        received: measure the attention that tokens receive.
         local: (logits, valid) -> threshold: measure this layer's own error too; None = do not.
         record: called with what the gate said (`Judged`).
     """
@@ -68,6 +69,7 @@ class AttentionCall:
     threshold: torch.Tensor | float = 0.0
     split: int | None = None
     seed: int | None = None
+    received: bool = True
     local: object = None
     record: object = None
 
@@ -80,19 +82,6 @@ class AttentionCall:
         """Logits [batch, kv_heads, tokens] of the sequence, or of its prompt where there is a split."""
         return self.gate(self.hidden[:, : self.split], valid[:, : self.split])[0]
 
-    def weights(self, logits: torch.Tensor, valid: torch.Tensor, form: str, threshold) -> torch.Tensor:
-        """[batch, kv_heads, tokens]: the relaxed flags of all tokens; sinks, and what follows a split, are 1.
-
-        The last `window` tokens before a split are kept for good: nothing else shields them from later queries.
-        """
-        weight = relax(form, logits - threshold, self.spec.temperature, self.seed)
-        n = logits.shape[-1]
-        kept = sink_tokens(valid[:, :n], self.spec.sinks)
-        if self.split is not None:
-            kept = kept | (torch.arange(n, device=kept.device) >= n - self.spec.window)
-        weight = weight.masked_fill(kept[:, None], 1.0)
-        return torch.nn.functional.pad(weight, (0, valid.shape[1] - n), value=1.0)
-
     def listen(self, module, q, k, v, mask, scaling: float, plain: torch.Tensor) -> None:
         """Leave the plain output alone; record what the gate says and what attention each token really receives.
 
@@ -103,11 +92,14 @@ class AttentionCall:
         with torch.enable_grad():
             logits = self.judge(valid)
         n, error = logits.shape[-1], None
-        received = received_attention(q, k, window=self.spec.window, scale=scaling, mask=mask)[..., :n]
+        received = None
+        if self.received:
+            received = received_attention(q, k, window=self.spec.window, scale=scaling, mask=mask)[..., :n]
         if self.local is not None:
             asking = slice(self.split or 0, None)
             with torch.enable_grad():
-                weight = self.weights(logits, valid, self.spec.relaxation, self.local(logits, valid[:, :n]))
+                threshold = self.local(logits, valid[:, :n])
+                weight = self._weight(logits, valid, self.spec.relaxation, threshold)
                 part = None if mask is None else mask[:, :, asking]
                 out = gated_attention(
                     q[:, :, asking], k, v, weight, window=self.spec.window, scale=scaling, mask=part
@@ -120,7 +112,7 @@ class AttentionCall:
         valid = valid_tokens(mask, q.shape[0], q.shape[2], q.device)
         logits = self.judge(valid)
         self.record(Judged(logits, valid[:, : logits.shape[-1]]))
-        weight = self.weights(logits, valid, self.form, self.threshold)
+        weight = self._weight(logits, valid, self.form, self.threshold)
         n, prompt = q.shape[2], 0 if self.split is None or self.masks_prompt() else self.split
         outs = [
             gated_attention(
@@ -130,6 +122,14 @@ class AttentionCall:
             for a, c, g in ((0, prompt, torch.ones_like(weight)), (prompt, n, weight)) if c > a
         ]  # fmt: skip
         return outs[0] if len(outs) == 1 else torch.cat(outs, 2)
+
+    def _weight(self, logits, valid, form: str, threshold) -> torch.Tensor:
+        """The relaxed flags of all tokens: what follows a split is kept."""
+        weight = relaxed_flags(
+            logits, valid[:, : logits.shape[-1]], self.spec, form=form, threshold=threshold, split=self.split,
+            seed=self.seed,
+        )  # fmt: skip
+        return torch.nn.functional.pad(weight, (0, valid.shape[1] - logits.shape[-1]), value=1.0)
 
     def masks_prompt(self) -> bool:
         """Whether a prompt's flags act for its own queries too, though all of them were set at its end."""
@@ -156,6 +156,23 @@ def valid_tokens(mask: torch.Tensor | None, batch: int, new: int, device) -> tor
 def sink_tokens(valid: torch.Tensor, sinks: int, seen_real: torch.Tensor | int = 0) -> torch.Tensor:
     """[batch, tokens] bool: the first `sinks` real tokens of each row; seen_real [batch, 1] came before."""
     return valid & (valid.long().cumsum(-1) + seen_real <= sinks)
+
+
+def relaxed_flags(
+    logits, valid, spec, *, form: str, threshold=0.0, split: int | None = None, seed: int | None = None
+) -> torch.Tensor:
+    """The weights in [0, 1] that attention gives to judged tokens; sinks weigh 1.
+
+    logits: [batch, kv_heads, tokens]; valid: [batch, tokens]; spec: GateSpec; form: a relaxation's name or "hard".
+    split: these tokens are a prompt whose flags act after it: its last `window` tokens are kept for good then, because
+    nothing else shields them from later queries.
+    """
+    weight = relax(form, logits - threshold, spec.temperature, seed)
+    kept = sink_tokens(valid, spec.sinks)
+    if split is not None:
+        n = valid.shape[1]
+        kept = kept | (torch.arange(n, device=kept.device) >= n - spec.window)
+    return weight.masked_fill(kept[:, None], 1.0)
 
 
 def live_mask(q_slots: torch.Tensor, k_slots: torch.Tensor, flags: torch.Tensor, window: int) -> torch.Tensor:

@@ -32,6 +32,7 @@ class GatedAttention(nn.Module):
         self.threshold: torch.Tensor | float | None = None  # on the logits; None = the gate's own tau
         self.split: int | None = None  # the prompt's length, where flags act after it
         self.seed: int | None = None  # of the gumbel relaxation's noise
+        self.received = True  # whether listening measures the attention that tokens receive
         self.local = None  # (logits, valid) -> threshold, where the layer's own error is wanted
         self.recorded: Judged | None = None
 
@@ -54,7 +55,7 @@ class GatedAttention(nn.Module):
         gate, spec = (self.gatekv_gate[name], self.specs[name]) if name else (None, None)
         rotary = kwargs.get("position_embeddings")
         call = AttentionCall(hidden_states, self.layer_idx, rotary, gate=gate, spec=spec, split=self.split)
-        call.seed, call.local = self.seed, self.local
+        call.seed, call.received, call.local = self.seed, self.received, self.local
         memory = None
         if isinstance(past_key_values, Cache) and self.layer_idx < len(past_key_values.layers):
             memory = past_key_values.layers[self.layer_idx]

@@ -136,7 +136,7 @@ def train(model, args) -> list[dict]:
 
         work = {"plain": plain}
         for kind in ("lm", "kl"):
-            objective = Objective(peft, objective=kind, sparsity="abs", scope="global", sparsity_weight=1.0)
+            objective = Objective(peft, objective=kind, sparsity="abs")
             work[kind] = lambda o=objective, b=batch: o(b, 0.5)["loss"].backward()
         times = interleaved(work, args.repeats, model.device.type)
         for kind in ("lm", "kl"):

@@ -8,7 +8,6 @@
 Options: gatekv.training.config.CPTConfig. Writes the adapter, its card and training.json to output_dir.
 """
 
-import dataclasses
 import json
 from pathlib import Path
 
@@ -42,35 +41,37 @@ def main(argv: list[str]) -> None:
         answer_weight=config.answer_weight,
         seed=config.seed,
     )
-    model = get_peft_model(model, GateKVConfig(task_type="CAUSAL_LM", **config.gate_fields()))
+    model = get_peft_model(model, GateKVConfig(task_type="CAUSAL_LM", **vars(config.spec)))
     model.train()
     if accelerator.is_main_process:
         model.print_trainable_parameters()
-    accelerator.init_trackers("gatekv", config=dataclasses.asdict(config) | {"data": ",".join(config.data)})
+    accelerator.init_trackers("gatekv", config=config.options() | {"data": ",".join(config.data)})
 
     objective = Objective(
         model,
         objective=config.objective,
+        prefill=config.prefill,
         sparsity=config.sparsity,
         scope=config.scope,
         sparsity_weight=config.sparsity_weight,
+        polarise_weight=config.polarise_weight,
         oracle_weight=config.oracle_weight,
     )
     records = train(objective, data, config, accelerator)
 
     if accelerator.is_main_process:
-        batch = {k: v.to(accelerator.device) for k, v in data.batch(PROBE_ROW, 1).items()}
+        batch = {k: v.to(accelerator.device) for k, v in data.batch(PROBE_ROW, 1, align=True).items()}
         model.train()
         gap = objective.soft_hard(batch, config.target_keep)
         keep = config.target_keep if config.sparsity == "budget" else None
-        calibrate(model, data, config.calibrate_rows, keep)
+        calibrate(model, data, keep=keep)
         output = Path(config.output_dir)
         model.save_pretrained(output)
         tokenizer.save_pretrained(output)
         (output / "training.json").write_text(
-            json.dumps({"config": dataclasses.asdict(config), "steps": records, "soft_hard": gap}, indent=1)
+            json.dumps({"config": config.options(), "steps": records, "soft_hard": gap}, indent=1)
         )
-        write_card(output, dataclasses.asdict(config))
+        write_card(output, config.options())
         print(f"saved {output}  task {records[-1]['task'] if records else float('nan'):.4f}  {json.dumps(gap)}")
     accelerator.end_training()
 

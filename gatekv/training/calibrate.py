@@ -48,7 +48,9 @@ def logits_of(model, data: TrainingData, first: int, rows: int, threshold: float
     return torch.cat(pooled).float()
 
 
-def calibrate(model, data: TrainingData, rows: int, keep: float | None = None, first: int = 10**6 + 1) -> Calibration:
+def calibrate(
+    model, data: TrainingData, rows: int = 4, keep: float | None = None, first: int = 10**6 + 1
+) -> Calibration:
     """Measure and store the thresholds. Rows `first` … are training text that the run has not reached.
 
     keep: also make tau the threshold that keeps this share, for gates that were trained without a fixed one ("budget").

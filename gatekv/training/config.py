@@ -9,6 +9,12 @@ import yaml
 
 from gatekv.config import GateSpec, check_choice, check_keys, strict
 from gatekv.presets import PRESETS, preset
+from gatekv.training.objective import KINDS as OBJECTIVES
+from gatekv.training.objective import check_objective
+from gatekv.training.sparsity import KINDS as SPARSITIES
+from gatekv.training.sparsity import SCOPES
+
+GATE_OPTIONS = {f.name for f in dataclasses.fields(GateSpec)}
 
 
 @strict
@@ -21,14 +27,15 @@ class CPTConfig:
         data: files, folders or Hub names; empty = the bundled sample.
         sequence_length: tokens a row, at most. batch_size: rows per device and micro-batch.
         accumulation: micro-batches a step. max_steps: optimizer steps.
-        learning_rate, warmup_steps, final_lr (share of the peak), max_grad_norm: AdamW.
-        objective: kl | lm. answer_weight: loss weight of retrieval answers. retrieval_share: of rows.
-        sparsity: abs | lagrange | budget; scope: layer | global; sparsity_weight: alpha.
+        learning_rate, warmup_steps, max_grad_norm: of AdamW, which decays to a tenth of its rate.
+        objective, prefill, sparsity, scope, sparsity_weight, polarise_weight, oracle_weight: see
+            gatekv.training.objective.Objective. warm_share: of the run that regresses to the oracle alone.
+        answer_weight: loss weight of retrieval answers. retrieval_share: of rows.
         target_keep: beta, reached from 1 after target_share of the run.
-        oracle_weight: of the regression to received attention; warm_share: of the run that does only that.
-        gate, hidden, relaxation, window, sinks, initial_logit: see gatekv.config.GateSpec.
+        budget_spread: with sparsity="budget", later targets are drawn from target_keep / spread … · spread; 1: fixed.
         dtype: of the frozen base. save_every: steps between checkpoints. resume: go on from output_dir/checkpoint.
-        calibrate_rows: training rows read for the thresholds. log_with: tracker known to accelerate, or none.
+        log_with: tracker known to accelerate, or none.
+        spec: the gate, whose own options stand beside these in YAML and on the command line.
     """
 
     model: str = ""
@@ -41,36 +48,33 @@ class CPTConfig:
     max_steps: int = 90
     learning_rate: float = 2e-3
     warmup_steps: int = 10
-    final_lr: float = 0.1
     max_grad_norm: float = 1.0
     objective: str = "kl"
+    prefill: str = "sparse"
     answer_weight: float = 20.0
     retrieval_share: float = 0.6
     sparsity: str = "abs"
     scope: str = "global"
     sparsity_weight: float = 20.0
+    polarise_weight: float = 0.0
     oracle_weight: float = 0.0
     warm_share: float = 0.0
     target_keep: float = 0.2
     target_share: float = 0.5
-    gate: str = "mlp"
-    hidden: int = 128
-    relaxation: str = "log"
-    window: int = 32
-    sinks: int = 4
-    initial_logit: float = 4.6
+    budget_spread: float = 2.2
     dtype: str = "bfloat16"
     save_every: int = 50
     resume: bool = False
-    calibrate_rows: int = 4
     log_with: str = "none"
     seed: int = 0
+    spec: GateSpec = field(default_factory=GateSpec)
 
     def __post_init__(self):
         check_choice("preset", self.preset, PRESETS)
-        check_choice("objective", self.objective, ("kl", "lm"))
-        check_choice("sparsity", self.sparsity, ("abs", "lagrange", "budget"))
-        check_choice("scope", self.scope, ("layer", "global"))
+        check_choice("objective", self.objective, OBJECTIVES)
+        check_choice("prefill", self.prefill, ("sparse", "dense"))
+        check_choice("sparsity", self.sparsity, SPARSITIES)
+        check_choice("scope", self.scope, SCOPES)
         check_choice("dtype", self.dtype, ("bfloat16", "float16", "float32", "float64"))
         for name in ("batch_size", "accumulation", "max_steps", "save_every"):
             if getattr(self, name) < 1:
@@ -81,14 +85,23 @@ class CPTConfig:
             )
         if self.warm_share > 0 and self.oracle_weight == 0:
             raise ValueError("warm_share trains on the oracle alone: set oracle_weight above 0 too.")
-        self.gate_fields()
+        if self.objective == "none" and self.oracle_weight == 0:
+            raise ValueError("objective='none' leaves the oracle alone to train on: set oracle_weight above 0.")
+        if self.budget_spread < 1:
+            raise ValueError(f"budget_spread is a factor, at least 1; got {self.budget_spread}.")
+        check_objective(self.objective, self.prefill, self.sparsity, self.scope, self.spec)
 
-    def gate_fields(self) -> dict:
-        """The part that goes into GateKVConfig, checked."""
-        known = {f.name for f in dataclasses.fields(GateSpec)}
-        fields = {k: v for k, v in dataclasses.asdict(self).items() if k in known}
-        GateSpec(**fields)
-        return fields
+    @classmethod
+    def from_options(cls, options: dict) -> "CPTConfig":
+        """From one flat dict, in which the gate's options stand beside the run's."""
+        gate = {k: v for k, v in options.items() if k in GATE_OPTIONS}
+        rest = {k: v for k, v in options.items() if k not in GATE_OPTIONS}
+        check_keys(cls.__name__, rest, {f.name for f in dataclasses.fields(cls)} | GATE_OPTIONS)
+        return cls(**rest, spec=GateSpec(**gate))
+
+    def options(self) -> dict:
+        """The flat dict that `from_options` takes."""
+        return {k: v for k, v in vars(self).items() if k != "spec"} | vars(self.spec)
 
 
 def _parse(name: str, text: str, kind):
@@ -104,13 +117,14 @@ def _parse(name: str, text: str, kind):
         raise ValueError(f"{name}={text!r} is not of type {kind.__name__}.") from error
 
 
-def load_config(argv: list[str], cls=CPTConfig):
+def load_config(argv: list[str], cls=CPTConfig) -> CPTConfig:
     """`--config FILE` and `--key value` pairs -> config.
 
     Raises:
         TypeError, ValueError: with the key and the cure.
     """
-    kinds = typing.get_type_hints(cls)
+    kinds = typing.get_type_hints(cls) | typing.get_type_hints(GateSpec)
+    del kinds["spec"]
     given, settings = {}, {}
     rest = list(argv)
     while rest:
@@ -133,4 +147,4 @@ def load_config(argv: list[str], cls=CPTConfig):
         else:
             given[name] = _parse(name, value, kinds[name])
     base = preset(given.get("preset", settings.get("preset", cls.preset)))
-    return cls(**{**base, **settings, **given})
+    return cls.from_options({**base, **settings, **given})

@@ -12,6 +12,7 @@ from gatekv.training.data import TrainingData
 from gatekv.training.objective import Objective
 from gatekv.training.schedule import learning_rate_factor, sampled_keep, target_keep
 
+FINAL_RATE = 0.1  # of the learning rate
 PROBE_ROW = 10**6  # far behind any run: a row on which soft and hard gates are compared
 
 
@@ -36,7 +37,7 @@ def train(objective: Objective, data: TrainingData, config: CPTConfig, accelerat
     module, optimizer = accelerator.prepare(objective, optimizer)
     rank, world = accelerator.process_index, accelerator.num_processes
     records, done, gap = [], start, float("nan")
-    probe = {k: v.to(accelerator.device) for k, v in data.batch(PROBE_ROW, 1).items()}
+    probe = {k: v.to(accelerator.device) for k, v in data.batch(PROBE_ROW, 1, align=True).items()}
 
     def save(done: int) -> None:
         if accelerator.is_main_process:
@@ -45,14 +46,12 @@ def train(objective: Objective, data: TrainingData, config: CPTConfig, accelerat
     bar = tqdm(range(start, config.max_steps), disable=not accelerator.is_local_main_process, desc="train")
     try:
         for step in bar:
-            lr = config.learning_rate * learning_rate_factor(
-                step, config.max_steps, config.warmup_steps, config.final_lr
-            )
+            lr = config.learning_rate * learning_rate_factor(step, config.max_steps, config.warmup_steps, FINAL_RATE)
             for group in optimizer.param_groups:
                 group["lr"] = lr
             target = target_keep(step, config.max_steps, config.target_keep, config.target_share)
             if config.sparsity == "budget" and target <= config.target_keep:
-                target = sampled_keep(step, config.seed, config.target_keep / 2.5, config.target_keep * 2)
+                target = sampled_keep(step, config.seed, config.target_keep, config.budget_spread)
             record = _step(module, optimizer, data, config, accelerator, step, target, rank, world)
             done = step + 1
             record |= {"step": step, "target": target, "lr": lr}
@@ -75,11 +74,12 @@ def _step(module, optimizer, data, config, accelerator, step, target, rank, worl
     """One optimizer step over accumulation · world · batch_size rows, whichever way they are split."""
     sums = {}
     rows = config.batch_size * config.accumulation * world
+    aligned = config.prefill == "dense" or config.spec.context == "prompt"  # all rows of a batch share a split
     for micro in range(config.accumulation):
         first = step * rows + (micro * world + rank) * config.batch_size
-        batch = {k: v.to(accelerator.device) for k, v in data.batch(first, config.batch_size).items()}
+        batch = {k: v.to(accelerator.device) for k, v in data.batch(first, config.batch_size, align=aligned).items()}
         with accelerator.accumulate(module):
-            out = module(batch, target, warm=step < config.warm_share * config.max_steps)
+            out = module(batch, target, warm=step < config.warm_share * config.max_steps, seed=config.seed + first)
             if not torch.isfinite(out["loss"]):
                 raise FloatingPointError(
                     f"the loss is {float(out['loss'])} at step {step}, rows {first}…{first + config.batch_size - 1}: "

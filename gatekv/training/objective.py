@@ -2,18 +2,16 @@
 
 import torch
 from torch import nn
+from transformers import DynamicCache
 
-from gatekv.gates.relaxations import RELAXATIONS, logit_of
-from gatekv.modules import base_model, gates_off, parallel, wrappers
-from gatekv.training.losses import (
-    budget_cut,
-    distillation_loss,
-    keep_rates,
-    lm_loss,
-    oracle_loss,
-    sparsity_gap,
-    sparsity_loss,
-)
+from gatekv.attention import relaxed_flags
+from gatekv.gates.relaxations import logit_of
+from gatekv.modules import base_model, gates_off, wrappers
+from gatekv.training.losses import distillation_loss, hidden_loss, lm_loss, oracle_loss
+from gatekv.training.prompt import gated_prompt
+from gatekv.training.sparsity import budget_cut, keep_rates, sparsity_gap, sparsity_loss, undecided
+
+KINDS = ("kl", "reverse_kl", "lm", "hidden_mse", "attention_mse", "none")
 
 
 class Objective(nn.Module):
@@ -21,83 +19,165 @@ class Objective(nn.Module):
 
     Args:
         model: PEFT model; its base is frozen and doubles as the teacher, with the gates switched off.
-        objective: "kl" (to the same model with gates off) or "lm".
-        sparsity: "abs", "lagrange", or "budget": no penalty; each step holds exactly the target, at the threshold where
-            the gates' logits in the teacher's pass would (the global budget that is deployed).
-        scope: "layer" or "global". sparsity_weight: alpha.
-        oracle_weight: of the layer-local regression to the attention that tokens receive in the teacher's pass.
+        objective: "kl" or "reverse_kl" to the same model with gates off, "lm", "hidden_mse" of the last hidden state,
+            "attention_mse" of each layer's own attention output (no backward through the model), "none".
+        prefill: "sparse": flags act as tokens leave the window, inside the prompt too; "dense": they act on the first
+            batch["split"] tokens of a row for what follows (see gatekv.training.prompt).
+        sparsity, scope: see gatekv.training.sparsity. "budget": no penalty; each step holds exactly the target, at the
+            threshold where the gates' logits in the teacher's pass would. sparsity_weight: alpha.
+        polarise_weight: of the mean of 4p(1 - p). oracle_weight: of the layer-local regression to the attention that
+            tokens receive in the teacher's pass.
+
+    Raises:
+        ValueError: a combination that cannot be computed; the message says what to change.
     """
 
-    def __init__(self, model, *, objective: str, sparsity: str, scope: str, sparsity_weight: float,
-                 oracle_weight: float = 0.0):  # fmt: skip
+    def __init__(
+        self, model, *, objective: str = "kl", prefill: str = "sparse", sparsity: str = "budget", scope: str = "global",
+        sparsity_weight: float = 1.0, polarise_weight: float = 0.0, oracle_weight: float = 0.0,
+    ):  # fmt: skip
         super().__init__()
         self.model = model
-        self.objective, self.sparsity, self.scope, self.sparsity_weight = objective, sparsity, scope, sparsity_weight
-        self.oracle_weight = oracle_weight
-        units = len(wrappers(model)) if scope == "layer" else 1
+        self.objective, self.prefill, self.sparsity, self.scope = objective, prefill, sparsity, scope
+        self.sparsity_weight, self.polarise_weight, self.oracle_weight = sparsity_weight, polarise_weight, oracle_weight
+        layers = wrappers(model)
+        self.spec = layers[0].specs[layers[0].active()]
+        check_objective(objective, prefill, sparsity, scope, self.spec)
+        heads = base_model(model).config.get_text_config(decoder=True).num_key_value_heads
+        units = {"global": 1, "layer": len(layers), "head": len(layers) * heads}[scope]
         self.register_buffer("multiplier", torch.zeros(units))
 
-    def _hidden(self, batch):
-        inner = base_model(self.model)
-        ids = {"input_ids": batch["input_ids"], "attention_mask": batch["attention_mask"]}
-        return inner.base_model(**ids, use_cache=False).last_hidden_state
+    def _hidden(self, batch, past=None, start: int = 0) -> torch.Tensor:
+        """Last hidden states of the tokens from `start` on; those before are in `past`."""
+        inner, mask = base_model(self.model), batch["attention_mask"]
+        positions = (mask.cumsum(-1) - 1).clamp_min(0)
+        return inner.base_model(
+            input_ids=batch["input_ids"][:, start:], attention_mask=mask, position_ids=positions[:, start:],
+            past_key_values=past, use_cache=past is not None,
+        ).last_hidden_state  # fmt: skip
 
-    def _teacher(self, batch, target: float) -> tuple[torch.Tensor | None, torch.Tensor]:
-        """(the plain model's hidden states, oracle loss). Its pass also tells where a "budget" threshold must lie."""
-        listen = self.sparsity == "budget" or self.oracle_weight > 0
+    def _prepare(self, batch, target: float, seed: int | None) -> int | None:
+        """Tell the wrappers what this batch asks of them. Returns its split."""
+        split = int(batch["split"][0]) if self.prefill == "dense" or self.spec.context == "prompt" else None
+        for w in wrappers(self.model):
+            w.split, w.threshold = split, None
+            w.seed = None if seed is None else seed * 1009 + w.layer_idx
+            w.received = self.oracle_weight > 0
+            w.local = self._local_threshold(target) if self.objective == "attention_mse" else None
+        return split
+
+    def _local_threshold(self, target: float):
+        def threshold(logits, valid):
+            if self.sparsity != "budget":
+                return logit_of(self.spec.threshold)
+            return budget_cut(logits[None], valid, target, self.spec.sinks, self.spec.window, self.scope)[0]
+
+        return threshold
+
+    def _teacher(self, batch, target: float):
+        """(the plain model's hidden states, its cache if the student needs that, oracle loss).
+
+        Its pass also tells where a "budget" threshold must lie.
+        """
+        layers, spec = wrappers(self.model), self.spec
+        suffix = self.prefill == "dense" and self.objective != "attention_mse"
+        listen = suffix or self.sparsity == "budget" or self.oracle_weight > 0 or self.objective == "attention_mse"
         if self.objective == "lm" and not listen:
-            return None, torch.zeros(())
-        layers = wrappers(self.model)
+            return None, None, torch.zeros((), device=batch["input_ids"].device)
+        past = DynamicCache() if suffix else None  # without a config: sliding layers keep the whole prompt too
         with torch.no_grad(), gates_off(self.model, listen=listen):
-            hidden = self._hidden(batch)
-        if not listen:
-            return hidden, torch.zeros((), device=hidden.device)
-        spec, valid = layers[0].specs[layers[0].active()], layers[0].recorded[1]
-        oracle = [oracle_loss(w.recorded[0], w.recorded[2], valid, spec.sinks, spec.window) for w in layers]
+            hidden = self._hidden(batch, past)
+        oracle = torch.zeros((), device=hidden.device)
+        if self.oracle_weight > 0:
+            judged = [w.recorded for w in layers]
+            losses = [oracle_loss(j.logits, j.received, j.valid, spec.sinks, spec.window) for j in judged]
+            oracle = torch.stack(losses).mean()
         if self.sparsity == "budget":
-            logits = torch.stack([w.recorded[0].detach() for w in layers])
-            cut = budget_cut(logits, valid, target, spec.sinks, spec.window)
-            for w in layers:
+            logits = torch.stack([w.recorded.logits.detach() for w in layers])
+            cuts = budget_cut(logits, layers[0].recorded.valid, target, spec.sinks, spec.window, self.scope)
+            for w, cut in zip(layers, cuts):
                 w.threshold = cut
-        return hidden, torch.stack(oracle).mean()
+        return hidden, past, oracle
 
-    def _task(self, batch, teacher) -> torch.Tensor:
+    def _student(self, batch, past, split: int | None, form: str) -> torch.Tensor:
+        """Hidden states under the gates; behind the split only, where a teacher's cache is given."""
+        if past is None:
+            for w in wrappers(self.model):
+                w.form = form
+            try:
+                return self._hidden(batch)
+            finally:
+                for w in wrappers(self.model):
+                    w.form = None
+        weights = {}
+        for w in wrappers(self.model):
+            judged, threshold = w.recorded, self._threshold(w)
+            weights[w.layer_idx] = relaxed_flags(
+                judged.logits, judged.valid, self.spec, form=form, threshold=threshold, split=split, seed=w.seed
+            )
+        return self._hidden(batch, gated_prompt(past, split, weights, self.spec.window), split)
+
+    def _threshold(self, w):
+        return logit_of(self.spec.threshold) if w.threshold is None else w.threshold
+
+    def _task(self, batch, teacher, past, split: int | None, form: str) -> torch.Tensor:
+        if self.objective == "none":
+            return torch.zeros((), device=batch["input_ids"].device)
+        if self.objective == "attention_mse":
+            return torch.stack([w.recorded.error for w in wrappers(self.model)]).mean()
         head = base_model(self.model).get_output_embeddings()
         weights = batch["weights"].float()  # weights[t]: of predicting token t + 1
-        student = self._hidden(batch)
+        labels = batch["input_ids"].roll(-1, 1)
+        student = self._student(batch, past, split, form)
+        if split is not None:  # before it a prompt gate's flags know the future, and a dense prompt is the teacher's
+            weights = weights * (torch.arange(weights.shape[1], device=weights.device) >= split)
+        if past is not None:
+            weights, labels, teacher = weights[:, split:], labels[:, split:], teacher[:, split:]
         if self.objective == "lm":
-            return lm_loss(student, batch["input_ids"].roll(-1, 1), head, weights)
-        return distillation_loss(student, teacher, head, weights)
+            return lm_loss(student, labels, head, weights)
+        if self.objective == "hidden_mse":
+            return hidden_loss(student, teacher, weights)
+        return distillation_loss(student, teacher, head, weights, reverse=self.objective == "reverse_kl")
 
-    def forward(self, batch: dict[str, torch.Tensor], target: float, warm: bool = False) -> dict[str, torch.Tensor]:
-        """batch: input_ids, attention_mask, weights [batch, tokens]; target: keep rate aimed at ("budget": held).
+    def forward(
+        self, batch: dict[str, torch.Tensor], target: float, warm: bool = False, seed: int | None = None
+    ) -> dict[str, torch.Tensor]:
+        """batch: input_ids, attention_mask, weights [batch, tokens], split [batch], one value for all rows; target:
+        keep rate aimed at ("budget": held); seed: of the gumbel noise.
 
         warm: the oracle alone, without the student's pass (a third of the time); needs oracle_weight > 0.
-        Returns {"loss", "task", "sparsity", "keep" (hard rate, scalar), "gap" [units] for the multipliers}.
+        Returns {"loss", "task", "oracle", "sparsity", "keep" (hard rate, scalar), "gap" [units] for the multipliers}.
         """
-        layers = wrappers(self.model)
-        teacher, oracle = self._teacher(batch, target)
-        task = torch.zeros((), device=oracle.device) if warm else self._task(batch, teacher)
-        soft, hard = [], []
+        layers, spec = wrappers(self.model), self.spec
+        split = self._prepare(batch, target, seed)
+        teacher, past, oracle = self._teacher(batch, target)
+        task = torch.zeros((), device=oracle.device)
+        if not warm:
+            task = self._task(batch, teacher, past, split, spec.relaxation)
+        soft, hard, shrugs = [], [], []
         for w in layers:
-            logits, valid, *_ = w.recorded
-            spec = w.specs[w.active()]
-            margin = logits - (logit_of(spec.threshold) if w.threshold is None else w.threshold)
-            soft.append(keep_rates(RELAXATIONS[spec.relaxation](margin), valid, spec.sinks, spec.window))
-            hard.append(keep_rates(RELAXATIONS["hard"](margin), valid, spec.sinks, spec.window))
-            w.recorded = w.threshold = None
+            logits, valid = w.recorded.logits, w.recorded.valid
+            rule = dict(threshold=self._threshold(w), seed=w.seed)
+            weight = relaxed_flags(logits, valid, spec, form=spec.relaxation, **rule)
+            weight = 1 - (1 - weight).square() if self.sparsity == "concave" else weight
+            soft.append(keep_rates(weight, valid, spec.sinks, spec.window))
+            flags = relaxed_flags(logits, valid, spec, form="hard", **rule)
+            hard.append(keep_rates(flags, valid, spec.sinks, spec.window))
+            shrugs.append(undecided(logits - self._threshold(w), valid, spec.sinks, spec.window))
+        self._finish()
         gap = sparsity_gap(torch.stack(soft), target, self.scope)
         penalty = sparsity_loss(gap, self.sparsity, self.multiplier)
+        loss = task + self.oracle_weight * oracle + self.polarise_weight * torch.stack(shrugs).mean()
+        if self.sparsity != "budget":
+            loss = loss + self.sparsity_weight * penalty
         return {
-            "loss": task
-            + (0 if self.sparsity == "budget" else self.sparsity_weight) * penalty
-            + self.oracle_weight * oracle,
-            "task": task.detach(),
-            "oracle": oracle.detach(),
-            "sparsity": penalty.detach(),
-            "keep": torch.stack(hard).detach().mean(),
-            "gap": gap.detach().mean(1),
-        }
+            "loss": loss, "task": task.detach(), "oracle": oracle.detach(), "sparsity": penalty.detach(),
+            "keep": torch.stack(hard).detach().mean(), "gap": gap.detach().mean(1),
+        }  # fmt: skip
+
+    def _finish(self) -> None:
+        for w in wrappers(self.model):
+            w.recorded = w.threshold = w.split = w.seed = w.local = None
 
     @torch.no_grad()
     def move_multipliers(self, gap: torch.Tensor, rate: float = 0.5) -> None:
@@ -107,13 +187,26 @@ class Objective(nn.Module):
 
     @torch.no_grad()
     def soft_hard(self, batch, target: float) -> dict[str, float]:
-        """Train soft, deploy hard: task loss under both, their gap, and how undecided the gates are."""
+        """Train soft, deploy hard: task loss under both, their gap, and how undecided the gates are (share of .05 < p <
+        .95). A layer-local objective has no hard loss of its own: nan."""
         layers = wrappers(self.model)
-        teacher, _ = self._teacher(batch, target)
-        cut = layers[0].threshold
-        soft = float(self._task(batch, teacher))
-        p = torch.stack([(w.recorded[0] - (0 if cut is None else cut)).sigmoid() for w in layers])
-        with parallel(self.model, "hard", threshold=cut):
-            hard = float(self._task(batch, teacher))
-        undecided = float(((p > 0.05) & (p < 0.95)).float().mean())
-        return {"soft": soft, "hard": hard, "soft_hard_gap": hard - soft, "undecided": undecided}
+        split = self._prepare(batch, target, None)
+        teacher, past, _ = self._teacher(batch, target)
+        soft = float(self._task(batch, teacher, past, split, self.spec.relaxation))
+        p = torch.stack([(w.recorded.logits - self._threshold(w)).sigmoid() for w in layers])
+        local = self.objective == "attention_mse"
+        hard = float("nan") if local else float(self._task(batch, teacher, past, split, "hard"))
+        self._finish()
+        shrugs = float(((p > 0.05) & (p < 0.95)).float().mean())
+        return {"soft": soft, "hard": hard, "soft_hard_gap": hard - soft, "undecided": shrugs}
+
+
+def check_objective(objective: str, prefill: str, sparsity: str, scope: str, spec) -> None:
+    """ValueError for combinations that cannot be computed."""
+    if objective == "attention_mse" and sparsity == "budget" and scope == "global":
+        raise ValueError(
+            "objective='attention_mse' is computed layer by layer, before heads of other layers are known: use "
+            "scope='layer' or 'head' with sparsity='budget', or a penalty."
+        )
+    if prefill == "dense" and spec.context == "prompt" and spec.mask_prompt:
+        raise ValueError("a gate that masks its own prompt trains with prefill='sparse'; or set mask_prompt=false.")

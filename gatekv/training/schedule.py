@@ -16,7 +16,7 @@ def learning_rate_factor(step: int, steps: int, warmup: int, final: float) -> fl
     return 1 - (1 - final) * (step - warmup + 1) / max(1, steps - warmup)
 
 
-def sampled_keep(step: int, seed: int, low: float, high: float) -> float:
-    """A keep rate between low and high, log-uniform, a pure function of (seed, step)."""
+def sampled_keep(step: int, seed: int, middle: float, spread: float) -> float:
+    """A keep rate from middle / spread to middle · spread, at most 1, log-uniform; a pure function of (seed, step)."""
     share = random.Random(f"keep/{seed}/{step}").random()
-    return low * (high / low) ** share
+    return min(1.0, middle * spread ** (2 * share - 1))

@@ -25,7 +25,7 @@ def run(*command: str, expect: int = 0, timeout: int = 900) -> str:
 @pytest.fixture(scope="module")
 def adapter(tmp_path_factory):
     folder = tmp_path_factory.mktemp("run") / "adapter"
-    options = ["--max_steps", "4", "--sequence_length", "256", "--calibrate_rows", "1", "--output_dir", str(folder)]
+    options = ["--max_steps", "4", "--sequence_length", "256", "--output_dir", str(folder)]
     run("accelerate", "launch", "recipes/cpt.py", *options)
     return folder
 
@@ -108,7 +108,7 @@ def _logits(model, ids, mask):
 
 
 def test_resume_continues(adapter):
-    options = ["--max_steps", "5", "--sequence_length", "256", "--calibrate_rows", "1", "--output_dir", str(adapter)]
+    options = ["--max_steps", "5", "--sequence_length", "256", "--output_dir", str(adapter)]
     run("recipes/cpt.py", "--resume", *options)
     assert [s["step"] for s in json.loads((adapter / "training.json").read_text())["steps"]] == [4]
 

@@ -14,6 +14,7 @@ from gatekv.modules import base_model, gates_off, parallel, wrappers
 from gatekv.ops import naive
 from gatekv.ops.gated_attention import received_attention
 from gatekv.training import checkpoint, losses
+from gatekv.training import sparsity as sparse
 from gatekv.training.calibrate import calibrate
 from gatekv.training.config import CPTConfig
 from gatekv.training.loop import train
@@ -31,32 +32,34 @@ class ToyData:
         n = int(torch.randint(30, 49, (1,), generator=generator))
         return torch.randint(1, 97, (n,), generator=generator)
 
-    def batch(self, first, rows):
+    def batch(self, first, rows, align=False):
         items = [self[i] for i in range(first, first + rows)]
-        width = max(map(len, items))
+        splits = [len(item) * 2 // 3 for item in items]
+        left = [max(splits) - s if align else 0 for s in splits]
+        width = max(pad + len(item) for pad, item in zip(left, items))
         ids, mask, weights = torch.zeros(rows, width).long(), torch.zeros(rows, width).long(), torch.zeros(rows, width)
-        for r, item in enumerate(items):
-            ids[r, : len(item)], mask[r, : len(item)] = item, 1
-            weights[r, : len(item) - 1] = torch.linspace(1, 3, len(item) - 1)
-        return {"input_ids": ids, "attention_mask": mask, "weights": weights}
+        for r, (pad, item) in enumerate(zip(left, items)):
+            ids[r, pad : pad + len(item)], mask[r, pad : pad + len(item)] = item, 1
+            weights[r, pad : pad + len(item) - 1] = torch.linspace(1, 3, len(item) - 1)
+        split = torch.tensor([max(splits)] * rows if align else splits)
+        return {"input_ids": ids, "attention_mask": mask, "weights": weights, "split": split}
 
 
-def make(
-    objective="kl", sparsity="abs", scope="global", gate="mlp", relaxation="log", oracle_weight=0.0, dtype=torch.float32
-):
+def make(objective="kl", sparsity="abs", scope="global", oracle_weight=0.0, dtype=torch.float32, prefill="sparse",
+         polarise_weight=0.0, **spec):  # fmt: skip
     torch.manual_seed(0)
-    spec = dict(gate=gate, relaxation=relaxation, window=4, sinks=2, hidden=8, heads=2, head_dim=4, context_window=8)
-    model = get_peft_model(tiny(dtype=dtype), gatekv.GateKVConfig(**spec, initial_logit=0.5)).to(dtype).train()
+    spec = dict(window=4, sinks=2, hidden=8, heads=2, head_dim=4, context_window=8, initial_logit=0.5) | spec
+    model = get_peft_model(tiny(dtype=dtype), gatekv.GateKVConfig(**spec)).to(dtype).train()
     for w in wrappers(model):  # a zero last layer would block the first step's gradient to the layers before it
-        torch.nn.init.normal_(w.gatekv_gate["default"].out.weight, std=0.5)
-    return Objective(
-        model, objective=objective, sparsity=sparsity, scope=scope, sparsity_weight=2.0, oracle_weight=oracle_weight
-    )
+        gate = w.gatekv_gate["default"]
+        torch.nn.init.normal_(gate.out_weight if spec.get("gate") == "key_mlp" else gate.out.weight, std=0.5)
+    return Objective(model, objective=objective, sparsity=sparsity, scope=scope, sparsity_weight=2.0, prefill=prefill,
+                     oracle_weight=oracle_weight, polarise_weight=polarise_weight)  # fmt: skip
 
 
 def config(tmp_path, **changes):
     base = dict(output_dir=str(tmp_path), max_steps=4, batch_size=2, warmup_steps=1, learning_rate=5e-3, save_every=2)
-    return CPTConfig(**{**base, **changes})
+    return CPTConfig.from_options({**base, **changes})
 
 
 def test_distillation_is_the_weighted_kl_and_its_gradient(monkeypatch):
@@ -91,7 +94,7 @@ def test_keep_rates_count_protection_and_skip_pads():
     kept = torch.zeros(1, 2, 10)
     kept[0, 1] = 0.5
     valid = torch.tensor([[True] * 8 + [False] * 2])
-    rates = losses.keep_rates(kept, valid, sinks=2, window=3)
+    rates = sparse.keep_rates(kept, valid, sinks=2, window=3)
     torch.testing.assert_close(rates, torch.tensor([[5 / 8, (5 + 1.5) / 8]]))
 
 
@@ -99,19 +102,19 @@ def test_budget_cut_holds_exactly_the_ratio():
     torch.manual_seed(0)
     logits, valid = torch.randn(3, 2, 4, 100), torch.ones(2, 100, dtype=torch.bool)
     valid[1, 60:] = False
-    cut = losses.budget_cut(logits, valid, 0.3, sinks=2, window=5)
+    cut = sparse.budget_cut(logits, valid, 0.3, sinks=2, window=5)
     flags = (logits > cut).float()
-    rates = torch.stack([losses.keep_rates(f, valid, 2, 5) for f in flags]).mean((0, 2))
+    rates = torch.stack([sparse.keep_rates(f, valid, 2, 5) for f in flags]).mean((0, 2))
     torch.testing.assert_close(rates, torch.tensor([0.3, 0.3]), atol=0.003, rtol=0)
 
 
 def test_sparsity_losses():
     rates = torch.tensor([[[0.2, 0.4]], [[0.6, 0.8]]])  # two layers, one sequence, two heads
-    torch.testing.assert_close(losses.sparsity_gap(rates, 0.5, "layer"), torch.tensor([[-0.2], [0.2]]))
-    torch.testing.assert_close(losses.sparsity_gap(rates, 0.5, "global"), torch.tensor([[0.0]]))
+    torch.testing.assert_close(sparse.sparsity_gap(rates, 0.5, "layer"), torch.tensor([[-0.2], [0.2]]))
+    torch.testing.assert_close(sparse.sparsity_gap(rates, 0.5, "global"), torch.tensor([[0.0]]))
     gap = torch.tensor([[-0.2], [0.2]])
-    assert losses.sparsity_loss(gap, "abs").item() == pytest.approx(0.2)
-    lagrange = losses.sparsity_loss(gap, "lagrange", torch.tensor([1.0, 3.0]))
+    assert sparse.sparsity_loss(gap, "abs").item() == pytest.approx(0.2)
+    lagrange = sparse.sparsity_loss(gap, "lagrange", torch.tensor([1.0, 3.0]))
     assert lagrange.item() == pytest.approx((-0.2 + 0.6) / 2 + 0.04)
 
 
@@ -145,11 +148,11 @@ def test_schedules():
     assert all(a >= b for a, b in zip(targets, targets[1:])), "never below, never up again"
     lr = [learning_rate_factor(s, 100, 10, 0.1) for s in range(100)]
     assert lr[0] == 0.1 and lr[9] == 1 and lr[99] == pytest.approx(0.1)
-    draws = [sampled_keep(s, 0, 0.08, 0.4) for s in range(200)]
+    draws = [sampled_keep(s, 0, 0.2, 2) for s in range(200)]
     assert (
-        0.08 <= min(draws) < 0.1
-        and 0.35 < max(draws) <= 0.4
-        and draws == [sampled_keep(s, 0, 0.08, 0.4) for s in range(200)]
+        0.1 <= min(draws) < 0.11
+        and 0.38 < max(draws) <= 0.4
+        and draws == [sampled_keep(s, 0, 0.2, 2) for s in range(200)]
     )
 
 
@@ -159,7 +162,7 @@ def test_schedules():
 )
 @pytest.mark.parametrize("gate,relaxation", [("mlp", "log"), ("attention", "ste")])
 def test_every_gate_parameter_moves_and_no_base_parameter_does(tmp_path, objective, sparsity, scope, gate, relaxation):
-    module = make(objective, sparsity, scope, gate, relaxation)
+    module = make(objective, sparsity, scope, gate=gate, relaxation=relaxation)
     before = {n: p.detach().clone() for n, p in module.named_parameters()}
     records = train(module, ToyData(), config(tmp_path, sparsity=sparsity, target_keep=0.5), Accelerator(cpu=True))
     assert len(records) == 4 and all(0 < r["keep"] <= 1 for r in records)

@@ -1,0 +1,58 @@
+"""Training flags that act after the prompt: what follows it reads the plain model's prompt through the gates.
+
+The prompt attends to all of itself, so its keys and values are the teacher's, from the teacher's own pass; the student
+runs over what follows alone. A step costs little more than one forward over the row.
+"""
+
+import torch
+from transformers import Cache, DynamicCache
+from transformers.cache_utils import CacheLayerMixin, DynamicLayer
+
+from gatekv.ops.gated_attention import gated_attention
+
+
+class GatedPrompt(CacheLayerMixin):
+    """One layer's prompt, seen by the tokens that follow with the gate's weights; a `gatekv.attention.Memory`."""
+
+    is_sliding = False
+
+    def __init__(self, keys: torch.Tensor, values: torch.Tensor, weight: torch.Tensor, window: int):
+        """keys, values: [batch, kv_heads, prompt, head_dim]; weight: [batch, kv_heads, prompt] in [0, 1]."""
+        super().__init__()
+        self.keys, self.values, self.weight, self.window = keys, values, weight, window
+        self.is_initialized = True
+
+    def lazy_initialization(self, key_states, value_states) -> None:
+        """There is nothing to do: the prompt was there first."""
+
+    def update(self, key_states, value_states, *args, **kwargs):
+        """Hands the new tokens through; `attend` reads them, and nothing is stored."""
+        return key_states, value_states
+
+    def get_seq_length(self) -> int:
+        return self.keys.shape[2]
+
+    def get_mask_sizes(self, query_length: int) -> tuple[int, int]:
+        return self.keys.shape[2] + query_length, 0
+
+    def get_max_length(self) -> int:
+        return -1
+
+    def attend(self, call, q, k, v, mask, scaling: float) -> torch.Tensor:
+        """Gated attention of all that follows the prompt, in one call."""
+        k, v = torch.cat([self.keys, k], 2), torch.cat([self.values, v], 2)
+        weight = torch.nn.functional.pad(self.weight, (0, q.shape[2]), value=1.0)
+        return gated_attention(q, k, v, weight, window=self.window, scale=scaling, mask=mask)
+
+
+def gated_prompt(teacher: DynamicCache, split: int, weights: dict[int, torch.Tensor], window: int) -> Cache:
+    """The student's cache: the first `split` tokens of the teacher's, layers in `weights` (by index) behind gates."""
+    layers = []
+    for i, layer in enumerate(teacher.layers):
+        keys, values = layer.keys[:, :, :split], layer.values[:, :, :split]
+        if i in weights:
+            layers.append(GatedPrompt(keys, values, weights[i], window))
+        else:  # a layer with a sliding window: no gate, and its own mask
+            layers.append(DynamicLayer())
+            layers[-1].update(keys, values)
+    return Cache(layers=layers)

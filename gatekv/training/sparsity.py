@@ -1,0 +1,79 @@
+"""How training asks for a smaller cache: keep rates, penalties on them, and thresholds that hold a budget exactly."""
+
+import torch
+
+KINDS = ("budget", "abs", "square", "hinge", "linear", "lagrange", "concave")
+SCOPES = ("global", "layer", "head")
+
+
+def judged_tokens(valid: torch.Tensor, sinks: int, window: int) -> torch.Tensor:
+    """[batch, tokens] bool: real tokens that are neither sinks nor among the last `window` of their row."""
+    index = valid.long().cumsum(-1)
+    return valid & (index > sinks) & (index <= index[:, -1:] - window)
+
+
+def keep_rates(kept: torch.Tensor, valid: torch.Tensor, sinks: int, window: int) -> torch.Tensor:
+    """Share of a sequence's tokens that each head holds at its end.
+
+    kept: [batch, kv_heads, tokens] in [0, 1]; valid: [batch, tokens]. Sinks and the last `window` real tokens count as
+    kept, pads not at all. Returns [batch, kv_heads].
+    """
+    held = torch.where(judged_tokens(valid, sinks, window)[:, None], kept, torch.ones_like(kept))
+    return (held * valid[:, None]).sum(-1) / valid.sum(-1)[:, None].clamp_min(1)
+
+
+def _cut(scores: torch.Tensor, ratio: float, total: int, protected: int) -> torch.Tensor:
+    """[groups, n] -> [groups]: the threshold above which the right share of each group's scores lies."""
+    groups, n = scores.shape
+    if not n:
+        return scores.new_zeros(groups)
+    keep = round(max(0.0, ratio * total - protected) / max(1, total - protected) * n)
+    return scores.sort(descending=True).values[:, min(keep, n - 1)]
+
+
+def budget_cut(
+    logits: torch.Tensor, valid: torch.Tensor, ratio: float, sinks: int, window: int, scope: str = "global"
+) -> torch.Tensor:
+    """The threshold at which a sequence would hold exactly `ratio` of its tokens.
+
+    logits: [layers, batch, kv_heads, tokens]; valid: [batch, tokens]. Sinks and the last `window` tokens are inside the
+    ratio. scope: who competes for it: "global" all layers and heads, "layer" the heads of a layer, "head" nobody.
+    Returns [layers, batch, 1 or kv_heads, 1] without gradient.
+    """
+    layers, _, heads, _ = logits.shape
+    open_tokens = judged_tokens(valid, sinks, window)
+    groups = {"global": 1, "layer": layers, "head": layers * heads}[scope]
+    rows = []
+    for row, total in enumerate(valid.sum(-1).tolist()):
+        scores = logits[:, row][..., open_tokens[row]].detach().float()
+        cuts = _cut(scores.reshape(groups, -1), ratio, total, min(total, sinks + window))
+        rows.append(cuts.view({"global": (1, 1, 1), "layer": (layers, 1, 1), "head": (layers, heads, 1)}[scope]))
+    return torch.stack(rows, 1).expand(layers, -1, -1, -1)
+
+
+def sparsity_gap(rates: torch.Tensor, target: float, scope: str) -> torch.Tensor:
+    """mean(g) - beta per sequence and unit of the scope. rates: [layers, batch, kv_heads] -> [units, batch]."""
+    units = {"global": rates.mean((0, 2))[None], "layer": rates.mean(-1), "head": rates.transpose(1, 2).flatten(0, 1)}
+    return units[scope] - target
+
+
+def sparsity_loss(gap: torch.Tensor, kind: str, multiplier: torch.Tensor | None = None) -> torch.Tensor:
+    """A penalty on gap [units, batch] = mean(g) - beta, per sequence, then the mean over all.
+
+    `abs`: |gap| (Attention-Gate's eviction loss, with the gradient its first version lacks); `square`: gap²; `hinge`:
+    relu(gap), one-sided (DMS); `linear`: gap itself, a constant price for a token; `concave`: the same for rates of
+    1 - (1 - g)² (WG-KV); `lagrange`: multiplier · gap + gap², the multiplier [units] moving once an optimizer step.
+    """
+    if kind == "lagrange":
+        return (multiplier.detach()[:, None] * gap).mean() + gap.square().mean()
+    return {"square": gap.square(), "hinge": gap.relu(), "linear": gap, "concave": gap}.get(kind, gap.abs()).mean()
+
+
+def undecided(margins: torch.Tensor, valid: torch.Tensor, sinks: int, window: int) -> torch.Tensor:
+    """Mean of 4p(1 - p) over judged tokens: 1 where a gate shrugs, 0 where it has decided. Minimised, it polarises.
+
+    margins: [batch, kv_heads, tokens]. Returns a scalar.
+    """
+    judged = judged_tokens(valid, sinks, window)[:, None].expand_as(margins)
+    p = margins.sigmoid()
+    return (4 * p * (1 - p)).masked_fill(~judged, 0).sum() / judged.sum().clamp_min(1)

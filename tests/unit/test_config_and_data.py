@@ -81,18 +81,17 @@ def test_options_stay_few():
 def test_rows_are_a_pure_function_of_seed_and_index(text_file):
     a, b = data(text_file), data(text_file)
     assert a[7] == b[7] and a[7] != a[8] and a[7] != data(text_file, seed=1)[7]
-    assert all(len(a[i][0]) <= 900 and len(a[i][0]) == len(a[i][1]) for i in range(30))
-    assert all(a[i][1][-1] == 0 for i in range(10)), "the last token predicts nothing"
+    assert all(len(a[i].ids) <= 900 and len(a[i].ids) == len(a[i].weights) for i in range(30))
+    assert all(a[i].weights[-1] == 0 for i in range(10)), "the last token predicts nothing"
 
 
 def test_answers_weigh_more_and_plain_rows_are_full(text_file):
     rows = data(text_file, retrieval_share=1.0)
     for i in range(10):
-        ids, weights = rows[i]
-        heavy = sum(w == 20.0 for w in weights)
+        heavy = sum(w == 20.0 for w in rows[i].weights)
         assert heavy and heavy % 6 == 0, "a space and five digits an answer"
-    ids, weights = data(text_file, retrieval_share=0.0)[0]
-    assert len(ids) == 900 and set(weights) == {0.0, 1.0}
+    row = data(text_file, retrieval_share=0.0)[0]
+    assert len(row.ids) == 900 and set(row.weights) == {0.0, 1.0}
 
 
 def test_batches_are_right_padded(text_file):

@@ -1,0 +1,198 @@
+"""Sources: weights, names, and streamed sets whose rows depend on (seed, index) alone, at bounded memory."""
+
+import json
+from collections import Counter
+
+import datasets
+import pyarrow
+import pyarrow.parquet
+import pytest
+
+from gatekv.training import sources
+from gatekv.training.data import TrainingData
+from gatekv.training.sources import open_source, read_source, weighted
+from gatekv.training.streams import RESERVED, Corpus, HubSource
+
+load_dataset = datasets.load_dataset
+
+
+class Words:
+    """A tokenizer whose tokens are words."""
+
+    chat_template = ""
+
+    def __call__(self, text, add_special_tokens=False):
+        return type("Encoding", (), {"input_ids": [sum(map(ord, w)) % 90 + 1 for w in text.split()]})()
+
+
+def document(i: int) -> str:
+    return f"Document {i} begins here. " + f"It says {i} again. " * (i % 5)
+
+
+def jsonl(folder, sizes):
+    """A streamed set of one jsonl file a size; its documents are numbered through."""
+    files, start = [], 0
+    for size in sizes:
+        path = folder / f"{len(files)}.jsonl"
+        path.write_text("\n".join(json.dumps({"text": document(i)}) for i in range(start, start + size)) + "\n")
+        files.append(str(path))
+        start += size
+    return load_dataset("json", data_files=files, split="train", streaming=True)
+
+
+def parquet(folder, size, group):
+    table = pyarrow.table({"content": [document(i) for i in range(size)], "id": list(range(size))})
+    pyarrow.parquet.write_table(table, folder / "a.parquet", row_group_size=group)
+    return load_dataset("parquet", data_files=str(folder / "a.parquet"), split="train", streaming=True)
+
+
+def source(stream, column="text", **changes):
+    return HubSource(stream, column, "a/set", **{**dict(rows=4, seed=0, limit=1000, documents=10), **changes})
+
+
+def numbers(corpus: Corpus) -> list[int]:
+    return [int(corpus[i].split()[1]) for i in range(len(corpus))]
+
+
+@pytest.mark.parametrize("entries,weights", [
+    (["a", "b"], {"a": 1, "b": 1}), (["a=0.3", "b=2", "c=0"], {"a": 0.3, "b": 2}), (["a", "a"], {"a": 2}),
+    (["org/set:name=1e-1"], {"org/set:name": 0.1}),
+])  # fmt: skip
+def test_weights(entries, weights):
+    assert weighted(entries) == weights
+
+
+@pytest.mark.parametrize("entry", ["a=-1", "a=x", "a=", "a=nan", "a=inf", "=1"])
+def test_bad_weights_name_their_entry(entry):
+    with pytest.raises(ValueError, match=f"'{entry}'.*name=0.3"):
+        weighted(["b", entry])
+    with pytest.raises(ValueError, match="'a=0', 'b=0.0'.*above 0"):
+        weighted(["a=0", "b=0.0"])
+
+
+def test_a_file_may_have_a_sign_in_its_name(tmp_path):
+    (tmp_path / "k=3.txt").write_text("text")
+    name = str(tmp_path / "k=3.txt")
+    assert weighted([name]) == {name: 1} and weighted([name + "=3"]) == {name: 3}
+    assert read_source(name) == "text"
+
+
+def test_rows_follow_the_weights(tmp_path):
+    for name in "ab":
+        (tmp_path / f"{name}.txt").write_text(f"{name} " * 3000)
+    data = TrainingData(Words(), [f"{tmp_path}/a.txt=1", f"{tmp_path}/b.txt=3"], 64, retrieval_share=0,
+                        answer_weight=1, seed=0)  # fmt: skip
+    count = Counter(data[i].ids[0] for i in range(400))
+    assert 0.2 < count[ord("a") % 90 + 1] / 400 < 0.3
+
+
+def test_documents_are_the_text_in_pieces():
+    corpus = Corpus(["one", "  ", None, "two\n\nand", "three"])
+    assert [corpus[i] for i in range(len(corpus))] == ["one", "two\n\nand", "three"]
+    assert corpus.text == "one\n\ntwo\n\nand\n\nthree"
+
+
+def test_blocks_are_runs_of_the_stream_and_start_over_at_its_end(tmp_path):
+    s = source(jsonl(tmp_path, [35]))
+    assert numbers(s.corpus(RESERVED[0])) == list(range(10)), "block 0 is for the rows that judge"
+    assert [numbers(s.corpus(i))[0] for i in range(16)] == [10] * 4 + [20] * 4 + [30] * 4 + [0] * 4
+    assert numbers(s.corpus(8)) == list(range(30, 35)), "the last block is what is left"
+    assert numbers(s.corpus(4 * 1002)) == numbers(source(jsonl(tmp_path, [35])).corpus(4 * 1002)) == list(range(30, 35))
+
+
+@pytest.mark.parametrize("make,column", [
+    (lambda p: jsonl(p, [35, 3, 50]), "text"), (lambda p: jsonl(p, [20]), "text"), (lambda p: parquet(p, 95, 30), "content"),
+    (lambda p: jsonl(p, [2] * 20), "text"),
+])  # fmt: skip
+@pytest.mark.parametrize("many", [512, 2])
+def test_what_a_row_reads_does_not_depend_on_what_was_read(tmp_path, monkeypatch, make, column, many):
+    monkeypatch.setattr(HubSource, "MANY", many)  # 2: shards are not kept open
+    through = source(make(tmp_path), column)
+    order = [numbers(through.corpus(i)) for i in range(80)]
+    for i in (79, 3, 41, 40, 0, 62):
+        assert numbers(source(make(tmp_path), column).corpus(i)) == order[i]
+        assert numbers(through.corpus(i)) == order[i]
+    size = {"text": sum(1 for _ in make(tmp_path)), "content": 95}[column]
+    assert len({n for found in order for n in found}) > 0.8 * size, "the set is read, not a corner of it"
+    other = source(make(tmp_path), column, seed=2)
+    assert through.shards == 1 or [numbers(other.corpus(i)) for i in range(80)] != order
+
+
+def test_row_groups_are_shards(tmp_path):
+    assert source(parquet(tmp_path, 95, 30), "content").shards == 4
+    assert source(jsonl(tmp_path, [2] * 20)).shards == HubSource.CURSORS
+
+
+def test_reading_on_skips_nothing_and_holds_two_blocks(tmp_path, monkeypatch):
+    read = []
+    texts = HubSource.__init__.__globals__["texts"]
+
+    def counted(*args):
+        for text in texts(*args):
+            read.append(text)
+            yield text
+
+    monkeypatch.setitem(HubSource.__init__.__globals__, "texts", counted)
+    s = source(jsonl(tmp_path, [200, 200]))
+    for i in range(4 * 30):
+        s.corpus(i)
+        assert len(s.held) <= 2
+    assert len(read) == 31 * 10
+
+
+def test_long_documents_are_cut(tmp_path):
+    (tmp_path / "a.jsonl").write_text(json.dumps({"text": "word " * 1000}))
+    s = source(load_dataset("json", data_files=str(tmp_path / "a.jsonl"), split="train", streaming=True))
+    assert len(s.corpus(0).text) == 1000
+
+
+def test_shards_without_text_are_passed_over(tmp_path):
+    for name, text in (("a", " "), ("b", "here "), ("c", "")):
+        (tmp_path / f"{name}.jsonl").write_text(json.dumps({"text": text}) + "\n")
+    files = [str(tmp_path / f"{name}.jsonl") for name in "abc"]
+    s = source(load_dataset("json", data_files=files, split="train", streaming=True))
+    assert all(s.corpus(i).text == "here " for i in range(20))
+    with pytest.raises(ValueError, match="'a/set' holds no text in column 'text'"):
+        source(load_dataset("json", data_files=files[:1], split="train", streaming=True))
+
+
+def test_errors_name_the_set(tmp_path):
+    with pytest.raises(ValueError, match="'a/set' has no column 'text'; it has content, id: name one as name:"):
+        source(parquet(tmp_path, 5, 5))
+
+    def broken(i):
+        raise OSError("no route")
+
+    with pytest.raises(ConnectionError, match="'a/set' broke off in block 0: no route"):
+        source(jsonl(tmp_path, [35]).map(broken))
+
+
+def test_hub_names_carry_a_configuration_and_a_column(tmp_path, monkeypatch):
+    asked = []
+
+    def fake(name, configuration, **options):
+        asked.append((name, configuration, options))
+        return parquet(tmp_path, 95, 30)
+
+    monkeypatch.setattr(datasets, "load_dataset", fake)
+    rows = [TrainingData(Words(), ["org/set-v1.5:sample-10BT:content=0.5"], 64, retrieval_share=0.5, answer_weight=1, seed=0)
+            for _ in range(2)]  # fmt: skip
+    assert asked[0] == ("org/set-v1.5", "sample-10BT", {"split": "train", "streaming": True})
+    assert rows[0][9] == rows[1][9] and rows[0][9] != rows[0][10]
+    assert read_source("org/set::content", max_documents=3).startswith("Document 0 begins here")
+    assert asked[-1][:2] == ("org/set", None)
+    with pytest.raises(ValueError, match="too many colons"):
+        open_source("a:b:c:d", 64, 0)
+
+
+def test_local_files_have_columns_too(tmp_path):
+    parquet(tmp_path, 5, 5)
+    assert read_source(f"{tmp_path}/a.parquet::content").startswith("Document 0")
+    with pytest.raises(ValueError, match="no column 'text'; it has content, id"):
+        read_source(f"{tmp_path}/a.parquet")
+
+
+def test_without_the_extra_the_error_says_so(monkeypatch):
+    monkeypatch.setitem(__import__("sys").modules, "datasets", None)
+    with pytest.raises(ValueError, match=r"pip install gatekv\[eval\]"):
+        sources.open_source("org/set", 64, 0)

@@ -194,7 +194,7 @@ PEFT_TYPE_TO_TUNER_MAPPING[GATEKV] = GateKVModel
 PEFT_TYPE_TO_PREFIX_MAPPING[GATEKV] = PREFIX
 
 
-def set_calibration(model: nn.Module, calibration: Calibration, threshold: float | None = None) -> None:
+def set_calibration(model: nn.Module, calibration: Calibration | None, threshold: float | None = None) -> None:
     """Store a calibration, and a new tau if given, in the active adapter: in force at once, saved with its config."""
     for module in model.modules():
         if isinstance(module, GateLayer):
@@ -203,6 +203,6 @@ def set_calibration(model: nn.Module, calibration: Calibration, threshold: float
             if threshold is not None:
                 module.specs[name].threshold = threshold
     config = model.peft_config[name]
-    config.calibration = asdict(calibration)
+    config.calibration = calibration and asdict(calibration)
     if threshold is not None:
         config.threshold = threshold

@@ -79,6 +79,11 @@ def wrappers(model: nn.Module) -> list[GatedAttention]:
     return sorted((m for m in model.modules() if isinstance(m, GatedAttention)), key=lambda m: m.layer_idx)
 
 
+def gate_spec(model: nn.Module) -> GateSpec | None:
+    """What the gates in force are, or None on a model without."""
+    return next((w.specs[w.active()] for w in wrappers(model) if w.active()), None)
+
+
 def sliding_layers(config) -> list[bool]:
     """Which layers have a sliding window, as transformers sees it: their cache is bounded already."""
     return DynamicCache(config=config.get_text_config(decoder=True)).is_sliding

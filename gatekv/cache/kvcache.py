@@ -11,7 +11,7 @@ from gatekv.cache.layer import KVLayer, Phase
 from gatekv.cache.plan import Plan
 from gatekv.config import GateSpec, check_choice
 from gatekv.gates.relaxations import logit_of
-from gatekv.modules import attach, base_model, wrappers
+from gatekv.modules import attach, base_model, gate_spec, wrappers
 from gatekv.ops.backends import BACKENDS
 from gatekv.policies import Full, Gate, resolve
 from gatekv.policies.budgets import Threshold
@@ -65,7 +65,7 @@ class KVCache(Cache):
         attach(model)
         self.model = model
         active = [w for w in wrappers(model) if w.active()]
-        spec = active[0].specs[active[0].active()] if active else DEFAULT
+        spec = gate_spec(model) or DEFAULT
         policy = resolve(policy if policy is not None else ("gate" if active else "full"), budget)
         learned, streaming = isinstance(policy.scorer, Gate), isinstance(policy.rule, Threshold)
         if learned and not active:

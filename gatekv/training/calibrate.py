@@ -4,33 +4,15 @@ import torch
 
 from gatekv.adapter import set_calibration
 from gatekv.gates.calibration import Calibration
-from gatekv.modules import base_model, parallel, wrappers
+from gatekv.modules import base_model, gate_spec, parallel
 from gatekv.training.data import TrainingData
+from gatekv.training.streams import RESERVED
 
 RATIOS = (1.0, 0.5, 0.25, 0.125, 0.0625)
 LEVELS = (
-    0.0,
-    0.005,
-    0.01,
-    0.02,
-    0.03,
-    0.04,
-    0.05,
-    0.0625,
-    0.08,
-    0.1,
-    0.125,
-    0.15,
-    0.2,
-    0.25,
-    0.3,
-    0.4,
-    0.5,
-    0.6,
-    0.75,
-    0.9,
+    0.0, 0.005, 0.01, 0.02, 0.03, 0.04, 0.05, 0.0625, 0.08, 0.1, 0.125, 0.15, 0.2, 0.25, 0.3, 0.4, 0.5, 0.6, 0.75, 0.9,
     1.0,
-)
+)  # fmt: skip
 
 
 @torch.no_grad()
@@ -40,24 +22,30 @@ def logits_of(model, data: TrainingData, first: int, rows: int, threshold: float
     device = base_model(model).device
     for row in range(rows):
         batch = {k: v.to(device) for k, v in data.batch(first + row, 1).items()}
-        with parallel(model, "hard", threshold=threshold) as layers:
+        spec = gate_spec(model)
+        split = int(batch["split"][0]) if spec.context == "prompt" else None
+        with parallel(model, "hard", threshold=threshold, split=split) as layers:
             base_model(model).base_model(input_ids=batch["input_ids"], use_cache=False)
-            spec = layers[0].specs[layers[0].active()]
-            end = batch["input_ids"].shape[1] - spec.window
-            pooled += [w.recorded[0][..., spec.sinks : end].flatten() for w in layers]
+            end = layers[0].recorded.logits.shape[-1] - spec.window
+            pooled += [w.recorded.logits[..., spec.sinks : end].flatten() for w in layers]
     return torch.cat(pooled).float()
 
 
 def calibrate(
-    model, data: TrainingData, rows: int = 4, keep: float | None = None, first: int = 10**6 + 1
-) -> Calibration:
+    model, data: TrainingData, rows: int = 4, keep: float | None = None, first: int = RESERVED[1]
+) -> Calibration | None:
     """Measure and store the thresholds. Rows `first` … are training text that the run has not reached.
 
     keep: also make tau the threshold that keeps this share, for gates that were trained without a fixed one ("budget").
+    A gate that reads whole prompts does not stream: it gets tau alone, and the result is None.
     """
     model.eval()
-    levels = torch.tensor(LEVELS)
-    spec = wrappers(model)[0].specs[wrappers(model)[0].active()]
+    levels, spec = torch.tensor(LEVELS), gate_spec(model)
+    if spec.context == "prompt":
+        if keep is not None:
+            logits = logits_of(model, data, first, rows, -torch.inf).sort().values
+            set_calibration(model, None, float(_at(logits, torch.tensor([keep])).double().sigmoid()))
+        return None
     protected = spec.sinks + spec.window
     table, threshold = [], -torch.inf
     for i in range(len(RATIOS)):

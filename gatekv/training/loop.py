@@ -11,9 +11,10 @@ from gatekv.training.config import CPTConfig
 from gatekv.training.data import TrainingData
 from gatekv.training.objective import Objective
 from gatekv.training.schedule import learning_rate_factor, sampled_keep, target_keep
+from gatekv.training.streams import RESERVED
 
 FINAL_RATE = 0.1  # of the learning rate
-PROBE_ROW = 10**6  # far behind any run: a row on which soft and hard gates are compared
+PROBE_ROW = RESERVED[0]  # far behind any run: a row on which soft and hard gates are compared
 
 
 def global_mean(accelerator: Accelerator, tensor: torch.Tensor) -> torch.Tensor:

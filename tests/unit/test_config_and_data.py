@@ -42,15 +42,20 @@ def test_precedence_preset_file_command_line(tmp_path):
     file = tmp_path / "c.yaml"
     file.write_text("preset: attention-gate\nwindow: 7\nmax_steps: 3\n")
     config = load_config(["--config", str(file), "--max_steps", "5", "--data=a.txt,b.txt", "--resume"])
-    assert (config.relaxation, config.objective) == ("ste", "lm"), "from the preset"
-    assert config.window == 7 and config.max_steps == 5 and config.data == ["a.txt", "b.txt"] and config.resume is True
+    assert (config.spec.relaxation, config.objective) == ("ste", "lm"), "from the preset"
+    assert (
+        config.spec.window == 7
+        and config.max_steps == 5
+        and config.data == ["a.txt", "b.txt"]
+        and config.resume is True
+    )
 
 
 @pytest.mark.parametrize("argv,match", [
     (["--max_step", "3"], "Did you mean 'max_steps'"), (["--max_steps", "x"], "not of type int"), (["max_steps"], "--key value"),
     (["--max_steps"], "needs a value"), (["--config", "nowhere.yaml"], "no such file"), (["--preset", "papr"], "Known: "),
     (["--max_steps", "0"], "at least 1"), (["--target_keep", "0"], "above 0"), (["--gate", "mpl"], "Did you mean 'mlp'"),
-    (["--objective", "kll"], "Known: kl, lm"), (["--window", "-1"], "cannot be negative"), (["--dtype", "int8"], "dtype"),
+    (["--objective", "kll"], "Known: kl, reverse_kl, lm"), (["--window", "-1"], "cannot be negative"), (["--dtype", "int8"], "dtype"),
 ])  # fmt: skip
 def test_bad_options_are_one_line_errors(argv, match):
     with pytest.raises((TypeError, ValueError), match=match) as error:

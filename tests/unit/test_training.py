@@ -118,6 +118,102 @@ def test_sparsity_losses():
     assert lagrange.item() == pytest.approx((-0.2 + 0.6) / 2 + 0.04)
 
 
+@pytest.mark.parametrize("scope", ["layer", "head"])
+def test_budget_cut_of_each_layer_or_head(scope):
+    torch.manual_seed(0)
+    logits, valid = torch.randn(3, 2, 4, 100) + torch.arange(3.0)[:, None, None, None], torch.ones(2, 100).bool()
+    cut = sparse.budget_cut(logits, valid, 0.3, sinks=2, window=5, scope=scope)
+    assert cut.shape == (3, 2, 1 if scope == "layer" else 4, 1)
+    rates = torch.stack([sparse.keep_rates((x > c).float(), valid, 2, 5) for x, c in zip(logits, cut)])
+    rates = rates.mean(-1) if scope == "layer" else rates
+    torch.testing.assert_close(rates, torch.full_like(rates, 0.3), atol=0.01, rtol=0)
+
+
+def test_penalties():
+    gap = torch.tensor([[-0.2], [0.4]])
+    wanted = {"abs": 0.3, "square": 0.1, "hinge": 0.2, "linear": 0.1, "concave": 0.1}
+    for kind, value in wanted.items():
+        assert sparse.sparsity_loss(gap, kind).item() == pytest.approx(value), kind
+    rates = torch.rand(2, 3, 4)
+    assert sparse.sparsity_gap(rates, 0.5, "head").shape == (8, 3)
+    assert sparse.sparsity_gap(rates, 0.5, "head")[5, 2] == rates[1, 2, 1] - 0.5, "units count heads within layers"
+    valid = torch.ones(1, 6, dtype=torch.bool)
+    assert sparse.undecided(torch.zeros(1, 2, 6), valid, 1, 1).item() == 1
+    assert sparse.undecided(torch.full((1, 2, 6), 20.0), valid, 1, 1).item() < 1e-6
+
+
+def test_reverse_and_hidden_losses():
+    head = torch.nn.Linear(8, 11, bias=False).requires_grad_(False)
+    student, teacher = torch.randn(2, 5, 8, requires_grad=True), torch.randn(2, 5, 8)
+    weights = torch.rand(2, 5)
+    share = weights / weights.sum(-1, keepdim=True) / 2
+    p, q = head(student).log_softmax(-1), head(teacher).log_softmax(-1)
+    got = losses.distillation_loss(student, teacher, head, weights, reverse=True)
+    wanted = ((p.exp() * (p - q)).sum(-1) * share).sum()
+    torch.testing.assert_close(got, wanted)
+    torch.testing.assert_close(*(torch.autograd.grad(x, student, retain_graph=True)[0] for x in (got, wanted)))
+    error = ((student - teacher) ** 2).mean(-1) / (teacher**2).mean(-1)
+    torch.testing.assert_close(losses.hidden_loss(student, teacher, weights), (error * share).sum())
+
+
+@pytest.mark.parametrize("gate", ["mlp", "attention"])
+@pytest.mark.parametrize("form", ["log", "hard"])
+def test_the_short_pass_over_what_follows_a_prompt_is_the_parallel_form(gate, form):
+    """prefill="dense": same loss, same gradient as one pass over the whole row with a split."""
+    module = make(prefill="dense", sparsity="budget", gate=gate, dtype=torch.float64)
+    batch = ToyData().batch(0, 3, align=True)
+    split = module._prepare(batch, 0.4, None)
+    teacher, past, _ = module._teacher(batch, 0.4)
+    cut = wrappers(module.model)[0].threshold
+    got = module._task(batch, teacher, past, split, form)
+    module._finish()
+    weights = batch["weights"] * (torch.arange(batch["weights"].shape[1]) >= split)
+    positions = (batch["attention_mask"].cumsum(-1) - 1).clamp_min(0)
+    with gatekv.parallel(module.model, form, threshold=cut, split=split):
+        inner = base_model(module.model)
+        student = inner.base_model(
+            input_ids=batch["input_ids"],
+            attention_mask=batch["attention_mask"],
+            position_ids=positions,
+            use_cache=False,
+        ).last_hidden_state
+    wanted = losses.distillation_loss(student, teacher, inner.get_output_embeddings(), weights.double())
+    torch.testing.assert_close(got, wanted, rtol=1e-6, atol=0)
+    assert got > 1e-4
+    if form == "log":
+        parameters = list(checkpoint.trained(module).values())
+        for a, b in zip(*(torch.autograd.grad(x, parameters) for x in (got, wanted))):
+            torch.testing.assert_close(a, b, rtol=1e-5, atol=1e-7)  # the loss itself is float32
+
+
+def test_each_layers_own_error_needs_no_backward_through_the_model():
+    """The gradient reaches one layer's gate from that layer's own error alone."""
+    module = make("attention_mse", "budget", "layer", dtype=torch.float64)
+    batch = ToyData().batch(0, 2)
+    module._prepare(batch, 0.5, None)
+    module._teacher(batch, 0.5)
+    errors = [w.recorded.error for w in wrappers(module.model)]
+    assert all(0 < e < 10 for e in errors)
+    errors[1].backward()
+    grads = [[p.grad for p in w.gatekv_gate.parameters()] for w in wrappers(module.model)]
+    assert all(g is None for g in grads[0]) and all(g is not None for g in grads[1])
+    module._finish()
+    flat = make("attention_mse", "abs", initial_logit=60.0, dtype=torch.float64)  # everything kept: no error
+    torch.nn.init.zeros_(wrappers(flat.model)[0].gate().out.weight)
+    flat._prepare(batch, 0.5, None)
+    flat._teacher(batch, 0.5)
+    assert wrappers(flat.model)[0].recorded.error < 1e-12
+
+
+def test_combinations_that_cannot_be_computed():
+    with pytest.raises(ValueError, match="scope='layer'"):
+        make("attention_mse", "budget", "global")
+    with pytest.raises(ValueError, match="prefill='sparse'"):
+        make(prefill="dense", gate="attention", context="prompt")
+    with pytest.raises(ValueError, match="oracle_weight"):
+        CPTConfig.from_options({"objective": "none"})
+
+
 @pytest.mark.parametrize("n,window", [(5, 1), (150, 0), (300, 16)])
 def test_received_attention_matches_naive(n, window):
     torch.manual_seed(0)
@@ -156,21 +252,34 @@ def test_schedules():
     )
 
 
-@pytest.mark.parametrize("objective", ["kl", "lm"])
-@pytest.mark.parametrize(
-    "sparsity,scope", [("abs", "global"), ("abs", "layer"), ("lagrange", "layer"), ("budget", "global")]
-)
-@pytest.mark.parametrize("gate,relaxation", [("mlp", "log"), ("attention", "ste")])
-def test_every_gate_parameter_moves_and_no_base_parameter_does(tmp_path, objective, sparsity, scope, gate, relaxation):
-    module = make(objective, sparsity, scope, gate=gate, relaxation=relaxation)
+RUNS = [
+    dict(objective="kl", sparsity="abs", scope="layer", gate="mlp", relaxation="log"),
+    dict(objective="lm", sparsity="lagrange", scope="layer", gate="attention", relaxation="ste"),
+    dict(objective="kl", sparsity="budget", gate="attention", relaxation="ste", oracle_weight=0.3),
+    dict(objective="reverse_kl", sparsity="square", scope="head", gate="linear", relaxation="gumbel"),
+    dict(objective="hidden_mse", sparsity="concave", gate="key_mlp", relaxation="log"),
+    dict(objective="attention_mse", sparsity="budget", scope="head", gate="key_mlp", relaxation="ste"),
+    dict(objective="attention_mse", sparsity="linear", gate="mlp", relaxation="log", prefill="dense"),
+    dict(objective="kl", sparsity="budget", gate="mlp", relaxation="ste", prefill="dense", oracle_weight=0.1),
+    dict(objective="lm", sparsity="abs", gate="attention", context="prompt", relaxation="ste"),
+    dict(objective="kl", sparsity="budget", gate="attention", context="prompt", mask_prompt=False, relaxation="log",
+         prefill="dense"),
+    dict(objective="kl", sparsity="hinge", gate="linear", relaxation="gumbel", polarise_weight=0.1, logit_scale=10.0),
+    dict(objective="none", sparsity="budget", gate="mlp", oracle_weight=1.0),
+]  # fmt: skip
+
+
+@pytest.mark.parametrize("run", RUNS, ids=lambda r: "-".join(str(v) for v in r.values()))
+def test_every_gate_parameter_moves_and_no_base_parameter_does(tmp_path, run):
+    module = make(**run)
     before = {n: p.detach().clone() for n, p in module.named_parameters()}
-    records = train(module, ToyData(), config(tmp_path, sparsity=sparsity, target_keep=0.5), Accelerator(cpu=True))
+    records = train(module, ToyData(), config(tmp_path, **run, target_keep=0.5), Accelerator(cpu=True))
     assert len(records) == 4 and all(0 < r["keep"] <= 1 for r in records)
     assert "soft_hard_gap" in records[1] and "soft_hard_gap" not in records[0]
     for name, p in module.named_parameters():
         moved = not torch.equal(p, before[name])
         assert moved == ("gatekv_gate" in name), f"{name} {'moved' if moved else 'did not move'}"
-    if sparsity == "lagrange":
+    if run["sparsity"] == "lagrange":
         assert module.multiplier.abs().sum() > 0
 
 
@@ -219,10 +328,10 @@ def test_stop_and_resume_is_the_uninterrupted_run(tmp_path):
     train(whole, ToyData(), config(tmp_path / "a", sparsity="lagrange", max_steps=6), Accelerator(cpu=True))
 
     class Stop(ToyData):
-        def batch(self, first, rows):
+        def batch(self, first, rows, **kwargs):
             if 3 * 2 <= first < 10**6:
                 raise KeyboardInterrupt
-            return super().batch(first, rows)
+            return super().batch(first, rows, **kwargs)
 
     stopped = make(sparsity="lagrange", scope="layer")
     settings = config(tmp_path / "b", sparsity="lagrange", max_steps=6, save_every=50)

@@ -2,10 +2,10 @@
 
 from gatekv import policies
 from gatekv.adapter import GateKVConfig
-from gatekv.cache.kvcache import KVCache
+from gatekv.cache.kvcache import KVCache, flags
 from gatekv.modules import attach, detach, parallel
 from gatekv.presets import preset
 from gatekv.version import VERSION
 
 __version__ = VERSION
-__all__ = ["GateKVConfig", "KVCache", "attach", "detach", "parallel", "policies", "preset"]
+__all__ = ["GateKVConfig", "KVCache", "attach", "detach", "flags", "parallel", "policies", "preset"]

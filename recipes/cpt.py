@@ -9,6 +9,7 @@ Options: gatekv.training.config.CPTConfig. Writes the adapter, its card and trai
 """
 
 import json
+import time
 from pathlib import Path
 
 from common import load_model, run
@@ -57,7 +58,9 @@ def main(argv: list[str]) -> None:
         polarise_weight=config.polarise_weight,
         oracle_weight=config.oracle_weight,
     )
+    start = time.monotonic()
     records = train(objective, data, config, accelerator)
+    seconds = round(time.monotonic() - start, 1)
 
     if accelerator.is_main_process:
         batch = {k: v.to(accelerator.device) for k, v in data.batch(PROBE_ROW, 1, align=True).items()}
@@ -69,7 +72,7 @@ def main(argv: list[str]) -> None:
         model.save_pretrained(output)
         tokenizer.save_pretrained(output)
         (output / "training.json").write_text(
-            json.dumps({"config": config.options(), "steps": records, "soft_hard": gap}, indent=1)
+            json.dumps({"config": config.options(), "steps": records, "soft_hard": gap, "seconds": seconds}, indent=1)
         )
         write_card(output, config.options())
         print(f"saved {output}  task {records[-1]['task'] if records else float('nan'):.4f}  {json.dumps(gap)}")

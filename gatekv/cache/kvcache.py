@@ -225,3 +225,15 @@ class KVCache(Cache):
             f"block_size={p.block_size}, backend={backend}, "
             f"seen={self.get_seq_length()}, bytes={size['bytes']}, ratio={size['ratio']:.3f})"
         )
+
+
+@torch.no_grad()
+def flags(model, input_ids, attention_mask=None, policy=None, budget: float | None = None, **kwargs) -> torch.Tensor:
+    """Which tokens of a prompt a policy keeps, without generating anything.
+
+    input_ids, attention_mask: [batch, tokens], pads on the left; policy, budget and more: see `KVCache`, errors too.
+    Returns [layers, batch, kv_heads, tokens] bool, full-attention layers only; pads are False.
+    """
+    cache = KVCache(model, policy, budget, **kwargs)
+    model(input_ids=input_ids, attention_mask=attention_mask, past_key_values=cache, logits_to_keep=1)
+    return torch.stack(cache.flags())

@@ -37,7 +37,7 @@ def add_untrained(model) -> None:
     state = get_peft_model_state_dict(model, adapter_name=UNTRAINED)
     generator = torch.Generator().manual_seed(0)
     for name, tensor in state.items():
-        if name.endswith("out.weight"):  # zero at the start of training: every score would tie
+        if name.endswith(("out.weight", "out_weight")):  # zero at the start of training: every score would tie
             state[name] = torch.randn(tensor.shape, generator=generator) * tensor.shape[1] ** -0.5
     set_peft_model_state_dict(model, state, adapter_name=UNTRAINED)
 

@@ -104,7 +104,7 @@ def _logits(model, ids, mask):
 
     with gatekv.parallel(model, threshold=-1e9) as layers:
         model(ids, attention_mask=mask, use_cache=False)
-        return [w.recorded[0].flatten() for w in layers]
+        return [w.recorded.logits.flatten() for w in layers]
 
 
 def test_resume_continues(adapter):

@@ -68,6 +68,22 @@ def test_flags_have_the_shape_of_everything_seen():
     assert 0.2 < torch.stack(cache.flags()).float().mean() < 0.9
 
 
+def test_flags_without_generating(family):
+    model = gated(family, window=4, sinks=2)
+    ids, mask = padded_batch([40, 23])
+    kept = gatekv.flags(model, ids, mask, "gate+global", 0.5)
+    assert kept.shape == (2, 2, 3, 40) and kept.dtype == torch.bool
+    assert not kept[:, 1, :, :17].any() and kept[:, 0, :, :2].all() and kept[:, :, :, -4:].all()
+    assert kept[:, 0].float().mean().item() == pytest.approx(0.5, abs=0.01)
+    assert kept[:, 1].float().mean().item() * 40 / 23 == pytest.approx(0.5, abs=0.03)
+    cache = gatekv.KVCache(model, "gate+global", 0.5)
+    with torch.no_grad():
+        model(ids, attention_mask=mask, past_key_values=cache)
+    assert torch.equal(kept, torch.stack(cache.flags()))
+    with pytest.raises(ValueError, match="budget"):
+        gatekv.flags(model, ids, mask, "snapkv")
+
+
 def test_eviction_goes_on_while_decoding():
     model = gated(window=4, sinks=1)
     ids, _ = padded_batch([30])

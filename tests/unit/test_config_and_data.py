@@ -73,7 +73,7 @@ def test_unknown_key_in_a_file_names_the_file(tmp_path):
 def test_presets_are_valid_configs():
     for name in PRESETS:
         CPTConfig.from_options(preset(name) | {"preset": name})
-    with pytest.raises(ValueError, match="Known: attention-gate, default"):
+    with pytest.raises(ValueError, match="Known: attention-gate, dms"):
         preset("attention_gates")
     assert preset("attention-gate")["objective"] == "lm" and preset("attention-gate")["scope"] == "layer"
 

@@ -63,7 +63,7 @@ def test_parallel_records_what_the_gates_said():
     ids, mask = padded_batch([20, 12])
     with torch.no_grad(), parallel(model) as layers:
         model(ids, attention_mask=mask, use_cache=False)
-        logits, valid = layers[1].recorded
+        logits, valid, *_ = layers[1].recorded
         assert logits.shape == (2, 3, 20) and torch.equal(valid, mask.bool())
     assert layers[1].recorded is None
 

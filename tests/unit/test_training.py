@@ -320,7 +320,7 @@ def test_teacher_is_the_plain_model_while_training():
     for listen in (False, True):
         with torch.no_grad(), gates_off(module.model, listen=listen):
             assert torch.equal(module.model(ids, use_cache=False).logits, plain)
-    assert wrappers(module.model)[0].recorded[0].requires_grad, "the oracle trains the gates through what they said"
+    assert wrappers(module.model)[0].recorded.logits.requires_grad, "the oracle trains the gates through what they said"
 
 
 def test_stop_and_resume_is_the_uninterrupted_run(tmp_path):
@@ -396,6 +396,6 @@ def test_calibration_lands_on_the_ratio(tmp_path):
         kept = []
         for i in range(12):
             model(data[10**6 + i][None], use_cache=False)
-            kept += [(w.recorded[0][..., 2:-4] > w.threshold).float().mean() for w in layers]
+            kept += [(w.recorded.logits[..., 2:-4] > w.threshold).float().mean() for w in layers]
     assert torch.stack(kept).mean().item() == pytest.approx(0.5, abs=0.12)
     copy.deepcopy(calibration)

@@ -210,7 +210,7 @@ def test_a_ten_times_longer_stream_takes_no_more_than_its_budget():
     stream = torch.randint(1, VOCAB, (1, 400), generator=generator)
     with torch.no_grad(), gatekv.parallel(model) as layers:
         model(stream, use_cache=False)
-        logits = torch.cat([w.recorded[0].flatten() for w in layers]).sort(descending=True).values
+        logits = torch.cat([w.recorded.logits.flatten() for w in layers]).sort(descending=True).values
     levels = [i / 20 for i in range(21)]
     table = [float(logits[min(int(x * len(logits)), len(logits) - 1)]) for x in levels]
     for w in wrappers(model):

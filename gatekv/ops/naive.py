@@ -25,7 +25,9 @@ def causal_mask(num_queries: int, num_keys: int, device=None) -> Tensor:
     return i[:, None] >= torch.arange(num_keys, device=device)
 
 
-def gated_attention(q, k, v, gate, *, window: int, scale: float, mask: Tensor | None = None) -> Tensor:
+def gated_attention(
+    q, k, v, gate, *, window: int, scale: float, mask: Tensor | None = None, decay: bool = False
+) -> Tensor:
     """Attention in which key j weighs ``gate_j * exp(s_ij)`` once it is `window` tokens behind query i.
 
     Args:
@@ -33,6 +35,7 @@ def gated_attention(q, k, v, gate, *, window: int, scale: float, mask: Tensor | 
         gate: [B, K, T] in [0, 1]; 1 = kept, 0 = evicted. The gradient is exact, also where the gate is 0:
             d out_i / d gate_j = exp(s_ij - lse_i) (v_j - out_i)   (Attention-Gate, arXiv 2410.12876, straight-through).
         window: keys with i - j < max(window, 1) ignore their gate.
+        decay: the weight is gate_j^(i - j): a key fades with its distance (TRIM-KV), at a rate of its own.
         scale: of the logits.  mask: [B, 1, Q, T] bool, True = may attend; None = causal.
 
     Returns:
@@ -43,9 +46,10 @@ def gated_attention(q, k, v, gate, *, window: int, scale: float, mask: Tensor | 
     s = torch.einsum("bkgqd,bktd->bkgqt", group_queries(q, kv).to(acc), k.to(acc)) * scale
     i, j = torch.arange(n - m, n, device=q.device)[:, None], torch.arange(n, device=q.device)
     allowed = (causal_mask(m, n, q.device) if mask is None else mask)[..., :, :].expand(b, 1, m, n)[:, :, None]
-    weight = torch.where(
-        i - j < max(window, 1), torch.ones((), dtype=acc, device=q.device), gate[:, :, None, None].to(acc)
-    )
+    weight = gate[:, :, None, None].to(acc)
+    if decay:
+        weight = weight ** (i - j).clamp_min(0)
+    weight = torch.where(i - j < max(window, 1), torch.ones((), dtype=acc, device=q.device), weight)
     weight = torch.where(allowed, weight, 0)
     # The maximum runs over evicted keys too: they may outweigh every live one, and their gradient must stay finite.
     top = s.masked_fill(~allowed, -torch.inf).amax(-1, keepdim=True).detach().clamp_min(torch.finfo(acc).min)

@@ -36,15 +36,18 @@ def test_gated_attention_matches_naive(n, window, masked):
 
 @pytest.mark.parametrize("queries", [1, 37, 140])
 @pytest.mark.parametrize("masked", [False, True])
-def test_gated_attention_of_the_last_queries(queries, masked):
+@pytest.mark.parametrize("decay", [False, True])
+def test_gated_attention_of_the_last_queries(queries, masked, decay):
     q, k, v, gate = problem(201)
+    if decay:
+        gate = (1 - 0.1 * gate.detach()).requires_grad_()
     q = q[:, :, -queries:].detach().requires_grad_()
     mask = naive.causal_mask(queries, 201)[None, None].repeat(2, 1, 1, 1) if masked else None
     if masked:
         mask[1, ..., :50] = False
     results = []
     for function in (naive.gated_attention, fast.gated_attention):
-        out = function(q, k, v, gate, window=7, scale=0.35, mask=mask)
+        out = function(q, k, v, gate, window=7, scale=0.35, mask=mask, decay=decay)
         results.append((out, *torch.autograd.grad(out.square().sum(), (q, k, v, gate))))
     for a, b in zip(*results):
         torch.testing.assert_close(a, b, rtol=1e-10, atol=1e-12)

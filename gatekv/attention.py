@@ -102,7 +102,7 @@ class AttentionCall:
                 weight = self._weight(logits, valid, self.spec.relaxation, threshold)
                 part = None if mask is None else mask[:, :, asking]
                 out = gated_attention(
-                    q[:, :, asking], k, v, weight, window=self.spec.window, scale=scaling, mask=part
+                    q[:, :, asking], k, v, weight, window=self.spec.window, scale=scaling, mask=part, decay=self.decays
                 ).transpose(1, 2)
                 error = output_error(module, out, plain[:, asking], valid[:, asking])
         self.record(Judged(logits, valid[:, :n], received, error))
@@ -117,7 +117,7 @@ class AttentionCall:
         outs = [
             gated_attention(
                 q[:, :, a:c], k[:, :, :c], v[:, :, :c], g[..., :c], window=self.spec.window, scale=scaling,
-                mask=None if mask is None else mask[:, :, a:c, :c],
+                mask=None if mask is None else mask[:, :, a:c, :c], decay=self.decays,
             )
             for a, c, g in ((0, prompt, torch.ones_like(weight)), (prompt, n, weight)) if c > a
         ]  # fmt: skip
@@ -130,6 +130,11 @@ class AttentionCall:
             seed=self.seed,
         )  # fmt: skip
         return torch.nn.functional.pad(weight, (0, valid.shape[1] - logits.shape[-1]), value=1.0)
+
+    @property
+    def decays(self) -> bool:
+        """Whether weights fade with distance."""
+        return self.spec.relaxation == "decay"
 
     def masks_prompt(self) -> bool:
         """Whether a prompt's flags act for its own queries too, though all of them were set at its end."""

@@ -40,7 +40,7 @@ def strict(cls):
 
 
 GATES = ("linear", "mlp", "key_mlp", "attention")
-RELAXATIONS = ("log", "ste", "gumbel")
+RELAXATIONS = ("log", "ste", "gumbel", "decay")
 
 
 @strict
@@ -58,7 +58,8 @@ class GateSpec:
         heads, head_dim: of the `attention` gate's MHA'.
         context_window: tokens the `attention` gate looks back on; its ring is counted by `KVCache.memory()`.
         relaxation: how the hard flag is made differentiable: `ste` (Attention-Gate), `log` (bias log sigmoid) or
-            `gumbel` (the same with logistic noise at `temperature`, as DMS has it).
+            `gumbel` (the same with logistic noise at `temperature`, as DMS has it), or `decay` (TRIM-KV: sigmoid(logit)
+            is what a token keeps of its weight from one step to the next; deployed under the `decay` budget rule).
         logit_scale: of the `linear` gate's output (DMS: 100).
         window: tokens behind the query that ignore their flag (grace; 0 = the paper).
         sinks: first real tokens of a row that are always kept.

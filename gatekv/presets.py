@@ -29,6 +29,12 @@ PRESETS = {
         "gate": "key_mlp", "hidden": 256, "relaxation": "log", "window": 256, "sinks": 0, "threshold": 0.1,
         "objective": "hidden_mse", "sparsity": "concave", "scope": "global", "sparsity_weight": 0.1,
     },
+    # TRIM-KV: each token keeps a share beta of its weight from step to step, distillation, a price on more tokens than
+    # the buffer holds; deployed with `gate+decay`: the faintest leave a buffer of fixed size. Reconstructed: the price.
+    "trim-kv": {
+        "gate": "mlp", "hidden": 512, "initial_logit": 10.0, "relaxation": "decay", "window": 128, "sinks": 4,
+        "objective": "kl", "sparsity": "capacity", "scope": "global", "sparsity_weight": 10.0, "target_keep": 0.2,
+    },
     # KVzap: the score itself is regressed, layer by layer, and nothing else is trained. Reconstructed: the target is
     # the most attention a token receives later in its own row (KVzip asks the model to repeat the prompt).
     "kvzap": {

@@ -54,7 +54,7 @@ class Decision:
         protected = protected.expand(scores.shape)
         keep = policy.rule.keep(scores, protected, valid, [ratios[order[id(layer)]] for layer in layers])
         cuts = [None] * len(layers)
-        if self.plan.learned and not (self.plan.keep_later or self.plan.turns):
+        if self.plan.learned and not (self.plan.keep_later or self.plan.turns or self.plan.decays):
             refused = scores.masked_fill(keep | protected | ~valid[:, None], -torch.inf).amax(-1, keepdim=True)
             if policy.rule.scope == "model":
                 refused = refused.amax((0, 2), keepdim=True).expand(len(layers), -1, -1, -1)

@@ -14,7 +14,7 @@ from gatekv.gates.relaxations import logit_of
 from gatekv.modules import attach, base_model, gate_spec, wrappers
 from gatekv.ops.backends import BACKENDS
 from gatekv.policies import Full, Gate, resolve
-from gatekv.policies.budgets import Threshold
+from gatekv.policies.budgets import Decay, Threshold
 
 DEFAULT = GateSpec()
 
@@ -92,6 +92,14 @@ class KVCache(Cache):
                 "a gate that reads the whole prompt masks the prompt's own queries at its threshold only: leave budget "
                 "and rule out, or use prefill='dense'."
             )
+        fades = spec.relaxation == "decay"
+        if learned and fades != isinstance(policy.rule, Decay):
+            raise ValueError(
+                "gates whose tokens fade (relaxation='decay') and the budget rule 'decay' belong together: "
+                + ("use policy='gate+decay' with a budget." if fades else "this adapter's gates do not fade.")
+            )
+        if isinstance(policy.rule, Decay) and (turns or not learned):
+            raise ValueError("budget rule 'decay' is for gates, and decides while decoding: leave turns out.")
         calibration = active[0].calibration() if active else None
         if learned and policy.ratio is not None and (streaming or prefill == "sparse") and calibration is None:
             raise ValueError(

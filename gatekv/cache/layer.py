@@ -18,6 +18,7 @@ from gatekv.cache.plan import Plan
 from gatekv.cache.tail import Tail
 from gatekv.ops import backends, segments
 from gatekv.policies import View
+from gatekv.policies.budgets import faded
 
 PIECE = 512  # tokens of a long call that attend together, so that what they evict is gone for the next piece
 
@@ -48,6 +49,7 @@ class KVLayer(CacheLayerMixin):
         self.phase, self.base = Phase.PROMPT, 0  # base: the slot where the current prompt or turn begins
         self.first_call = None
         self.cut = None  # [batch, 1 or kv_heads, 1]: the logit that a later token must exceed, after an exact decision
+        self.room = None  # [batch, 1]: tokens that a head's pages may hold while tokens fade
         self.judge = Judge()
         self.queries = self.hidden = self.scaling = None  # only while a decision is ahead
         self.is_initialized = False
@@ -57,7 +59,7 @@ class KVLayer(CacheLayerMixin):
     def lazy_initialization(self, key_states, value_states) -> None:
         plan = self.plan
         self.tail = Tail(key_states, plan.ranks)
-        self.pages = Pages(key_states, plan.block_size, plan.trims)
+        self.pages = Pages(key_states, plan.block_size, plan.trims or plan.decays)
         self.real = torch.zeros(len(key_states), 1, dtype=torch.long, device=key_states.device)
         self.backend = backends.choose(plan.backend, plan.block_size, key_states.device, key_states.dtype)
         self.paged_segment = backends.load(self.backend)
@@ -93,7 +95,7 @@ class KVLayer(CacheLayerMixin):
         self.pages.select((index[:, None] * kv + torch.arange(kv, device=index.device)).flatten())
         self.tail.select(index)
         self.judge.select(index)
-        for name in ("real", "cut", "queries", "hidden"):
+        for name in ("real", "cut", "room", "queries", "hidden"):
             if (held := vars(self)[name]) is not None:
                 setattr(self, name, held.index_select(0, index))
 
@@ -359,9 +361,12 @@ class KVLayer(CacheLayerMixin):
         self.cut, tail.flags = cut, flags
         if self.folded > self.base:
             self.pages.filter(keep, self.base)
-        self.pages.scores = self.queries = self.hidden = None
-        if not self.plan.turns:
-            tail.scores = None
+        self.queries = self.hidden = None
+        if self.plan.decays:
+            self.room = keep.sum(-1).amax(-1)[:, None] - self.plan.window
+        else:
+            self.pages.scores = None
+            tail.scores = tail.scores if self.plan.turns else None
         self.settle()
 
     def protect(self, protected: torch.Tensor) -> None:
@@ -394,6 +399,15 @@ class KVLayer(CacheLayerMixin):
         self.pages.append(t.keys[:, :, :leave], t.values[:, :, :leave], t.flags[..., :leave], self.folded, scores)
         t.drop(front=leave)
         self.folded += leave
+        if self.room is not None:
+            self._fade()
+
+    def _fade(self) -> None:
+        """Drop the faintest tokens of each head's pages until they hold no more than there is room for."""
+        excess = self.pages.lengths - self.room.expand(-1, self.tail.flags.shape[1]).flatten()
+        if bool((excess > 0).any()):
+            age = self.seen - self.pages.positions
+            self.pages.evict(self.pages.lowest(faded(self.pages.scores, age), excess))
 
     def twin(self) -> "KVLayer":
         """An independent copy that shares storage until either side changes."""
@@ -419,6 +433,6 @@ class KVLayer(CacheLayerMixin):
 
     def tensors(self) -> list[torch.Tensor]:
         """Every tensor that this layer holds."""
-        side = (self.real, self.cut, self.queries, self.hidden)
+        side = (self.real, self.cut, self.room, self.queries, self.hidden)
         parts = (self.judge, self.tail, self.pages)
         return [t for t in side if t is not None] + [t for part in parts for t in part.tensors()]

@@ -154,6 +154,19 @@ class Pages:
         self.owners[self.ordinals >= self._pages_for(left)[rows[:, 0]]] = FREE
         self._index()
 
+    def lowest(self, scores: Tensor, count: Tensor) -> Tensor:
+        """[P, block_size] bool: in each row the count [rows] tokens of lowest score [P, block_size]; ties as stored."""
+        occupied = self.occupied()
+        rows = self._held()[0].expand_as(occupied)[occupied]
+        order = scores[occupied].argsort(stable=True)
+        order = order[rows[order].argsort(stable=True)]  # by row, and by score within it
+        rank = torch.empty_like(order)
+        starts = (self.lengths.cumsum(0) - self.lengths)[rows[order]]
+        rank[order] = torch.arange(len(order), device=order.device) - starts
+        out = torch.zeros_like(occupied)
+        out[occupied] = rank < count[rows]
+        return out
+
     def filter(self, keep: Tensor, base: int = 0) -> None:
         """Drop tokens at slots >= base that keep [batch, kv_heads, slots - base] does not flag, and the scores."""
         self.scores = None

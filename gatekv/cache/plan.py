@@ -3,7 +3,7 @@
 from dataclasses import dataclass
 
 from gatekv.policies import Gate, Policy
-from gatekv.policies.budgets import Threshold
+from gatekv.policies.budgets import Decay, Threshold
 
 
 @dataclass
@@ -51,6 +51,11 @@ class Plan:
     def ranks(self) -> bool:
         """A gate's logits are kept until the end of the prompt, to be ranked there."""
         return self.learned and not self.streaming
+
+    @property
+    def decays(self) -> bool:
+        """Logits stay for good: tokens fade, and the faintest leave a buffer of fixed size."""
+        return isinstance(self.policy.rule, Decay)
 
     @property
     def trims(self) -> bool:

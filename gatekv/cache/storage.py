@@ -18,7 +18,7 @@ KEY = "gatekv_cache"
 COUNTERS = ("seen", "folded", "base", "first_call")
 POOL = ("keys", "values", "positions", "owners", "ordinals", "lengths", "scores")
 TAIL = ("keys", "values", "flags", "valid", "scores")
-SIDE = ("real", "cut", "queries")
+SIDE = ("real", "cut", "room", "queries")
 
 
 def _describe(part, known: dict, what: str) -> dict:

@@ -40,6 +40,5 @@ def hard(margin: torch.Tensor) -> torch.Tensor:
 
 def relax(form: str, margin: torch.Tensor, temperature: float, seed: int | None = None) -> torch.Tensor:
     """The weight in [0, 1] of tokens with that margin, by a relaxation's name or "hard"."""
-    return (
-        gumbel(margin, temperature, seed) if form == "gumbel" else {"ste": ste, "log": log, "hard": hard}[form](margin)
-    )
+    forms = {"ste": ste, "log": log, "hard": hard, "decay": torch.sigmoid}
+    return gumbel(margin, temperature, seed) if form == "gumbel" else forms[form](margin)

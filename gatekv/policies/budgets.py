@@ -101,4 +101,22 @@ class Threshold:
     scope = "token"
 
 
-BUDGETS = {"threshold": Threshold, "uniform": Uniform, "ada": Ada, "global": Global}
+def faded(logits: torch.Tensor, age: torch.Tensor) -> torch.Tensor:
+    """log(beta^age), what a token is still worth; beta = sigmoid(logit). Shapes broadcast."""
+    return torch.nn.functional.logsigmoid(logits.float()) * age
+
+
+@dataclass
+class Decay:
+    """TRIM-KV: a buffer of a fixed number of tokens per head, in which each fades at the rate its gate gave it; the
+    faintest goes, at the prompt's end and for as long as decoding lasts."""
+
+    scope = "layer"
+
+    def keep(self, scores, protected, valid, ratios):
+        counts = _counts(ratios, valid, protected)
+        age = torch.arange(scores.shape[-1] - 1, -1, -1, device=scores.device)
+        return _top(_ranked(faded(scores, age), protected, valid), counts[:, :, None, None])
+
+
+BUDGETS = {"threshold": Threshold, "uniform": Uniform, "ada": Ada, "global": Global, "decay": Decay}

@@ -9,7 +9,7 @@ from gatekv.gates.relaxations import logit_of
 from gatekv.modules import base_model, gate_spec, gates_off, wrappers
 from gatekv.training.losses import distillation_loss, hidden_loss, lm_loss, oracle_loss
 from gatekv.training.prompt import gated_prompt
-from gatekv.training.sparsity import budget_cut, keep_rates, sparsity_gap, sparsity_loss, undecided
+from gatekv.training.sparsity import budget_cut, keep_rates, overfull, sparsity_gap, sparsity_loss, undecided
 
 KINDS = ("kl", "reverse_kl", "lm", "hidden_mse", "attention_mse", "none")
 
@@ -115,7 +115,7 @@ class Objective(nn.Module):
             weights[w.layer_idx] = relaxed_flags(
                 judged.logits, judged.valid, self.spec, form=form, threshold=threshold, split=split, seed=w.seed
             )
-        return self._hidden(batch, gated_prompt(past, split, weights, self.spec.window), split)
+        return self._hidden(batch, gated_prompt(past, split, weights, self.spec), split)
 
     def _threshold(self, w):
         return logit_of(self.spec.threshold) if w.threshold is None else w.threshold
@@ -160,12 +160,15 @@ class Objective(nn.Module):
             rule = dict(threshold=self._threshold(w), seed=w.seed)
             weight = relaxed_flags(logits, valid, spec, form=spec.relaxation, **rule)
             weight = 1 - (1 - weight).square() if self.sparsity == "concave" else weight
-            soft.append(keep_rates(weight, valid, spec.sinks, spec.window))
+            if self.sparsity == "capacity":
+                soft.append(overfull(weight, valid, target))
+            else:
+                soft.append(keep_rates(weight, valid, spec.sinks, spec.window))
             flags = relaxed_flags(logits, valid, spec, form="hard", **rule)
             hard.append(keep_rates(flags, valid, spec.sinks, spec.window))
             shrugs.append(undecided(logits - self._threshold(w), valid, spec.sinks, spec.window))
         self._finish()
-        gap = sparsity_gap(torch.stack(soft), target, self.scope)
+        gap = sparsity_gap(torch.stack(soft), 0.0 if self.sparsity == "capacity" else target, self.scope)
         penalty = sparsity_loss(gap, self.sparsity, self.multiplier)
         loss = task + self.oracle_weight * oracle + self.polarise_weight * torch.stack(shrugs).mean()
         if self.sparsity != "budget":
@@ -203,6 +206,8 @@ class Objective(nn.Module):
 
 def check_objective(objective: str, prefill: str, sparsity: str, scope: str, spec) -> None:
     """ValueError for combinations that cannot be computed."""
+    if (spec.relaxation == "decay") != (sparsity == "capacity"):
+        raise ValueError("relaxation='decay' and sparsity='capacity' belong together: set both, or neither.")
     if objective == "attention_mse" and sparsity == "budget" and scope == "global":
         raise ValueError(
             "objective='attention_mse' is computed layer by layer, before heads of other layers are known: use "

@@ -16,10 +16,10 @@ class GatedPrompt(CacheLayerMixin):
 
     is_sliding = False
 
-    def __init__(self, keys: torch.Tensor, values: torch.Tensor, weight: torch.Tensor, window: int):
+    def __init__(self, keys: torch.Tensor, values: torch.Tensor, weight: torch.Tensor, window: int, decay: bool):
         """keys, values: [batch, kv_heads, prompt, head_dim]; weight: [batch, kv_heads, prompt] in [0, 1]."""
         super().__init__()
-        self.keys, self.values, self.weight, self.window = keys, values, weight, window
+        self.keys, self.values, self.weight, self.window, self.decay = keys, values, weight, window, decay
         self.is_initialized = True
 
     def lazy_initialization(self, key_states, value_states) -> None:
@@ -42,16 +42,16 @@ class GatedPrompt(CacheLayerMixin):
         """Gated attention of all that follows the prompt, in one call."""
         k, v = torch.cat([self.keys, k], 2), torch.cat([self.values, v], 2)
         weight = torch.nn.functional.pad(self.weight, (0, q.shape[2]), value=1.0)
-        return gated_attention(q, k, v, weight, window=self.window, scale=scaling, mask=mask)
+        return gated_attention(q, k, v, weight, window=self.window, scale=scaling, mask=mask, decay=self.decay)
 
 
-def gated_prompt(teacher: DynamicCache, split: int, weights: dict[int, torch.Tensor], window: int) -> Cache:
+def gated_prompt(teacher: DynamicCache, split: int, weights: dict[int, torch.Tensor], spec) -> Cache:
     """The student's cache: the first `split` tokens of the teacher's, layers in `weights` (by index) behind gates."""
     layers = []
     for i, layer in enumerate(teacher.layers):
         keys, values = layer.keys[:, :, :split], layer.values[:, :, :split]
         if i in weights:
-            layers.append(GatedPrompt(keys, values, weights[i], window))
+            layers.append(GatedPrompt(keys, values, weights[i], spec.window, spec.relaxation == "decay"))
         else:  # a layer with a sliding window: no gate, and its own mask
             layers.append(DynamicLayer())
             layers[-1].update(keys, values)

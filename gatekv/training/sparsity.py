@@ -2,7 +2,7 @@
 
 import torch
 
-KINDS = ("budget", "abs", "square", "hinge", "linear", "lagrange", "concave")
+KINDS = ("budget", "abs", "square", "hinge", "linear", "lagrange", "concave", "capacity")
 SCOPES = ("global", "layer", "head")
 
 
@@ -20,6 +20,26 @@ def keep_rates(kept: torch.Tensor, valid: torch.Tensor, sinks: int, window: int)
     """
     held = torch.where(judged_tokens(valid, sinks, window)[:, None], kept, torch.ones_like(kept))
     return (held * valid[:, None]).sum(-1) / valid.sum(-1)[:, None].clamp_min(1)
+
+
+def overfull(retention: torch.Tensor, valid: torch.Tensor, ratio: float, block: int = 128) -> torch.Tensor:
+    """How far fading tokens exceed a buffer of M = ratio · n tokens (TRIM-KV's capacity loss), as a share of n.
+
+    retention: beta [batch, kv_heads, tokens]; at step t token i counts beta_i^(t - i). Returns [batch, kv_heads]: the
+    mean over steps of relu(sum_i beta_i^(t - i) - M) / n, n the row's real tokens.
+    """
+    b, kv, n = retention.shape
+    log, total = retention.clamp_min(1e-9).log(), valid.sum(-1).clamp_min(1)
+    steps = torch.arange(n, device=valid.device)
+    excess = retention.new_zeros(b, kv)
+    for start in range(0, n, block):
+        part = steps[start : start + block, None]
+        end = min(start + block, n)
+        held = torch.exp(log[:, :, None, :end] * (part - steps[:end]).clamp_min(0))
+        seen = (part >= steps[:end]) & valid[:, None, None, :end]
+        over = (held.masked_fill(~seen, 0).sum(-1) - ratio * total[:, None, None]).relu()
+        excess = excess + (over * valid[:, None, start:end]).sum(-1)
+    return excess / total[:, None].square()
 
 
 def _cut(scores: torch.Tensor, ratio: float, total: int, protected: int) -> torch.Tensor:
@@ -62,11 +82,14 @@ def sparsity_loss(gap: torch.Tensor, kind: str, multiplier: torch.Tensor | None 
 
     `abs`: |gap| (Attention-Gate's eviction loss, with the gradient its first version lacks); `square`: gap²; `hinge`:
     relu(gap), one-sided (DMS); `linear`: gap itself, a constant price for a token; `concave`: the same for rates of
-    1 - (1 - g)² (WG-KV); `lagrange`: multiplier · gap + gap², the multiplier [units] moving once an optimizer step.
+    1 - (1 - g)² (WG-KV); `capacity`: gap is `overfull` already (TRIM-KV); `lagrange`: multiplier · gap + gap², the
+    multiplier [units] moving once an optimizer step.
     """
     if kind == "lagrange":
         return (multiplier.detach()[:, None] * gap).mean() + gap.square().mean()
-    return {"square": gap.square(), "hinge": gap.relu(), "linear": gap, "concave": gap}.get(kind, gap.abs()).mean()
+    return {"square": gap.square(), "hinge": gap.relu(), "linear": gap, "concave": gap, "capacity": gap}.get(
+        kind, gap.abs()
+    ).mean()
 
 
 def undecided(margins: torch.Tensor, valid: torch.Tensor, sinks: int, window: int) -> torch.Tensor:

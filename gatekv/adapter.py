@@ -21,7 +21,7 @@ from gatekv.config import GateSpec, check_keys, strict
 from gatekv.fingerprint import fingerprint, tensors_sha256
 from gatekv.gates import build_gate
 from gatekv.gates.calibration import Calibration
-from gatekv.modules import ATTENTION_NAME, GatedAttention, sliding_layers, use_attention
+from gatekv.modules import ATTENTION_NAME, GatedAttention, attention_layers, kv_heads, use_attention
 from gatekv.version import VERSION
 
 logger = logging.get_logger(__name__)
@@ -133,6 +133,8 @@ class GateKVModel(BaseTuner):
     target_module_mapping = {}
 
     def _pre_injection_hook(self, model, config, adapter_name):
+        attention_layers(model)  # says why, where a model cannot be gated
+        use_attention(model)
         found, wanted = fingerprint(model), config.base_fingerprint
         if wanted is None:
             config.base_fingerprint = found
@@ -150,23 +152,20 @@ class GateKVModel(BaseTuner):
             )
 
     def _create_and_replace(self, config, adapter_name, target, target_name, parent, current_key):
+        if not any(target is module for _, module in attention_layers(self.model)):
+            return  # a sliding layer, or one of an image tower
         base = target.base_layer if isinstance(target, GatedAttention) else target
-        if sliding_layers(base.config)[base.layer_idx]:
-            return
         layer = target if isinstance(target, GateLayer) else GateLayer(base)
         shape = self.model.config.get_text_config(decoder=True)
         if layer is not target:
             layer.set_adapter(self.active_adapters)
             self._replace_module(parent, target_name, layer, target)
-        layer.update_layer(adapter_name, config, shape.hidden_size, shape.num_key_value_heads)
+        layer.update_layer(adapter_name, config, shape.hidden_size, kv_heads(shape))
         if adapter_name not in self.active_adapters:
             layer.gatekv_gate[adapter_name].requires_grad_(False)
 
     def _replace_module(self, parent, child_name, new_module, child):
         setattr(parent, child_name, new_module)
-
-    def _post_injection_hook(self, model, config, adapter_name):
-        use_attention(model)
 
     @classmethod
     def _remap_adapter_state_dict_for_load(cls, model, config, adapter_name, state_dict):

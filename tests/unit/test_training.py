@@ -42,11 +42,12 @@ class ToyData:
 
 
 def make(
-    objective="kl", sparsity="abs", scope="global", gate="mlp", relaxation="log", oracle_weight=0.0, dtype=torch.float32
-):
+    objective="kl", sparsity="abs", scope="global", gate="mlp", relaxation="log", oracle_weight=0.0, dtype=torch.float32,
+    family="llama",
+):  # fmt: skip
     torch.manual_seed(0)
     spec = dict(gate=gate, relaxation=relaxation, window=4, sinks=2, hidden=8, heads=2, head_dim=4, context_window=8)
-    model = get_peft_model(tiny(dtype=dtype), gatekv.GateKVConfig(**spec, initial_logit=0.5)).to(dtype).train()
+    model = get_peft_model(tiny(family, dtype), gatekv.GateKVConfig(**spec, initial_logit=0.5)).to(dtype).train()
     for w in wrappers(model):  # a zero last layer would block the first step's gradient to the layers before it
         torch.nn.init.normal_(w.gatekv_gate["default"].out.weight, std=0.5)
     return Objective(

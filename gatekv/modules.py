@@ -5,6 +5,7 @@ from contextlib import contextmanager
 import torch
 from torch import nn
 from transformers import Cache, DynamicCache, PreTrainedModel
+from transformers.cache_utils import DynamicLayer, DynamicSlidingWindowLayer
 
 from gatekv import attention
 from gatekv.attention import AttentionCall, Memory
@@ -80,9 +81,21 @@ def wrappers(model: nn.Module) -> list[GatedAttention]:
     return sorted((m for m in model.modules() if isinstance(m, GatedAttention)), key=lambda m: m.layer_idx)
 
 
-def sliding_layers(config) -> list[bool]:
-    """Which layers have a sliding window, as transformers sees it: their cache is bounded already."""
-    return DynamicCache(config=config.get_text_config(decoder=True)).is_sliding
+def sliding_layers(model: PreTrainedModel) -> list[bool]:
+    """Which layers have a sliding window, as transformers sees it: their cache is bounded already.
+
+    Raises:
+        ValueError: when a layer remembers something else than keys and values (linear attention, convolutions): its
+            cache layer writes in place, so a snapshot would change under its owner, and neither counts nor saves.
+    """
+    layers = DynamicCache(config=model.config.get_text_config(decoder=True)).layers
+    for layer in layers:
+        if type(layer) not in (DynamicLayer, DynamicSlidingWindowLayer):
+            raise ValueError(
+                f"{type(model).__name__} has layers that remember something else than keys and values "
+                f"({type(layer).__name__}): gatekv serves models of attention layers only."
+            )
+    return [layer.is_sliding for layer in layers]
 
 
 def kv_heads(config) -> int:
@@ -113,7 +126,7 @@ def attention_layers(model: nn.Module) -> list[tuple[nn.Module, nn.Module]]:
         raise ValueError(f"layers of {name} read other layers' keys and values: gatekv evicts from each layer alone.")
     if getattr(config, "kv_lora_rank", None):
         raise ValueError(f"{name} caches one latent vector a token (MLA), not keys and values per head.")
-    sliding = sliding_layers(config)
+    sliding = sliding_layers(inner)
     full = [(p, m, base) for p, m, base in found if not sliding[base.layer_idx]]
     if not full:
         raise ValueError(f"every layer of {name} has a sliding window: its cache is bounded already.")

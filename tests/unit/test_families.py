@@ -129,6 +129,7 @@ REFUSED = {
     "gemma2": (MIXED, "Gemma2Attention .* caps its attention scores"),
     "gpt_oss": (dict(MIXED, num_local_experts=2, num_experts_per_tok=1), "GptOssAttention .* learned attention sinks"),
     "deepseek_v3": (LATENT, "DeepseekV3ForCausalLM caches one latent vector"),
+    "lfm2": (dict(layer_types=["conv", "full_attention"]), "Lfm2ForCausalLM has layers that remember something else"),
     "gemma3n_text": (
         dict(
             num_hidden_layers=4, layer_types=MIXED["layer_types"] * 2, num_kv_shared_layers=2,

@@ -144,8 +144,11 @@ def _in_cache(module: nn.Module, config) -> bool:
 
 
 def base_model(model: nn.Module) -> PreTrainedModel:
-    """The transformers model inside a PEFT model, or the model itself."""
-    return next(m for m in model.modules() if isinstance(m, PreTrainedModel))
+    """The transformers model inside a PEFT model, or the model itself; ValueError when there is none."""
+    found = next((m for m in model.modules() if isinstance(m, PreTrainedModel)), None)
+    if found is None:
+        raise ValueError(f"{type(model).__name__} is no transformers model, and holds none.")
+    return found
 
 
 def use_attention(model: nn.Module) -> None:

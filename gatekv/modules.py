@@ -129,7 +129,10 @@ def attention_layers(model: nn.Module) -> list[tuple[nn.Module, nn.Module]]:
     sliding = sliding_layers(inner)
     full = [(p, m, base) for p, m, base in found if not sliding[base.layer_idx]]
     if not full:
-        raise ValueError(f"every layer of {name} has a sliding window: its cache is bounded already.")
+        raise ValueError(
+            f"every layer of {name} has a sliding window: its cache is bounded already. Where the window is longer "
+            "than any input (Phi-3 128k), load the model with sliding_window=None."
+        )
     for _, _, base in full:  # said here too, where the config tells, so as not to fail in the middle of a run
         if getattr(config, "attn_logit_softcapping", None) is not None:
             attention.refuse(base, "caps its attention scores (`attn_logit_softcapping`)")

@@ -21,7 +21,7 @@ from gatekv.config import GateSpec, check_keys, strict
 from gatekv.fingerprint import fingerprint, tensors_sha256
 from gatekv.gates import build_gate
 from gatekv.gates.calibration import Calibration
-from gatekv.modules import ATTENTION_NAME, GatedAttention, sliding_layers, use_attention
+from gatekv.modules import ATTENTION_NAME, GatedAttention, attention_layers, kv_heads, use_attention
 from gatekv.version import VERSION
 
 logger = logging.get_logger(__name__)
@@ -120,7 +120,7 @@ class GateLayer(GatedAttention, BaseTunerLayer):
         """Add an adapter's gate, on the wrapped module's device. shape: the language model's config."""
         self.specs[adapter_name] = config.gate_spec()
         self.calibrations[adapter_name] = Calibration(**config.calibration) if config.calibration else None
-        sizes = (shape.hidden_size, shape.num_key_value_heads, self.base_layer.head_dim)
+        sizes = (shape.hidden_size, kv_heads(shape), self.base_layer.head_dim)
         gate = build_gate(self.specs[adapter_name], *sizes)
         self.gatekv_gate[adapter_name] = gate.to(next(self.base_layer.parameters()).device)
         self.set_adapter(self.active_adapters)
@@ -134,6 +134,8 @@ class GateKVModel(BaseTuner):
     target_module_mapping = {}
 
     def _pre_injection_hook(self, model, config, adapter_name):
+        attention_layers(model)  # says why, where a model cannot be gated
+        use_attention(model)
         found, wanted = fingerprint(model), config.base_fingerprint
         if wanted is None:
             config.base_fingerprint = found
@@ -151,9 +153,9 @@ class GateKVModel(BaseTuner):
             )
 
     def _create_and_replace(self, config, adapter_name, target, target_name, parent, current_key):
+        if not any(target is module for _, module in attention_layers(self.model)):
+            return  # a sliding layer, or one of an image tower
         base = target.base_layer if isinstance(target, GatedAttention) else target
-        if sliding_layers(base.config)[base.layer_idx]:
-            return
         layer = target if isinstance(target, GateLayer) else GateLayer(base)
         shape = self.model.config.get_text_config(decoder=True)
         if layer is not target:
@@ -165,9 +167,6 @@ class GateKVModel(BaseTuner):
 
     def _replace_module(self, parent, child_name, new_module, child):
         setattr(parent, child_name, new_module)
-
-    def _post_injection_hook(self, model, config, adapter_name):
-        use_attention(model)
 
     @classmethod
     def _remap_adapter_state_dict_for_load(cls, model, config, adapter_name, state_dict):

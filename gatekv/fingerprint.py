@@ -5,7 +5,7 @@ import hashlib
 import torch
 from torch import nn
 
-from gatekv.modules import base_model, wrappers
+from gatekv.modules import base_model, kv_heads, wrappers
 
 
 def tensors_sha256(tensors: dict[str, torch.Tensor]) -> str:
@@ -30,7 +30,7 @@ def fingerprint(model: nn.Module) -> dict:
         "model_type": config.model_type,
         "hidden_size": config.hidden_size,
         "num_hidden_layers": config.num_hidden_layers,
-        "num_key_value_heads": config.num_key_value_heads,
+        "num_key_value_heads": kv_heads(config),
         "weights": sample,
     }
 

@@ -5,6 +5,7 @@ from contextlib import contextmanager
 import torch
 from torch import nn
 from transformers import Cache, DynamicCache, PreTrainedModel
+from transformers.cache_utils import DynamicLayer, DynamicSlidingWindowLayer
 
 from gatekv import attention
 from gatekv.attention import AttentionCall, Judged, Memory
@@ -12,6 +13,10 @@ from gatekv.config import GateSpec
 from gatekv.gates.relaxations import logit_of
 
 ATTENTION_NAME = "self_attn"
+NO_INTERFACE = (
+    "{} computes attention by itself, not through transformers' attention interface, so gatekv cannot take part in it: "
+    "this model is not supported."
+)
 
 
 class GatedAttention(nn.Module):
@@ -68,7 +73,10 @@ class GatedAttention(nn.Module):
             call.threshold = logit_of(spec.threshold) if self.threshold is None else self.threshold
         else:
             return self.base_layer(hidden_states, past_key_values=past_key_values, **kwargs)
-        return self.base_layer(hidden_states, past_key_values=past_key_values, gatekv=call, **kwargs)
+        out = self.base_layer(hidden_states, past_key_values=past_key_values, gatekv=call, **kwargs)
+        if not call.answered:
+            raise ValueError(NO_INTERFACE.format(type(self.base_layer).__name__))
+        return out
 
     def _record(self, judged: Judged) -> None:
         self.recorded = judged
@@ -84,33 +92,77 @@ def gate_spec(model: nn.Module) -> GateSpec | None:
     return next((w.specs[w.active()] for w in wrappers(model) if w.active()), None)
 
 
-def sliding_layers(config) -> list[bool]:
-    """Which layers have a sliding window, as transformers sees it: their cache is bounded already."""
-    return DynamicCache(config=config.get_text_config(decoder=True)).is_sliding
+def sliding_layers(model: PreTrainedModel) -> list[bool]:
+    """Which layers have a sliding window, as transformers sees it: their cache is bounded already.
+
+    Raises:
+        ValueError: when a layer remembers something else than keys and values (linear attention, convolutions): its
+            cache layer writes in place, so a snapshot would change under its owner, and neither counts nor saves.
+    """
+    layers = DynamicCache(config=model.config.get_text_config(decoder=True)).layers
+    for layer in layers:
+        if type(layer) not in (DynamicLayer, DynamicSlidingWindowLayer):
+            raise ValueError(
+                f"{type(model).__name__} has layers that remember something else than keys and values "
+                f"({type(layer).__name__}): gatekv serves models of attention layers only."
+            )
+    return [layer.is_sliding for layer in layers]
+
+
+def kv_heads(config) -> int:
+    """KV heads of a text config; models without grouped queries do not name them."""
+    return getattr(config, "num_key_value_heads", None) or config.num_attention_heads
 
 
 def attention_layers(model: nn.Module) -> list[tuple[nn.Module, nn.Module]]:
-    """(parent, self_attn) of every full-attention layer.
+    """(parent, self_attn) of every full-attention layer of the (text) decoder.
 
     Raises:
-        ValueError: when the model has none that gatekv can wrap.
+        ValueError: when the model has none that gatekv can wrap, or would answer wrongly; says why.
     """
-    found = [(p, p.self_attn) for p in model.modules() if isinstance(p._modules.get(ATTENTION_NAME), nn.Module)]
+    inner = base_model(model)
+    name, config = type(inner).__name__, inner.config.get_text_config(decoder=True)
+    if inner.config.is_encoder_decoder:
+        raise ValueError(f"{name} is an encoder-decoder; gatekv evicts from the cache of decoder-only models.")
+    named = [(p, p.self_attn) for p in inner.modules() if isinstance(p._modules.get(ATTENTION_NAME), nn.Module)]
+    unwrapped = [(p, m, m.base_layer if isinstance(m, GatedAttention) else m) for p, m in named]
+    # An image tower's attention bears the same name; it has another config and no place in the cache.
+    found = [(p, m, base) for p, m, base in unwrapped if _in_cache(base, config)]
     if not found:
         raise ValueError(
-            f"{type(model).__name__} has no `{ATTENTION_NAME}` modules; gatekv knows Llama and Qwen3 families."
+            f"{name} has no `{ATTENTION_NAME}` modules with a place in the cache (`layer_idx`): gatekv knows models "
+            "built like Llama, Qwen, Mistral, Gemma 3 and Phi-3."
         )
-    plain = [m.base_layer if isinstance(m, GatedAttention) else m for _, m in found]
-    sliding = sliding_layers(plain[0].config)
-    full = [pair for pair, m in zip(found, plain) if not sliding[m.layer_idx]]
+    if getattr(config, "num_kv_shared_layers", 0):
+        raise ValueError(f"layers of {name} read other layers' keys and values: gatekv evicts from each layer alone.")
+    if getattr(config, "kv_lora_rank", None):
+        raise ValueError(f"{name} caches one latent vector a token (MLA), not keys and values per head.")
+    sliding = sliding_layers(inner)
+    full = [(p, m, base) for p, m, base in found if not sliding[base.layer_idx]]
     if not full:
-        raise ValueError(f"every layer of {type(model).__name__} has a sliding window: its cache is bounded already.")
-    return full
+        raise ValueError(
+            f"every layer of {name} has a sliding window: its cache is bounded already. Where the window is longer "
+            "than any input (Phi-3 128k), load the model with sliding_window=None."
+        )
+    for _, _, base in full:  # said here too, where the config tells, so as not to fail in the middle of a run
+        if getattr(config, "attn_logit_softcapping", None) is not None:
+            attention.refuse(base, "caps its attention scores (`attn_logit_softcapping`)")
+        if isinstance(getattr(base, "sinks", None), nn.Parameter):
+            attention.refuse(base, "has learned attention sinks (`sinks`)")
+    return [(p, m) for p, m, _ in full]
+
+
+def _in_cache(module: nn.Module, config) -> bool:
+    own = getattr(module, "config", config)
+    return getattr(module, "layer_idx", None) is not None and own.model_type == config.model_type
 
 
 def base_model(model: nn.Module) -> PreTrainedModel:
-    """The transformers model inside a PEFT model, or the model itself."""
-    return next(m for m in model.modules() if isinstance(m, PreTrainedModel))
+    """The transformers model inside a PEFT model, or the model itself; ValueError when there is none."""
+    found = next((m for m in model.modules() if isinstance(m, PreTrainedModel)), None)
+    if found is None:
+        raise ValueError(f"{type(model).__name__} is no transformers model, and holds none.")
+    return found
 
 
 def use_attention(model: nn.Module) -> None:
@@ -126,14 +178,17 @@ def use_attention(model: nn.Module) -> None:
         )
     attention.register()
     inner.set_attn_implementation(attention.NAMES[implementation])
+    if inner.config._attn_implementation != attention.NAMES[implementation]:  # transformers only logs a warning
+        raise ValueError(NO_INTERFACE.format(type(inner).__name__))
 
 
 def attach(model: nn.Module) -> None:
     """Install wrappers without gates (for training-free policies); does nothing where they are."""
-    for parent, module in attention_layers(model):
+    layers = attention_layers(model)
+    use_attention(model)
+    for parent, module in layers:
         if not isinstance(module, GatedAttention):
             setattr(parent, ATTENTION_NAME, GatedAttention(module))
-    use_attention(model)
 
 
 def detach(model: nn.Module) -> nn.Module:

@@ -9,14 +9,29 @@ if not torch.cuda.is_available():
     os.environ.setdefault("TRITON_INTERPRET", "1")  # read when triton is imported: kernels run on the CPU
 
 from peft import get_peft_model
-from transformers import LlamaConfig, LlamaForCausalLM, Qwen3Config, Qwen3ForCausalLM
+from transformers import AutoConfig, AutoModelForCausalLM
 
+import gatekv
 from gatekv import GateKVConfig
 from gatekv.attention import AttentionCall
 from gatekv.modules import base_model, wrappers
 
-FAMILIES = ["llama", "qwen3"]
+FAMILIES = ["llama", "qwen3"]  # of the large matrices; test_families.py runs the laws in short over all of KINDS
 VOCAB = 97
+EXPERTS = dict(num_experts_per_tok=2, output_router_logits=False)
+HALF_SLIDING = dict(layer_types=["sliding_attention", "full_attention"], sliding_window=8)
+# Name -> (transformers' model type, what differs from SHAPE). Sliding layers keep transformers' own cache.
+KINDS = {
+    "llama": ("llama", {}),
+    "qwen3": ("qwen3", {}),
+    "qwen2": ("qwen2", {}),
+    "mistral": ("mistral", dict(sliding_window=None)),
+    "ministral": ("ministral", HALF_SLIDING),
+    "gemma3": ("gemma3_text", dict(HALF_SLIDING, query_pre_attn_scalar=8)),
+    "phi3": ("phi3", dict(pad_token_id=0, bos_token_id=None, eos_token_id=None)),
+    "mixtral": ("mixtral", dict(EXPERTS, num_local_experts=4, sliding_window=None)),
+    "qwen3_moe": ("qwen3_moe", dict(EXPERTS, num_experts=4, moe_intermediate_size=32)),
+}
 SHAPE = dict(
     hidden_size=48, intermediate_size=64, num_hidden_layers=2, num_attention_heads=6, num_key_value_heads=3, head_dim=8,
     vocab_size=VOCAB, max_position_embeddings=512, initializer_range=0.3, tie_word_embeddings=False,
@@ -26,9 +41,11 @@ SHAPE = dict(
 def tiny(family: str = "llama", dtype=torch.float64, seed: int = 0, **changes):
     """A random model whose attention is peaked enough that evicting the wrong token shows."""
     torch.manual_seed(seed)
-    kinds = {"llama": (LlamaConfig, LlamaForCausalLM), "qwen3": (Qwen3Config, Qwen3ForCausalLM)}
-    config, cls = kinds[family]
-    model = cls(config(**{**SHAPE, **changes})).to(dtype).eval()
+    model_type, own = KINDS[family]
+    config = AutoConfig.for_model(model_type, **{**SHAPE, **own, **changes})
+    model = AutoModelForCausalLM.from_config(config, dtype=torch.float32).to(dtype).eval()
+    if "num_experts_per_tok" in own:
+        model.set_experts_implementation("eager")  # the default, a grouped matrix product, has no float64
     model.generation_config.pad_token_id = 0
     model.generation_config.eos_token_id = None
     return model
@@ -58,6 +75,43 @@ def padded_batch(lengths, seed: int = 3):
     for row, length in enumerate(lengths):
         mask[row, width - length :] = 1
     return ids * mask, mask
+
+
+TOLERANCE = {torch.float64: 1e-9, torch.float32: 1e-4}
+
+
+def positions_of(mask):
+    """Each row counts from its first real token."""
+    return (mask.cumsum(-1) - 1).clamp_min(0)
+
+
+@torch.no_grad()
+def parallel_logits(model, ids, mask, form="hard"):
+    """The form that is trained: one pass, the gates as a mask."""
+    with gatekv.parallel(model, form):
+        return plain_logits(model, ids, mask)
+
+
+@torch.no_grad()
+def recurrent_logits(model, ids, mask, cache, cuts):
+    """The form that is deployed: tokens arrive in several calls, cut at `cuts`, and leave the cache."""
+    edges, positions = [0, *cuts, ids.shape[1]], positions_of(mask)
+    pieces = [
+        model(ids[:, a:b], attention_mask=mask[:, :b], position_ids=positions[:, a:b], past_key_values=cache).logits
+        for a, b in zip(edges, edges[1:])
+    ]
+    return torch.cat(pieces, 1)
+
+
+@torch.no_grad()
+def plain_logits(model, ids, mask):
+    return model(ids, attention_mask=mask, position_ids=positions_of(mask), use_cache=False).logits
+
+
+def assert_close(a, b, mask, dtype=torch.float64):
+    """Equal at real tokens, relative to the largest."""
+    scale = b[mask.bool()].abs().max()
+    assert ((a - b)[mask.bool()].abs().max() / scale) <= TOLERANCE[dtype]
 
 
 class MaskedMemory:

@@ -232,16 +232,17 @@ class KVLayer(CacheLayerMixin):
                 "this gate reads the whole prompt before it judges any of it: feed the prompt in one call, without "
                 "prefill_chunk_size, or train a gate with context='causal'."
             )
+        scored = self.tail.scores is not None
         if later and self.judge.postpone(call.hidden, self.plan.grace):
-            return flags, None
+            return flags, flags.float() if scored else None  # what it will say is written over them
         self.judge.gate = call.gate
         logits, valid, old = self.judge.read(call.hidden, valid, self.tail)
         real = self.real - valid[:, :old].sum(-1, keepdim=True)
         sinks = sink_tokens(valid, self.plan.sinks, real)
         flags = (logits > self._thresholds(valid, real)) & valid[:, None] | sinks[:, None]
         if old:
-            self.tail.flags = torch.cat([self.tail.flags[..., : len(self.tail) - old], flags[..., :old]], -1)
-        return flags[..., old:], logits[..., old:] if self.tail.scores is not None else None
+            self.tail.rewrite(flags[..., :old], logits[..., :old])
+        return flags[..., old:], logits[..., old:] if scored else None
 
     def _thresholds(self, valid, real) -> torch.Tensor:
         """Logit thresholds of tokens that came after `real` [batch, 1], broadcastable to [batch, kv_heads, n]."""
@@ -363,7 +364,9 @@ class KVLayer(CacheLayerMixin):
             self.pages.filter(keep, self.base)
         self.queries = self.hidden = None
         if self.plan.decays:
-            self.room = keep.sum(-1).amax(-1)[:, None] - self.plan.window
+            sinks = sink_tokens(tail.valid, self.plan.sinks)[:, None]
+            tail.scores = tail.scores.masked_fill(sinks, torch.inf)  # they never fade
+            self.room = keep.sum(-1).amax(-1)[:, None] - max(self.plan.window - 1, 0)
         else:
             self.pages.scores = None
             tail.scores = tail.scores if self.plan.turns else None

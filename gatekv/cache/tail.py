@@ -55,6 +55,13 @@ class Tail:
         self.scores = None if self.scores is None else torch.cat([self.scores, scores.float()], -1)
         self.shared = False
 
+    def rewrite(self, flags: Tensor, scores: Tensor) -> None:
+        """Give the last tokens the flags and scores [batch, kv_heads, n] that they waited for."""
+        start = len(self) - flags.shape[-1]
+        self.flags = torch.cat([self.flags[..., :start], flags], -1)
+        if self.scores is not None:
+            self.scores = torch.cat([self.scores[..., :start], scores.float()], -1)
+
     def drop(self, front: int = 0, back: int = 0) -> None:
         """Forget the first `front` and the last `back` tokens, and give their memory back."""
         end = len(self) - back

@@ -6,7 +6,7 @@ from transformers import DynamicCache
 
 from gatekv.attention import relaxed_flags
 from gatekv.gates.relaxations import logit_of
-from gatekv.modules import base_model, gate_spec, gates_off, wrappers
+from gatekv.modules import base_model, gate_spec, gates_off, kv_heads, wrappers
 from gatekv.training.losses import distillation_loss, hidden_loss, lm_loss, oracle_loss
 from gatekv.training.prompt import gated_prompt
 from gatekv.training.sparsity import budget_cut, keep_rates, overfull, sparsity_gap, sparsity_loss, undecided
@@ -43,7 +43,7 @@ class Objective(nn.Module):
         layers = wrappers(model)
         self.spec = gate_spec(model)
         check_objective(objective, prefill, sparsity, scope, self.spec)
-        heads = base_model(model).config.get_text_config(decoder=True).num_key_value_heads
+        heads = kv_heads(base_model(model).config.get_text_config(decoder=True))
         units = {"global": 1, "layer": len(layers), "head": len(layers) * heads}[scope]
         self.register_buffer("multiplier", torch.zeros(units))
 

@@ -248,7 +248,7 @@ def test_errors_name_the_cure():
     flex.config._attn_implementation_internal = "flex_attention"
     with pytest.raises(ValueError, match="attn_implementation= one of sdpa, eager"):
         gatekv.KVCache(flex, "l2", 0.5)
-    with pytest.raises(ValueError, match="no `self_attn` modules"):
+    with pytest.raises(ValueError, match="Linear is no transformers model"):
         gatekv.KVCache(torch.nn.Linear(2, 2), "l2", 0.5)
 
 

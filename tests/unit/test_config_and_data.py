@@ -2,13 +2,19 @@
 
 import json
 import random
+import typing
+from pathlib import Path
 
 import pytest
+import yaml
 
 from gatekv import facts
 from gatekv.presets import PRESETS, preset
 from gatekv.training.config import CPTConfig, load_config
 from gatekv.training.data import TrainingData, check_length, read_source
+
+ROOT = Path(__file__).resolve().parents[2]
+CONFIGS = ROOT / "recipes" / "configs"
 
 
 class Letters:
@@ -68,6 +74,20 @@ def test_unknown_key_in_a_file_names_the_file(tmp_path):
     file.write_text("learning_rat: 1\n")
     with pytest.raises(TypeError, match="c.yaml.*Did you mean 'learning_rate'"):
         load_config(["--config", str(file)])
+
+
+@pytest.mark.parametrize("path", sorted(CONFIGS.glob("*.yaml")), ids=lambda p: p.stem)
+def test_every_committed_config_can_be_read(path):
+    config = load_config(["--config", str(path)])
+    written = yaml.safe_load(path.read_text())
+    for name, kind in typing.get_type_hints(CPTConfig).items():  # YAML reads 1e-3 as text, and a lone name is no list
+        assert isinstance(getattr(config, name), typing.get_origin(kind) or kind), name
+        assert name not in written or getattr(config, name) == written[name]
+    assert config.output_dir.endswith(path.stem), "configs do not write over each other"
+    if config.model:
+        command = path.read_text().splitlines()[0].removeprefix("# ").split()
+        assert command[:2] == ["accelerate", "launch"] and command[-1] == f"recipes/configs/{path.name}"
+        assert all((ROOT / part).is_file() for part in command if "/" in part), "the command names real files"
 
 
 def test_presets_are_valid_configs():

@@ -3,43 +3,23 @@ the same path, is the plain model."""
 
 import pytest
 import torch
-from conftest import dense_reference, gated, padded_batch, tiny
+from conftest import (
+    assert_close,
+    dense_reference,
+    gated,
+    padded_batch,
+    parallel_logits,
+    plain_logits,
+    recurrent_logits,
+    tiny,
+)
 
 import gatekv
 from gatekv.attention import live_mask, sink_tokens
 from gatekv.gates.calibration import Calibration
 from gatekv.modules import base_model, wrappers
 
-TOLERANCE = {torch.float64: 1e-9, torch.float32: 1e-4}
 CHUNKS = {"whole": [], "odd": [7, 30, 31], "fine": list(range(5, 40, 5)), "tokens": list(range(20, 60))}
-
-
-@torch.no_grad()
-def parallel_logits(model, ids, mask, threshold=None):
-    with gatekv.parallel(model, threshold=threshold):
-        return model(ids, attention_mask=mask, use_cache=False).logits
-
-
-@torch.no_grad()
-def recurrent_logits(model, ids, mask, cache, cuts):
-    edges = [0, *cuts, ids.shape[1]]
-    positions = (mask.cumsum(-1) - 1).clamp_min(0)
-    pieces = [
-        model(ids[:, a:b], attention_mask=mask[:, :b], position_ids=positions[:, a:b], past_key_values=cache).logits
-        for a, b in zip(edges, edges[1:])
-    ]
-    return torch.cat(pieces, 1)
-
-
-@torch.no_grad()
-def plain_logits(model, ids, mask):
-    positions = (mask.cumsum(-1) - 1).clamp_min(0)
-    return model(ids, attention_mask=mask, position_ids=positions, use_cache=False).logits
-
-
-def assert_close(a, b, mask, dtype=torch.float64):
-    scale = b[mask.bool()].abs().max()
-    assert ((a - b)[mask.bool()].abs().max() / scale) <= TOLERANCE[dtype]
 
 
 @pytest.mark.parametrize("gate", ["linear", "mlp", "key_mlp", "attention"])
@@ -48,9 +28,7 @@ def assert_close(a, b, mask, dtype=torch.float64):
 def test_parallel_equals_recurrent(family, gate, window, cuts):
     model = gated(family, gate=gate, window=window, sinks=2, context_window=9)
     ids, mask = padded_batch([60, 41, 17])
-    positions = (mask.cumsum(-1) - 1).clamp_min(0)
-    with torch.no_grad(), gatekv.parallel(model):
-        wanted = model(ids, attention_mask=mask, position_ids=positions, use_cache=False).logits
+    wanted = parallel_logits(model, ids, mask)
     cache = gatekv.KVCache(model, "gate")
     got = recurrent_logits(model, ids, mask, cache, CHUNKS[cuts])
     assert_close(got, wanted, mask)
@@ -62,9 +40,7 @@ def test_parallel_equals_recurrent(family, gate, window, cuts):
 def test_hard_threshold_of_both_relaxations(family, relaxation):
     model = gated(family, relaxation=relaxation, window=4, sinks=1, threshold=0.7)
     ids, mask = padded_batch([40, 23])
-    with torch.no_grad(), gatekv.parallel(model, "ste" if relaxation == "ste" else "hard"):
-        positions = (mask.cumsum(-1) - 1).clamp_min(0)
-        wanted = model(ids, attention_mask=mask, position_ids=positions, use_cache=False).logits
+    wanted = parallel_logits(model, ids, mask, "ste" if relaxation == "ste" else "hard")
     got = recurrent_logits(model, ids, mask, gatekv.KVCache(model, "gate"), [13, 14])
     assert_close(got, wanted, mask)
 
@@ -72,9 +48,7 @@ def test_hard_threshold_of_both_relaxations(family, relaxation):
 def test_float32(family):
     model = gated(family, torch.float32, window=5)
     ids, mask = padded_batch([50, 31])
-    positions = (mask.cumsum(-1) - 1).clamp_min(0)
-    with torch.no_grad(), gatekv.parallel(model):
-        wanted = model(ids, attention_mask=mask, position_ids=positions, use_cache=False).logits
+    wanted = parallel_logits(model, ids, mask)
     got = recurrent_logits(model, ids, mask, gatekv.KVCache(model, "gate"), [11, 12, 40])
     assert_close(got, wanted, mask, torch.float32)
 
@@ -223,8 +197,7 @@ def test_eager_implementation_keeps_the_law_too(family):
     with torch.no_grad():
         before = model(ids, attention_mask=mask, position_ids=positions).logits
     peft = gated(model=model, dtype=torch.float32, window=5)
-    with torch.no_grad(), gatekv.parallel(peft):
-        wanted = peft(ids, attention_mask=mask, position_ids=positions, use_cache=False).logits
+    wanted = parallel_logits(peft, ids, mask)
     got = recurrent_logits(peft, ids, mask, gatekv.KVCache(peft), [12])
     assert_close(got, wanted, mask, torch.float32)
     with torch.no_grad():

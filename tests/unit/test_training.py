@@ -46,10 +46,10 @@ class ToyData:
 
 
 def make(objective="kl", sparsity="abs", scope="global", oracle_weight=0.0, dtype=torch.float32, prefill="sparse",
-         polarise_weight=0.0, **spec):  # fmt: skip
+         polarise_weight=0.0, family="llama", **spec):  # fmt: skip
     torch.manual_seed(0)
     spec = dict(window=4, sinks=2, hidden=8, heads=2, head_dim=4, context_window=8, initial_logit=0.5) | spec
-    model = get_peft_model(tiny(dtype=dtype), gatekv.GateKVConfig(**spec)).to(dtype).train()
+    model = get_peft_model(tiny(family, dtype), gatekv.GateKVConfig(**spec)).to(dtype).train()
     for w in wrappers(model):  # a zero last layer would block the first step's gradient to the layers before it
         gate = w.gatekv_gate["default"]
         torch.nn.init.normal_(gate.out_weight if spec.get("gate") == "key_mlp" else gate.out.weight, std=0.5)
@@ -265,6 +265,8 @@ RUNS = [
     dict(objective="kl", sparsity="budget", gate="attention", context="prompt", mask_prompt=False, relaxation="log",
          prefill="dense"),
     dict(objective="kl", sparsity="hinge", gate="linear", relaxation="gumbel", polarise_weight=0.1, logit_scale=10.0),
+    dict(objective="kl", sparsity="capacity", gate="mlp", relaxation="decay"),
+    dict(objective="kl", sparsity="capacity", gate="linear", relaxation="decay", prefill="dense"),
     dict(objective="none", sparsity="budget", gate="mlp", oracle_weight=1.0),
 ]  # fmt: skip
 

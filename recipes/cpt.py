@@ -39,6 +39,7 @@ def main(argv: list[str]) -> None:
         config.data,
         config.sequence_length,
         retrieval_share=config.retrieval_share,
+        recite_share=config.recite_share,
         answer_weight=config.answer_weight,
         seed=config.seed,
     )

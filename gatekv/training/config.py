@@ -30,7 +30,7 @@ class CPTConfig:
         learning_rate, warmup_steps, max_grad_norm: of AdamW, which decays to a tenth of its rate.
         objective, prefill, sparsity, scope, sparsity_weight, polarise_weight, oracle_weight: see
             gatekv.training.objective.Objective. warm_share: of the run that regresses to the oracle alone.
-        answer_weight: loss weight of retrieval answers. retrieval_share: of rows.
+        retrieval_share, recite_share, answer_weight: see gatekv.training.data.TrainingData.
         target_keep: beta, reached from 1 after target_share of the run.
         budget_spread: with sparsity="budget", later targets are drawn from target_keep / spread … · spread; 1: fixed.
         dtype: of the frozen base. save_every: steps between checkpoints. resume: go on from output_dir/checkpoint.
@@ -53,6 +53,7 @@ class CPTConfig:
     prefill: str = "sparse"
     answer_weight: float = 20.0
     retrieval_share: float = 0.6
+    recite_share: float = 0.0
     sparsity: str = "abs"
     scope: str = "global"
     sparsity_weight: float = 20.0

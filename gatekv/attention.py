@@ -13,6 +13,7 @@ from transformers import AttentionInterface, AttentionMaskInterface
 from transformers.masking_utils import ALL_MASK_ATTENTION_FUNCTIONS
 from transformers.modeling_utils import ALL_ATTENTION_FUNCTIONS
 
+from gatekv.gates.documents import Documents
 from gatekv.gates.key_mlp import key_features
 from gatekv.gates.relaxations import relax
 from gatekv.ops.gated_attention import gated_attention, received_attention
@@ -31,7 +32,8 @@ class Judged(NamedTuple):
     """What a gate said in a pass without a gatekv cache. With a split, about the prompt alone.
 
     Attributes:
-        logits: [batch, kv_heads, tokens] in float32. valid: [batch, tokens] bool, False at pads.
+        logits: [batch, kv_heads, tokens] in float32; of packed rows, [documents, …].
+        valid: [batch, tokens] bool, False at pads.
         received: [batch, kv_heads, tokens], the most attention a token gets later, or None.
         error: scalar, how far evicting moves this layer's output, or None.
     """
@@ -53,6 +55,7 @@ class AttentionCall:
         gate: the active gate module or None; spec: its GateSpec; form: a relaxation's name or "hard" for the parallel
         form, applied to logits - threshold; "listen" = plain attention, the gate only judges.
         split: the prompt's length, for flags that act after it (one-shot); None = they act as tokens leave the window.
+        documents: of packed rows, which are judged one by one.
         seed: of this layer's noise, for the gumbel relaxation.
         received: measure the attention that tokens receive.
         local: (logits, valid) -> threshold: measure this layer's own error too; None = do not.
@@ -69,6 +72,7 @@ class AttentionCall:
     form: str = "hard"
     threshold: torch.Tensor | float = 0.0
     split: int | None = None
+    documents: Documents | None = None
     seed: int | None = None
     received: bool = True
     local: object = None
@@ -80,9 +84,14 @@ class AttentionCall:
         if self.gate is not None and self.gate.reads == "keys":
             self.hidden = key_features(k, self.rotary)
 
-    def judge(self, valid: torch.Tensor) -> torch.Tensor:
-        """Logits [batch, kv_heads, tokens] of the sequence, or of its prompt where there is a split."""
-        return self.gate(self.hidden[:, : self.split], valid[:, : self.split])[0]
+    def judge(self, valid: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
+        """(logits [batch, kv_heads, tokens], valid [batch, tokens]) of the sequence, or of its prompt where there is a
+        split; of each document, where rows are packed."""
+        if self.documents is not None:
+            valid = self.documents.valid
+            return self.gate(self.documents.apart(self.hidden), valid)[0], valid
+        valid = valid[:, : self.split]
+        return self.gate(self.hidden[:, : self.split], valid)[0], valid
 
     def listen(self, module, q, k, v, mask, scaling: float, plain: torch.Tensor) -> None:
         """Leave the plain output alone; record what the gate says and what attention each token really receives.
@@ -92,29 +101,28 @@ class AttentionCall:
         valid = valid_tokens(mask, q.shape[0], q.shape[2], q.device)
         self.hidden = self.hidden.detach()
         with torch.enable_grad():
-            logits = self.judge(valid)
-        n, error = logits.shape[-1], None
-        received = None
+            logits, judged = self.judge(valid)
+        received = error = None
         if self.received:
-            received = received_attention(q, k, window=self.spec.window, scale=scaling, mask=mask)[..., :n]
+            received = received_attention(q, k, window=self.spec.window, scale=scaling, mask=mask)[..., : self.split]
+            received = received if self.documents is None else self.documents.apart(received, 2)
         if self.local is not None:
             asking = slice(self.split or 0, None)
             with torch.enable_grad():
-                threshold = self.local(logits, valid[:, :n])
-                weight = self._weight(logits, valid, self.spec.relaxation, threshold)
+                weight = self._weight(logits, judged, valid, self.spec.relaxation, self.local(logits, judged))
                 part = None if mask is None else mask[:, :, asking]
                 out = gated_attention(
                     q[:, :, asking], k, v, weight, window=self.spec.window, scale=scaling, mask=part, decay=self.decays
                 ).transpose(1, 2)
                 error = output_error(module, out, plain[:, asking], valid[:, asking])
-        self.record(Judged(logits, valid[:, :n], received, error))
+        self.record(Judged(logits, judged, received, error))
 
     def parallel(self, q, k, v, mask, scaling: float) -> torch.Tensor:
         """One pass over whole sequences with the gates as weights: the form that is trained."""
         valid = valid_tokens(mask, q.shape[0], q.shape[2], q.device)
-        logits = self.judge(valid)
-        self.record(Judged(logits, valid[:, : logits.shape[-1]]))
-        weight = self._weight(logits, valid, self.form, self.threshold)
+        logits, judged = self.judge(valid)
+        self.record(Judged(logits, judged))
+        weight = self._weight(logits, judged, valid, self.form, self.threshold)
         n, prompt = q.shape[2], 0 if self.split is None or self.masks_prompt() else self.split
         outs = [
             gated_attention(
@@ -125,12 +133,13 @@ class AttentionCall:
         ]  # fmt: skip
         return outs[0] if len(outs) == 1 else torch.cat(outs, 2)
 
-    def _weight(self, logits, valid, form: str, threshold) -> torch.Tensor:
+    def _weight(self, logits, judged, valid, form: str, threshold) -> torch.Tensor:
         """The relaxed flags of all tokens: what follows a split is kept."""
         weight = relaxed_flags(
-            logits, valid[:, : logits.shape[-1]], self.spec, form=form, threshold=threshold, split=self.split,
-            seed=self.seed,
-        )  # fmt: skip
+            logits, judged, self.spec, form=form, threshold=threshold, split=self.split, seed=self.seed
+        )
+        if self.documents is not None:
+            return self.documents.together(weight, 2)
         return torch.nn.functional.pad(weight, (0, valid.shape[1] - logits.shape[-1]), value=1.0)
 
     @property

@@ -10,6 +10,7 @@ from transformers.cache_utils import DynamicLayer, DynamicSlidingWindowLayer
 from gatekv import attention
 from gatekv.attention import AttentionCall, Judged, Memory
 from gatekv.config import GateSpec
+from gatekv.gates.documents import Documents
 from gatekv.gates.relaxations import logit_of
 
 ATTENTION_NAME = "self_attn"
@@ -36,6 +37,7 @@ class GatedAttention(nn.Module):
         self.off: bool | str = False  # inside `gates_off`: the teacher
         self.threshold: torch.Tensor | float | None = None  # on the logits; None = the gate's own tau
         self.split: int | None = None  # the prompt's length, where flags act after it
+        self.documents: Documents | None = None  # of packed rows
         self.seed: int | None = None  # of the gumbel relaxation's noise
         self.received = True  # whether listening measures the attention that tokens receive
         self.local = None  # (logits, valid) -> threshold, where the layer's own error is wanted
@@ -59,7 +61,9 @@ class GatedAttention(nn.Module):
         name = self.active()
         gate, spec = (self.gatekv_gate[name], self.specs[name]) if name else (None, None)
         rotary = kwargs.get("position_embeddings")
-        call = AttentionCall(hidden_states, self.layer_idx, rotary, gate=gate, spec=spec, split=self.split)
+        call = AttentionCall(
+            hidden_states, self.layer_idx, rotary, gate=gate, spec=spec, split=self.split, documents=self.documents
+        )
         call.seed, call.received, call.local = self.seed, self.received, self.local
         memory = None
         if isinstance(past_key_values, Cache) and self.layer_idx < len(past_key_values.layers):

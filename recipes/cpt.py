@@ -42,6 +42,7 @@ def main(argv: list[str]) -> None:
         recite_share=config.recite_share,
         answer_weight=config.answer_weight,
         seed=config.seed,
+        pack=config.pack,
     )
     model = get_peft_model(model, GateKVConfig(task_type="CAUSAL_LM", **vars(config.spec)))
     model.train()
@@ -68,6 +69,7 @@ def main(argv: list[str]) -> None:
         model.train()
         gap = objective.soft_hard(batch, config.target_keep)
         keep = config.target_keep if config.sparsity == "budget" else None
+        data.pack = False  # thresholds are read off rows as they will be used
         calibrate(model, data, keep=keep)
         output = Path(config.output_dir)
         model.save_pretrained(output)

@@ -27,10 +27,10 @@ class CPTConfig:
         data: files, folders or Hub names; empty = the bundled sample.
         sequence_length: tokens a row, at most. batch_size: rows per device and micro-batch.
         accumulation: micro-batches a step. max_steps: optimizer steps.
-        learning_rate, warmup_steps, max_grad_norm: of AdamW, which decays to a tenth of its rate.
+        learning_rate, max_grad_norm: of AdamW; the rate rises over 7 % of the steps and decays to a tenth.
         objective, prefill, sparsity, scope, sparsity_weight, polarise_weight, oracle_weight: see
             gatekv.training.objective.Objective. warm_share: of the run that regresses to the oracle alone.
-        retrieval_share, recite_share, answer_weight: see gatekv.training.data.TrainingData.
+        retrieval_share, recite_share, answer_weight, pack: see gatekv.training.data.TrainingData.
         target_keep: beta, reached from 1 after target_share of the run.
         budget_spread: with sparsity="budget", later targets are drawn from target_keep / spread … · spread; 1: fixed.
         dtype: of the frozen base. save_every: steps between checkpoints. resume: go on from output_dir/checkpoint.
@@ -47,13 +47,13 @@ class CPTConfig:
     accumulation: int = 1
     max_steps: int = 90
     learning_rate: float = 2e-3
-    warmup_steps: int = 10
     max_grad_norm: float = 1.0
     objective: str = "kl"
     prefill: str = "sparse"
     answer_weight: float = 20.0
     retrieval_share: float = 0.6
     recite_share: float = 0.0
+    pack: bool = False
     sparsity: str = "abs"
     scope: str = "global"
     sparsity_weight: float = 20.0
@@ -90,6 +90,8 @@ class CPTConfig:
             raise ValueError("objective='none' leaves the oracle alone to train on: set oracle_weight above 0.")
         if self.budget_spread < 1:
             raise ValueError(f"budget_spread is a factor, at least 1; got {self.budget_spread}.")
+        if self.pack and (self.prefill == "dense" or self.spec.context == "prompt"):
+            raise ValueError("pack=true is for flags that act as tokens pass: use prefill='sparse' and causal gates.")
         check_objective(self.objective, self.prefill, self.sparsity, self.scope, self.spec)
 
     @classmethod

@@ -13,6 +13,7 @@ from gatekv.training.objective import Objective
 from gatekv.training.schedule import learning_rate_factor, sampled_keep, target_keep
 from gatekv.training.streams import RESERVED
 
+WARM_UP = 0.07  # of the steps
 FINAL_RATE = 0.1  # of the learning rate
 PROBE_ROW = RESERVED[0]  # far behind any run: a row on which soft and hard gates are compared
 
@@ -47,7 +48,7 @@ def train(objective: Objective, data: TrainingData, config: CPTConfig, accelerat
     bar = tqdm(range(start, config.max_steps), disable=not accelerator.is_local_main_process, desc="train")
     try:
         for step in bar:
-            lr = config.learning_rate * learning_rate_factor(step, config.max_steps, config.warmup_steps, FINAL_RATE)
+            lr = config.learning_rate * learning_rate_factor(step, config.max_steps, WARM_UP, FINAL_RATE)
             for group in optimizer.param_groups:
                 group["lr"] = lr
             target = target_keep(step, config.max_steps, config.target_keep, config.target_share)

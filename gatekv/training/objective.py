@@ -5,6 +5,7 @@ from torch import nn
 from transformers import DynamicCache
 
 from gatekv.attention import relaxed_flags
+from gatekv.gates.documents import Documents
 from gatekv.gates.relaxations import logit_of
 from gatekv.modules import base_model, gate_spec, gates_off, kv_heads, wrappers
 from gatekv.training.losses import distillation_loss, hidden_loss, lm_loss, oracle_loss
@@ -51,6 +52,8 @@ class Objective(nn.Module):
         """Last hidden states of the tokens from `start` on; those before are in `past`."""
         inner, mask = base_model(self.model), batch["attention_mask"]
         positions = (mask.cumsum(-1) - 1).clamp_min(0)
+        if "segments" in batch:  # transformers reads the borders off positions that start anew, for sliding layers too
+            mask, positions = None, batch["position_ids"]
         return inner.base_model(
             input_ids=batch["input_ids"][:, start:], attention_mask=mask, position_ids=positions[:, start:],
             past_key_values=past, use_cache=past is not None,
@@ -59,8 +62,9 @@ class Objective(nn.Module):
     def _prepare(self, batch, target: float, seed: int | None) -> int | None:
         """Tell the wrappers what this batch asks of them. Returns its split."""
         split = int(batch["split"][0]) if self.prefill == "dense" or self.spec.context == "prompt" else None
+        documents = Documents(batch["segments"]) if "segments" in batch else None
         for w in wrappers(self.model):
-            w.split, w.threshold = split, None
+            w.split, w.threshold, w.documents = split, None, documents
             w.seed = None if seed is None else seed * 1009 + w.layer_idx
             w.received = self.oracle_weight > 0
             w.local = self._local_threshold(target) if self.objective == "attention_mse" else None
@@ -180,7 +184,7 @@ class Objective(nn.Module):
 
     def _finish(self) -> None:
         for w in wrappers(self.model):
-            w.recorded = w.threshold = w.split = w.seed = w.local = None
+            w.recorded = w.threshold = w.split = w.documents = w.seed = w.local = None
 
     @torch.no_grad()
     def move_multipliers(self, gap: torch.Tensor, rate: float = 0.5) -> None:

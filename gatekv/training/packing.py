@@ -34,7 +34,8 @@ def collate(rows: list[Row], align: bool = False) -> dict[str, torch.Tensor]:
         align: move rows so that all splits stand at one column: what is before it is left-padded, what follows
             right-padded, so that the batch may be wider than its longest row. Otherwise all is right-padded.
 
-    Returns input_ids, attention_mask, weights; position_ids, from 0 in each document; segments, the document's number
+    Returns input_ids, attention_mask, weights; position_ids, from 0 in each document, 0 at pads (so transformers keeps
+    documents apart by itself where no attention mask is given); segments, the document's number
     in its row, -1 for pads; split [rows]: the column at which the row's second part starts.
     """
     column = max(r.split for r in rows)
@@ -51,13 +52,3 @@ def collate(rows: list[Row], align: bool = False) -> dict[str, torch.Tensor]:
         out["segments"][place] = torch.arange(len(row.lengths)).repeat_interleave(torch.tensor(row.lengths))
     out["split"] = torch.tensor([start + r.split for start, r in zip(starts, rows)])
     return out
-
-
-def segment_mask(segments: torch.Tensor) -> torch.Tensor:
-    """[rows, tokens] document numbers, -1 for pads -> [rows, 1, tokens, tokens] bool: may query i see key j.
-
-    Causal and inside one document. Pads see pads, never a real token, and none sees them: no query is left without a
-    key, whose softmax would be NaN and would reach the gradients.
-    """
-    same = segments[:, :, None] == segments[:, None, :]
-    return same.tril()[:, None]

@@ -9,8 +9,9 @@ def target_keep(step: int, steps: int, final: float, share: float) -> float:
     return final + (1 - final) * max(0.0, 1 - (step + 1) / ramp)
 
 
-def learning_rate_factor(step: int, steps: int, warmup: int, final: float) -> float:
-    """Linear warm-up over `warmup` steps, then linear decay to `final` of the peak at the last step."""
+def learning_rate_factor(step: int, steps: int, warmup: float, final: float) -> float:
+    """Linear warm-up over a share of the steps, then linear decay to `final` of the peak at the last one."""
+    warmup = max(1, round(warmup * steps))
     if step < warmup:
         return (step + 1) / warmup
     return 1 - (1 - final) * (step - warmup + 1) / max(1, steps - warmup)

@@ -6,8 +6,10 @@ import pytest
 import torch
 from conftest import VOCAB, tiny
 
+from gatekv.gates.documents import Documents
+from gatekv.modules import wrappers
 from gatekv.training.data import TrainingData
-from gatekv.training.packing import Row, collate, joined, segment_mask
+from gatekv.training.packing import Row, collate, joined
 
 
 class Letters:
@@ -68,17 +70,6 @@ def test_segments_positions_and_borders(file):
     assert "segments" not in data(file, pack=False).batch(0, 2)
 
 
-def test_mask_against_a_loop():
-    segments = torch.tensor([[0, 0, 0, 1, 1, 2, -1, -1], [-1, -1, 0, 0, 1, 1, 1, 1], [0] * 8])
-    mask = segment_mask(segments)
-    assert mask.shape == (3, 1, 8, 8) and mask.dtype == torch.bool
-    for r in range(3):
-        for i in range(8):
-            for j in range(8):
-                assert mask[r, 0, i, j] == (j <= i and segments[r, i] == segments[r, j])
-    assert mask.any(-1).all(), "no query without a key"
-
-
 @pytest.mark.parametrize("align", [False, True])
 @torch.no_grad()
 def test_packed_documents_get_the_logits_they_get_alone(align):
@@ -89,8 +80,7 @@ def test_packed_documents_get_the_logits_they_get_alone(align):
         ids, weights, lengths = joined(documents)
         rows.append((documents, Row(ids, weights, len(ids) // 2, lengths)))
     batch = collate([r for _, r in rows], align)
-    logits = model(batch["input_ids"], attention_mask=segment_mask(batch["segments"]),
-                   position_ids=batch["position_ids"], use_cache=False).logits  # fmt: skip
+    logits = model(batch["input_ids"], position_ids=batch["position_ids"], use_cache=False).logits
     assert logits.isfinite().all()
     for r, (documents, _) in enumerate(rows):
         for s, document in enumerate(documents):
@@ -131,3 +121,62 @@ def test_aligned_rows_split_at_one_column(file, pack):
             aligned["position_ids"][r, real].tolist()
             == plain["position_ids"][r, plain["attention_mask"][r].bool()].tolist()
         )
+
+
+def packed_and_apart(lengths=((20, 31, 9), (44,))):
+    """The same documents as packed rows and one to a row."""
+    generator = torch.Generator().manual_seed(0)
+    documents = [[torch.randint(1, 97, (n,), generator=generator).tolist() for n in row] for row in lengths]
+    packed = collate([Row(*joined(row)[:2], 1, joined(row)[2]) for row in documents])
+    apart = collate([Row(*joined([d])[:2], 1, [len(d)]) for row in documents for d in row])
+    del apart["segments"]
+    return packed, apart
+
+
+def test_documents_apart_and_together():
+    packed, apart = packed_and_apart()
+    documents = Documents(packed["segments"])
+    assert torch.equal(documents.valid, apart["attention_mask"].bool())
+    x = torch.randn(2, 60, 3)
+    assert documents.apart(x).shape == (4, 44, 3)
+    assert torch.equal(documents.apart(x)[1, :31], x[0, 20:51]) and not documents.apart(x)[1, 31:].any()
+    back = documents.together(documents.apart(x))
+    real = packed["segments"] >= 0
+    assert torch.equal(back[real], x[real]) and not back[~real].any()
+    y = x.movedim(1, 2)
+    assert torch.equal(documents.apart(y, 2).movedim(2, 1), documents.apart(x))
+
+
+@pytest.mark.parametrize("gate", ["linear", "mlp", "key_mlp", "attention"])
+@pytest.mark.parametrize("sparsity,oracle", [("budget", 0.3), ("abs", 0.0)])
+@pytest.mark.parametrize("family", ["llama", "gemma3"])
+def test_packed_rows_train_as_unpacked_ones(gate, sparsity, oracle, family):
+    """Attention, gates, sinks, windows, rates and thresholds all end at a document's border."""
+    from test_training import make
+
+    seen = []
+    for batch in packed_and_apart():
+        module = make(sparsity=sparsity, gate=gate, oracle_weight=oracle, family=family, dtype=torch.float64)
+        split = module._prepare(batch, 0.5, None)
+        teacher, past, oracle_value = module._teacher(batch, 0.5)
+        student = module._student(batch, past, split, "log")
+        logits = torch.stack([w.recorded.logits for w in wrappers(module.model)])
+        module._finish()
+        out = module(batch, 0.5)
+        seen.append((teacher, student, oracle_value, logits, out["keep"], out["gap"]))
+    (packed_teacher, packed_student, *a), (teacher, student, *b) = seen
+    documents = Documents(packed_and_apart()[0]["segments"])
+    real = documents.valid
+    for x, y in ((packed_teacher, teacher), (packed_student, student)):
+        torch.testing.assert_close(documents.apart(x)[real], y[real], rtol=1e-9, atol=1e-9)
+    for x, y in zip(a, b):
+        x, y = (t.masked_fill(~real[:, None], 0) if t.dim() == 4 else t for t in (x, y))
+        torch.testing.assert_close(x, y, rtol=1e-6, atol=1e-7)
+    assert (packed_student - packed_teacher).abs().max() > 1e-3
+
+
+def test_packing_is_for_flags_that_act_as_tokens_pass():
+    from gatekv.training.config import CPTConfig
+
+    with pytest.raises(ValueError, match="prefill='sparse'"):
+        CPTConfig.from_options({"pack": True, "prefill": "dense"})

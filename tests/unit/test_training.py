@@ -58,7 +58,7 @@ def make(objective="kl", sparsity="abs", scope="global", oracle_weight=0.0, dtyp
 
 
 def config(tmp_path, **changes):
-    base = dict(output_dir=str(tmp_path), max_steps=4, batch_size=2, warmup_steps=1, learning_rate=5e-3, save_every=2)
+    base = dict(output_dir=str(tmp_path), max_steps=4, batch_size=2, learning_rate=5e-3, save_every=2)
     return CPTConfig.from_options({**base, **changes})
 
 
@@ -242,7 +242,7 @@ def test_schedules():
     targets = [target_keep(s, 90, 0.2, 0.5) for s in range(90)]
     assert targets[0] < 1 and targets[44] == targets[89] == pytest.approx(0.2)
     assert all(a >= b for a, b in zip(targets, targets[1:])), "never below, never up again"
-    lr = [learning_rate_factor(s, 100, 10, 0.1) for s in range(100)]
+    lr = [learning_rate_factor(s, 100, 0.1, 0.1) for s in range(100)]
     assert lr[0] == 0.1 and lr[9] == 1 and lr[99] == pytest.approx(0.1)
     draws = [sampled_keep(s, 0, 0.2, 2) for s in range(200)]
     assert (

@@ -1,0 +1,39 @@
+"""Packed rows taken apart: a gate, its sinks and its budget know documents, attention knows rows."""
+
+import torch
+
+
+class Documents:
+    """The documents of packed rows, each a row of its own, left to right, pads behind.
+
+    Attributes:
+        valid: [documents, longest] bool.
+    """
+
+    def __init__(self, segments: torch.Tensor):
+        """segments: [rows, tokens] int, the document's number in its row, contiguous and from 0; -1 for pads."""
+        rows, tokens = segments.shape
+        counts = segments.amax(-1) + 1
+        first = counts.cumsum(0) - counts
+        real = segments >= 0
+        document = (segments + first[:, None])[real]
+        lengths = torch.bincount(document, minlength=int(counts.sum()))
+        starts = lengths.cumsum(0) - lengths
+        place = torch.arange(len(document), device=segments.device) - starts[document]
+        self.shape = rows, tokens
+        self.at = real.flatten().nonzero()[:, 0]  # of every real token in the packed rows …
+        self.to = document * int(lengths.max()) + place  # … and among the documents
+        self.valid = torch.arange(int(lengths.max()), device=segments.device) < lengths[:, None]
+
+    def apart(self, x: torch.Tensor, dim: int = 1) -> torch.Tensor:
+        """Packed [rows, ..., tokens at dim, ...] -> [documents, ..., longest, ...], zeros at pads."""
+        x = x.movedim(dim, 1)
+        out = x.new_zeros(self.valid.numel(), *x.shape[2:]).index_copy(0, self.to, x.flatten(0, 1)[self.at])
+        return out.unflatten(0, self.valid.shape).movedim(1, dim)
+
+    def together(self, x: torch.Tensor, dim: int = 1) -> torch.Tensor:
+        """The way back; pads are zero."""
+        x = x.movedim(dim, 1)
+        rows, tokens = self.shape
+        out = x.new_zeros(rows * tokens, *x.shape[2:]).index_copy(0, self.at, x.flatten(0, 1)[self.to])
+        return out.unflatten(0, self.shape).movedim(1, dim)

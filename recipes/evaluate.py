@@ -30,6 +30,7 @@ def parse(argv: list[str]) -> argparse.Namespace:
     parser.add_argument("--mode", default="agnostic", help="agnostic, aware, or both with a comma")
     parser.add_argument("--n", type=int, default=100, help="scored answers per task")
     parser.add_argument("--n_ppl", type=int, default=16, help="stretches of 128 tokens for ppl")
+    parser.add_argument("--tokens", type=int, help="of the contexts; left out: 600 to 1000")
     parser.add_argument("--data", default="", help="held-out text files; empty: the bundled ones")
     parser.add_argument("--dtype", default="bfloat16")
     parser.add_argument("--seed", type=int, default=0)
@@ -98,6 +99,8 @@ def main(argv: list[str]) -> None:
     modes = checked("mode", args.mode, tasks.MODES)
     if args.n < 1 or args.n_ppl < 1:
         raise ValueError("--n and --n_ppl count scored answers and must be at least 1.")
+    if args.tokens is not None and args.tokens < 64:
+        raise ValueError(f"--tokens {args.tokens} leaves no room for facts: use at least 64.")
     if not args.adapter:
         names = [p for p in names if not p.startswith(("gate", frontier.UNTRAINED))]
 
@@ -115,7 +118,7 @@ def main(argv: list[str]) -> None:
     for task in chosen:
         for mode in modes if task != "ppl" else ["agnostic"]:
             n = args.n_ppl if task == "ppl" else args.n
-            cells = frontier.evaluate(model, tokenizer, texts, names, budgets, task, mode, n, args.seed)
+            cells = frontier.evaluate(model, tokenizer, texts, names, budgets, task, mode, n, args.seed, args.tokens)
             rows += frontier.rows(cells, task, mode, args.seed)
             comparisons += frontier.comparisons(cells, task, mode)
     results = {"rows": rows, "comparisons": comparisons, "run": provenance(argv)}

@@ -116,8 +116,8 @@ def run_item(model, item: Item, task: str, cells: list[Cell]) -> None:
 
 
 def evaluate(model, tokenizer, texts, policies: list[str], budgets: list[float], task: str, mode: str, n: int,
-             seed: int, progress: bool = True) -> list[Cell]:  # fmt: skip
-    """At least n scored answers per cell. Returns the cells, the full cache first."""
+             seed: int, tokens: int | None = None, progress: bool = True) -> list[Cell]:  # fmt: skip
+    """At least n scored answers per cell, over contexts of about `tokens` (None: the task's own). Returns the cells, the full cache first."""
     control = any(p.startswith(UNTRAINED) for p in policies)
     if control:
         add_untrained(model)
@@ -126,7 +126,7 @@ def evaluate(model, tokenizer, texts, policies: list[str], budgets: list[float],
         done, index = 0, 0
         bar = tqdm(total=n, desc=f"{task} {mode}", disable=not progress)
         while done < n:
-            item = TASKS[task](tokenizer, texts, mode, index, seed)
+            item = TASKS[task](tokenizer, texts, mode, index, seed, tokens)
             run_item(model, item, task, cells)
             bar.update(min(len(item.asks), n - done))
             done, index = done + len(item.asks), index + 1

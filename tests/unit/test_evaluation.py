@@ -16,7 +16,7 @@ class Small(Letters):
 
 @pytest.fixture
 def short_tasks(monkeypatch):
-    def item(tokenizer, texts, mode, index, seed):
+    def item(tokenizer, texts, mode, index, seed, tokens=None):
         generator = torch.Generator().manual_seed(index)
         ids = torch.randint(1, 90, (90,), generator=generator).tolist()
         return tasks.Item(ids[:80], [(ids[80:85], ids[85:88]), (ids[81:84], ids[86:])])
@@ -76,6 +76,10 @@ def test_tasks_are_deterministic_and_aware_asks_inside_the_context():
         a = tasks.niah_multikey(Small(), [TEXT], mode, 3, 0)
         b = tasks.niah_multikey(Small(), [TEXT], mode, 3, 0)
         assert a == b and a != tasks.niah_multikey(Small(), [TEXT], mode, 4, 0)
+    for tokens in (300, 3000):
+        found = [len(tasks.niah_multikey(Small(), [TEXT * 9], "agnostic", i, 0, tokens).context) for i in range(4)]
+        assert all(0.9 * tokens < n < 1.1 * tokens + 400 for n in found), "about that many, the facts on top"
+        assert len(tasks.ppl(Small(), [TEXT * 9], "agnostic", 0, 0, tokens).context) == tokens - 1
     aware = tasks.niah_multikey(Small(), [TEXT], "aware", 3, 0)
     assert len(aware.asks) == 1 and len(aware.asks[0][0]) == 1, (
         "only the question's last token meets the compressed cache"

@@ -117,7 +117,10 @@ def run_item(model, item: Item, task: str, cells: list[Cell]) -> None:
 
 def evaluate(model, tokenizer, texts, policies: list[str], budgets: list[float], task: str, mode: str, n: int,
              seed: int, tokens: int | None = None, progress: bool = True) -> list[Cell]:  # fmt: skip
-    """At least n scored answers per cell, over contexts of about `tokens` (None: the task's own). Returns the cells, the full cache first."""
+    """At least n scored answers per cell, over contexts of about `tokens` (None: the task's own length).
+
+    Returns the cells, the full cache first.
+    """
     control = any(p.startswith(UNTRAINED) for p in policies)
     if control:
         add_untrained(model)

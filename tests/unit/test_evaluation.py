@@ -84,7 +84,7 @@ def test_tasks_are_deterministic_and_aware_asks_inside_the_context():
     assert len(aware.asks) == 1 and len(aware.asks[0][0]) == 1, (
         "only the question's last token meets the compressed cache"
     )
-    item = tasks.ppl(Small(), [TEXT], "agnostic", 0, 0, prefix=100, continuation=20)
+    item = tasks.ppl(Small(), [TEXT], "agnostic", 0, 0, tokens=100, continuation=20)
     assert len(item.context) == 99 and len(item.asks[0][0]) == 1 and len(item.asks[0][1]) == 20
 
 

@@ -174,3 +174,45 @@ def test_samples_hold_their_facts_and_ask_for_them():
                 assert q.answer.strip() in sample.context and q.answer.strip() not in q.query
                 assert q.answer.startswith(" ") and len(q.answer) == 6
                 assert facts.CHAT[1] in q.query
+
+
+def test_a_recital_asks_for_the_rows_own_words(tmp_path):
+    file = tmp_path / "a.txt"
+    file.write_text(" ".join(f"word{i}" for i in range(4000)))
+
+    class Words:
+        chat_template = "<|im_start|>"
+        known = {}
+
+        def __call__(self, text, add_special_tokens=False):
+            ids = [self.known.setdefault(w, len(self.known)) for w in text.split(" ") if w]
+            return type("Encoding", (), {"input_ids": ids})()
+
+        def decode(self, ids):
+            names = {i: w for w, i in self.known.items()}
+            return " ".join(names[i] for i in ids)
+
+    data = TrainingData(Words(), [str(file)], 400, retrieval_share=0.0, answer_weight=20.0, seed=0, recite_share=1.0)
+    for index in range(8):
+        row = data[index]
+        assert len(row.ids) == len(row.weights) <= 400 and row.split < 280 and row == data[index]
+        context = set(row.ids[: row.split])
+        asked = [row.ids[t + 1] for t in range(row.split, len(row.ids) - 1) if row.weights[t]]
+        assert len(asked) >= 32 and context.issuperset(asked), "what is asked for stood in the context"
+        assert not any(row.weights[row.split - 1 : row.split + 5]), "the question itself is not"
+
+
+def test_training_and_held_out_wordings_share_no_content():
+    from gatekv.facts import WORDINGS, WORDS
+
+    held = " ".join(" ".join(w) for w in WORDINGS["heldout"]).lower()
+    train = " ".join(" ".join(w) for w in WORDINGS["train"]).lower()
+    for word in ("secret", "key", "magic", "special", "costs", "cost", "coins", "exactly"):
+        assert word in held.split() and word not in train.split()
+    assert not set(WORDS["train"]) & set(WORDS["heldout"])
+    assert len(WORDINGS["train"]) == len(set(WORDINGS["train"])) >= 40
+    for fact, question, lead in WORDINGS["train"] + WORDINGS["heldout"]:
+        sentence = fact.format(w="lamp", W="Lamp", n="12345")
+        assert "12345" in sentence and "{" not in sentence + question.format(w="lamp", W="Lamp") + lead.format(
+            w="", W=""
+        )

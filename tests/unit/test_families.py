@@ -29,7 +29,7 @@ def kind(request):
     return request.param
 
 
-@pytest.mark.parametrize("gate", ["mlp", "attention"])
+@pytest.mark.parametrize("gate", ["linear", "mlp", "key_mlp", "attention"])
 def test_parallel_equals_recurrent(kind, gate):
     model = gated(kind, gate=gate, window=6, sinks=2, context_window=9)
     ids, mask = padded_batch([60, 41, 17])
@@ -38,6 +38,18 @@ def test_parallel_equals_recurrent(kind, gate):
     assert_close(recurrent_logits(model, ids, mask, cache, [7, 30, 31, 32]), wanted, mask)
     assert (wanted - plain_logits(model, ids, mask))[mask.bool()].abs().max() > 1e-3, "the gates evicted something"
     assert len(cache.evicting()) == (1 if "layer_types" in KINDS[kind][1] else 2), "sliding layers are left alone"
+
+
+@pytest.mark.parametrize("mask_prompt", [True, False])
+def test_gates_that_read_the_whole_prompt(kind, mask_prompt):
+    model = gated(kind, gate="attention", context="prompt", mask_prompt=mask_prompt, window=5, sinks=2)
+    ids, mask = padded_batch([60, 41, 30])
+    positions = (mask.cumsum(-1) - 1).clamp_min(0)
+    with torch.no_grad(), gatekv.parallel(model, split=40):
+        wanted = model(ids, attention_mask=mask, position_ids=positions, use_cache=False).logits
+    got = recurrent_logits(model, ids, mask, gatekv.KVCache(model, "gate"), [40, 41, 55])
+    assert_close(got, wanted, mask)
+    assert (wanted - plain_logits(model, ids, mask))[mask.bool()].abs().max() > 1e-3
 
 
 @pytest.mark.parametrize("policy", ["full", "gate+global", "snapkv+ada"])

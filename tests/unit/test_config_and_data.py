@@ -208,7 +208,7 @@ def test_training_and_held_out_wordings_share_no_content():
     held = " ".join(" ".join(w) for w in WORDINGS["heldout"]).lower()
     train = " ".join(" ".join(w) for w in WORDINGS["train"]).lower()
     for word in ("secret", "key", "magic", "special", "costs", "cost", "coins", "exactly"):
-        assert word in held.split() and word not in train.split()
+        assert word in held and word not in train.split()
     assert not set(WORDS["train"]) & set(WORDS["heldout"])
     assert len(WORDINGS["train"]) == len(set(WORDINGS["train"])) >= 40
     for fact, question, lead in WORDINGS["train"] + WORDINGS["heldout"]:

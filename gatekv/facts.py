@@ -21,32 +21,6 @@ WORDS = {
     ).split(),
 }
 
-# (verb, its plain form, unit) and nouns, of which training makes sentences of one frame each: a number may stand in the
-# middle as well as at the end. None of them occurs in a held-out wording.
-DOES = (
-    "weighs/weigh/grams holds/hold/litres sold/sell/copies measures/measure/inches employs/employ/people "
-    "scored/score/points needs/need/volts covers/cover/acres has/have/pages stores/store/files sheltered/shelter/birds "
-    "carried/carry/passengers printed/print/posters received/receive/letters planted/plant/trees lost/lose/votes"
-)
-NOUNS = "serial number,postcode,phone number,licence,invoice,batch,address,registration,weight,departure,ticket,locker"
-
-
-def _made() -> list[tuple[str, str, str]]:
-    """Training wordings beside the written ones."""
-    out = []
-    for verb, plain, unit in (d.split("/") for d in DOES.split()):
-        aux = "did" if verb.endswith(("ed", "ld", "ost")) and verb != "holds" else "does"
-        out.append(
-            (f"The {{w}} {verb} {{n}} {unit}.", f"How many {unit} {aux} the {{w}} {plain}?", f"The {{w}} {verb}")
-        )
-    for noun in NOUNS.split(","):
-        out.append((f"{{W}} has the {noun} {{n}}.", f"Which {noun} does {{w}} have?", f"{{W}} has the {noun}"))
-        out.append(
-            (f"Use {{n}} as the {noun} for {{w}}.", f"What is the {noun} for {{w}}?", f"The {noun} for {{w}} is")
-        )
-    return out
-
-
 # (fact, question, start of the answer)
 WORDINGS = {
     "train": [
@@ -60,7 +34,6 @@ WORDINGS = {
         ("Room {n} belongs to the {w} team.", "Which room belongs to the {w} team?", "The {w} team has room"),
         ("To open the {w} box, dial {n}.", "What must be dialled to open the {w} box?", "To open the {w} box, dial"),
         ("{W}: {n}.", "What is written next to {w}?", "{W}:"),
-        *_made(),
     ],
     "heldout": [
         ("One of the special magic numbers for {w} is {n}.", "What is the special magic number for {w}?",

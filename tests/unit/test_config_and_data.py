@@ -210,7 +210,7 @@ def test_training_and_held_out_wordings_share_no_content():
     for word in ("secret", "key", "magic", "special", "costs", "cost", "coins", "exactly"):
         assert word in held and word not in train.split()
     assert not set(WORDS["train"]) & set(WORDS["heldout"])
-    assert len(WORDINGS["train"]) == len(set(WORDINGS["train"])) >= 40
+    assert len(WORDINGS["train"]) == len(set(WORDINGS["train"]))
     for fact, question, lead in WORDINGS["train"] + WORDINGS["heldout"]:
         sentence = fact.format(w="lamp", W="Lamp", n="12345")
         assert "12345" in sentence and "{" not in sentence + question.format(w="lamp", W="Lamp") + lead.format(

@@ -21,7 +21,8 @@ from gatekv.config import GateSpec, check_keys, strict
 from gatekv.fingerprint import fingerprint, tensors_sha256
 from gatekv.gates import build_gate
 from gatekv.gates.calibration import Calibration
-from gatekv.modules import ATTENTION_NAME, GatedAttention, attention_layers, kv_heads, use_attention
+from gatekv.modules import ATTENTION_NAME, GatedAttention, attention_layers, use_attention
+from gatekv.support import kv_heads
 from gatekv.version import VERSION
 
 logger = logging.get_logger(__name__)

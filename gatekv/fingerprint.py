@@ -5,7 +5,8 @@ import hashlib
 import torch
 from torch import nn
 
-from gatekv.modules import base_model, kv_heads, wrappers
+from gatekv.modules import base_model, wrappers
+from gatekv.support import kv_heads
 
 
 def tensors_sha256(tensors: dict[str, torch.Tensor]) -> str:

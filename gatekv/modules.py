@@ -4,14 +4,14 @@ from contextlib import contextmanager
 
 import torch
 from torch import nn
-from transformers import Cache, DynamicCache, PreTrainedModel
-from transformers.cache_utils import DynamicLayer, DynamicSlidingWindowLayer
+from transformers import Cache, PreTrainedModel
 
 from gatekv import attention
 from gatekv.attention import AttentionCall, Judged, Memory
 from gatekv.config import GateSpec
 from gatekv.gates.documents import Documents
 from gatekv.gates.relaxations import logit_of
+from gatekv.support import refuse, sliding_layers
 
 ATTENTION_NAME = "self_attn"
 NO_INTERFACE = (
@@ -96,28 +96,6 @@ def gate_spec(model: nn.Module) -> GateSpec | None:
     return next((w.specs[w.active()] for w in wrappers(model) if w.active()), None)
 
 
-def sliding_layers(model: PreTrainedModel) -> list[bool]:
-    """Which layers have a sliding window, as transformers sees it: their cache is bounded already.
-
-    Raises:
-        ValueError: when a layer remembers something else than keys and values (linear attention, convolutions): its
-            cache layer writes in place, so a snapshot would change under its owner, and neither counts nor saves.
-    """
-    layers = DynamicCache(config=model.config.get_text_config(decoder=True)).layers
-    for layer in layers:
-        if type(layer) not in (DynamicLayer, DynamicSlidingWindowLayer):
-            raise ValueError(
-                f"{type(model).__name__} has layers that remember something else than keys and values "
-                f"({type(layer).__name__}): gatekv serves models of attention layers only."
-            )
-    return [layer.is_sliding for layer in layers]
-
-
-def kv_heads(config) -> int:
-    """KV heads of a text config; models without grouped queries do not name them."""
-    return getattr(config, "num_key_value_heads", None) or config.num_attention_heads
-
-
 def attention_layers(model: nn.Module) -> list[tuple[nn.Module, nn.Module]]:
     """(parent, self_attn) of every full-attention layer of the (text) decoder.
 
@@ -150,9 +128,9 @@ def attention_layers(model: nn.Module) -> list[tuple[nn.Module, nn.Module]]:
         )
     for _, _, base in full:  # said here too, where the config tells, so as not to fail in the middle of a run
         if getattr(config, "attn_logit_softcapping", None) is not None:
-            attention.refuse(base, "caps its attention scores (`attn_logit_softcapping`)")
+            refuse(base, "caps its attention scores (`attn_logit_softcapping`)")
         if isinstance(getattr(base, "sinks", None), nn.Parameter):
-            attention.refuse(base, "has learned attention sinks (`sinks`)")
+            refuse(base, "has learned attention sinks (`sinks`)")
     return [(p, m) for p, m, _ in full]
 
 

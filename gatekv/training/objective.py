@@ -7,7 +7,8 @@ from transformers import DynamicCache
 from gatekv.attention import relaxed_flags
 from gatekv.gates.documents import Documents
 from gatekv.gates.relaxations import logit_of
-from gatekv.modules import base_model, gate_spec, gates_off, kv_heads, wrappers
+from gatekv.modules import base_model, gate_spec, gates_off, wrappers
+from gatekv.support import kv_heads
 from gatekv.training.losses import distillation_loss, hidden_loss, lm_loss, oracle_loss
 from gatekv.training.prompt import gated_prompt
 from gatekv.training.sparsity import budget_cut, keep_rates, overfull, sparsity_gap, sparsity_loss, undecided

@@ -19,8 +19,9 @@ from torch import nn
 from transformers import AutoConfig, AutoModelForCausalLM, BartConfig, BartForConditionalGeneration
 
 import gatekv
-from gatekv.attention import UNKNOWN_TO_THE_LAW, AttentionCall, check_call
+from gatekv.attention import AttentionCall
 from gatekv.modules import attention_layers, base_model, gates_off, wrappers
+from gatekv.support import UNKNOWN_TO_THE_LAW, check_call
 from gatekv.training.loop import train
 
 

@@ -19,7 +19,7 @@ LEVELS = [
     ["modules", "fingerprint"],
     ["attention"],
     ["policies", "gates", "presets"],
-    ["ops", "config", "facts", "version"],
+    ["ops", "config", "facts", "support", "version"],
 ]
 
 

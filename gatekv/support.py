@@ -1,0 +1,84 @@
+"""Which models gatekv can serve: what changes attention in a way neither form of the law knows is refused, with why."""
+
+import torch
+from transformers import DynamicCache, PreTrainedModel
+from transformers.cache_utils import DynamicLayer, DynamicSlidingWindowLayer
+
+# Arguments with which models change what attention computes. Neither form of the law has them, so a layer that passes
+# one (not None, not False) is refused; arguments that change nothing (output_attentions, position_ids, …) are ignored.
+UNKNOWN_TO_THE_LAW = {
+    "softcap": "caps its attention scores",
+    "s_aux": "has learned attention sinks",
+    "sinks": "has learned attention sinks",
+    "position_bias": "adds a bias to its attention scores",
+    "indices": "chooses the keys that each query reads",
+    "block_indices": "chooses the keys that each query reads",
+    "sliding_window": "has a sliding window that its cache layer does not know of",
+    "cu_seq_lens_q": "packs several sequences into one row",
+    "cache": "runs under continuous batching",
+}
+
+
+def refuse(module: torch.nn.Module, reason: str) -> None:
+    """Raise the ValueError of an attention layer that gatekv would answer wrongly."""
+    model_type = getattr(getattr(module, "config", None), "model_type", "unknown model type")
+    raise ValueError(
+        f"{type(module).__name__} ({model_type}) {reason}: gatekv's attention would give other numbers than the "
+        "model's own, so it does not support this model."
+    )
+
+
+def check_call(module: torch.nn.Module, k: torch.Tensor, v: torch.Tensor, arguments: dict) -> None:
+    """Refuse what the law does not compute; k, v: [batch, kv_heads, tokens, head_dim].
+
+    Raises:
+        ValueError: with the model, the reason and, where there is one, the cure.
+    """
+    for name, reason in UNKNOWN_TO_THE_LAW.items():
+        value = arguments.get(name)
+        if value is not None and value is not False:
+            refuse(module, f"{reason} (`{name}`)")
+    if not (getattr(module, "is_causal", True) and arguments.get("is_causal") in (None, True)):
+        refuse(module, "is not causal")
+    if k.shape != v.shape:
+        refuse(module, f"has keys of shape {tuple(k.shape[1:])} and values of shape {tuple(v.shape[1:])} a sequence")
+    heads = getattr(getattr(module, "config", None), "num_key_value_heads", None) or k.shape[1]
+    if k.shape[1] != heads:
+        refuse(module, f"has {k.shape[1]} KV heads in a layer where its config says {heads}")
+    if arguments.get("dropout"):
+        raise ValueError(
+            f"{type(module).__name__} drops attention weights while training (dropout={arguments['dropout']}): gates "
+            "learn what a frozen model needs, without noise. Load it with attention_dropout=0.0."
+        )
+
+
+def visible_keys(module: torch.nn.Module, mask: torch.Tensor | None) -> torch.Tensor | None:
+    """Eager masks are additive; the law needs to know only what is visible, so they must say nothing else."""
+    if mask is None or mask.dtype == torch.bool:
+        return mask
+    visible = mask > torch.finfo(mask.dtype).min / 2
+    if mask.masked_fill(~visible, 0).any():
+        refuse(module, "adds a bias to its attention scores (in the mask)")
+    return visible
+
+
+def sliding_layers(model: PreTrainedModel) -> list[bool]:
+    """Which layers have a sliding window, as transformers sees it: their cache is bounded already.
+
+    Raises:
+        ValueError: when a layer remembers something else than keys and values (linear attention, convolutions): its
+            cache layer writes in place, so a snapshot would change under its owner, and neither counts nor saves.
+    """
+    layers = DynamicCache(config=model.config.get_text_config(decoder=True)).layers
+    for layer in layers:
+        if type(layer) not in (DynamicLayer, DynamicSlidingWindowLayer):
+            raise ValueError(
+                f"{type(model).__name__} has layers that remember something else than keys and values "
+                f"({type(layer).__name__}): gatekv serves models of attention layers only."
+            )
+    return [layer.is_sliding for layer in layers]
+
+
+def kv_heads(config) -> int:
+    """KV heads of a text config; models without grouped queries do not name them."""
+    return getattr(config, "num_key_value_heads", None) or config.num_attention_heads

@@ -59,8 +59,10 @@ def one(name: str, args: argparse.Namespace) -> dict:
         if not (folder / "adapter_model.safetensors").is_file():
             config = str(Path(args.configs) / f"{name}.yaml")
             call("cpt.py", ["--config", config, "--output_dir", str(folder)], folder / "train.log", threads)
+        spec = json.loads((folder / "adapter_config.json").read_text())
+        policy = "gate+decay" if spec["relaxation"] == "decay" else "gate+global"
         untrained = ",untrained+global" if name == "default" else ""
-        options += ["--adapter", str(folder), "--policies", "gate+global" + untrained]
+        options += ["--adapter", str(folder), "--policies", policy + untrained]
     if not (scores / "results.json").is_file():
         scores.mkdir(exist_ok=True)
         call("evaluate.py", [*options, "--out", str(scores)], folder / "evaluate.log", threads)

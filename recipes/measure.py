@@ -117,15 +117,18 @@ def undecided_from(model, full):
     import torch
 
     import gatekv
+    from gatekv.modules import wrappers
 
     cache = gatekv.KVCache.undecided(model, queries=0)
+    gate = wrappers(model)[0].gate()
     for mine, theirs in zip(cache.evicting(), full.layers):
         b, kv, n, _ = theirs.keys.shape
         mine.lazy_initialization(theirs.keys, theirs.values)
         valid = torch.ones(b, n, dtype=torch.bool, device=theirs.keys.device)
         mine.tail.append(theirs.keys, theirs.values, valid[:, None].expand(b, kv, n), valid)
         mine.seen, mine.real = n, torch.full_like(mine.real, n)
-        mine.hidden = torch.randn(b, n, model.config.hidden_size, dtype=model.dtype, device=model.device)
+        width = 2 * kv * theirs.keys.shape[-1] if gate and gate.reads == "keys" else model.config.hidden_size
+        mine.hidden = torch.randn(b, n, width, dtype=model.dtype, device=model.device)
     return cache
 
 
@@ -139,7 +142,9 @@ def with_gate(model, form: str):
 
     peft = get_peft_model(model, gatekv.GateKVConfig(gate=form))
     for w in wrappers(peft):
-        torch.nn.init.normal_(w.gate().out.weight)
+        for name, parameter in w.gate().named_parameters():
+            if name in ("out.weight", "out_weight"):
+                torch.nn.init.normal_(parameter)
     return peft.eval()
 
 

@@ -363,7 +363,7 @@ class KVLayer(CacheLayerMixin):
         if self.folded > self.base:
             self.pages.filter(keep, self.base)
         self.queries = self.hidden = None
-        if self.plan.decays:
+        if self.plan.decays and not self.plan.keep_later:
             sinks = sink_tokens(tail.valid, self.plan.sinks)[:, None]
             tail.scores = tail.scores.masked_fill(sinks, torch.inf)  # they never fade
             self.room = keep.sum(-1).amax(-1)[:, None] - max(self.plan.window - 1, 0)

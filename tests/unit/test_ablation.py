@@ -45,6 +45,7 @@ def test_what_is_done_is_not_done_again_and_failures_are_named(tmp_path, monkeyp
         calls.append(script)
         if script == "cpt.py":
             (log.parent / "adapter_model.safetensors").touch()
+            (log.parent / "adapter_config.json").write_text('{"relaxation": "ste"}')
             return
         rows = [cell("full", 1.0, "niah_multikey", 0.8), cell("gate+global", 0.25, "niah_multikey", 0.7)]
         rows.append(cell("gate+global", 0.25, "ppl", 0.1, 0.2))

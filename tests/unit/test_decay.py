@@ -113,6 +113,21 @@ def test_a_full_budget_is_the_plain_model_until_the_buffer_is_full():
     assert (torch.cat(got, 1) - plain).abs().max() <= 1e-12 * plain.abs().max()
 
 
+def test_one_cut_after_a_shared_prefill_and_everything_later_kept():
+    model = decaying()
+    ids, _ = padded_batch([PROMPT + 40], seed=8)
+    with torch.no_grad():
+        undecided = gatekv.KVCache.undecided(model)
+        model(ids[:, :PROMPT], past_key_values=undecided)
+        cache = undecided.decide("gate+decay", 0.5, decode="keep")
+        own = gatekv.KVCache(model, "gate+decay", 0.5)
+        model(ids[:, :PROMPT], past_key_values=own)
+        assert all(torch.equal(a, b) for a, b in zip(cache.flags(), own.flags()))
+        for token in ids[:, PROMPT:].split(1, 1):
+            model(token, past_key_values=cache)
+    assert all(f[..., PROMPT:].all() and int(f[0, 0].sum()) == 30 + 40 for f in cache.flags())
+
+
 def test_training_weights_fade_with_distance():
     model = decaying()
     ids, _ = padded_batch([20])

@@ -92,6 +92,11 @@ class Objective(nn.Module):
         past = DynamicCache() if suffix else None  # without a config: sliding layers keep the whole prompt too
         with torch.no_grad(), gates_off(self.model, listen=listen):
             hidden = self._hidden(batch, past)
+        if past is not None and past.get_seq_length() == 0:
+            raise ValueError(
+                "prefill='dense' trains on the teacher's cache, which gradient checkpointing switches off: call "
+                "gradient_checkpointing_disable() (the pass behind the prompt is short), or use prefill='sparse'."
+            )
         oracle = torch.zeros((), device=hidden.device)
         if self.oracle_weight > 0:
             judged = [w.recorded for w in layers]

@@ -206,6 +206,10 @@ def test_each_layers_own_error_needs_no_backward_through_the_model():
 
 
 def test_combinations_that_cannot_be_computed():
+    dense = make(prefill="dense")
+    base_model(dense.model).gradient_checkpointing_enable({"use_reentrant": False})
+    with pytest.raises(ValueError, match="gradient_checkpointing_disable"):
+        dense(ToyData().batch(0, 2, align=True), 0.5)
     with pytest.raises(ValueError, match="scope='layer'"):
         make("attention_mse", "budget", "global")
     with pytest.raises(ValueError, match="prefill='sparse'"):

@@ -115,7 +115,8 @@ class AttentionCall:
                 out = gated_attention(
                     q[:, :, asking], k, v, weight, window=self.spec.window, scale=scaling, mask=part, decay=self.decays
                 ).transpose(1, 2)
-                error = output_error(module, out, plain[:, asking], valid[:, asking])
+                real = valid if self.documents is None else self.documents.real
+                error = output_error(module, out, plain[:, asking], real[:, asking])
         self.record(Judged(logits, judged, received, error))
 
     def parallel(self, q, k, v, mask, scaling: float) -> torch.Tensor:

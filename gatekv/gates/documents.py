@@ -7,7 +7,7 @@ class Documents:
     """The documents of packed rows, each a row of its own, left to right, pads behind.
 
     Attributes:
-        valid: [documents, longest] bool.
+        valid: [documents, longest] bool. real: [rows, tokens] bool, the same for the packed rows.
     """
 
     def __init__(self, segments: torch.Tensor):
@@ -20,7 +20,7 @@ class Documents:
         lengths = torch.bincount(document, minlength=int(counts.sum()))
         starts = lengths.cumsum(0) - lengths
         place = torch.arange(len(document), device=segments.device) - starts[document]
-        self.shape = rows, tokens
+        self.shape, self.real = (rows, tokens), real
         self.at = real.flatten().nonzero()[:, 0]  # of every real token in the packed rows …
         self.to = document * int(lengths.max()) + place  # … and among the documents
         self.valid = torch.arange(int(lengths.max()), device=segments.device) < lengths[:, None]

@@ -29,6 +29,6 @@ class PromptGate(nn.Module):
         x = self.norm(hidden.to(self.norm.weight.dtype))
         b, n, _ = x.shape
         q, k, v = self.qkv(x).view(b, n, 3, self.heads, self.head_dim).permute(2, 0, 3, 1, 4)
-        mask = None if valid is None else valid[:, None, None].expand(b, 1, n, n)
+        mask = None if valid is None else valid[:, None, None]
         out = nn.functional.scaled_dot_product_attention(q, k, v, attn_mask=mask)
         return self.out(out.transpose(1, 2).flatten(2)).transpose(1, 2), None

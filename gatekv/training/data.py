@@ -98,6 +98,8 @@ class TrainingData:
                 return Row(ids, weights + [0.0], split, [len(ids)])
             ids = ids + lead + answer + tail
             weights += [0.0] * len(lead) + [1.0] * len(answer) + [0.0] * len(tail)
+            if len(ids) > self.length:  # one question is longer than a short row has room for
+                return Row(ids[: self.length], weights[: self.length - 1] + [0.0], split, [self.length])
 
     def _retrieval(self, text: str, rng: random.Random) -> Row:
         facts = rng.choice((1, 2, 4, 8))

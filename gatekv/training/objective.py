@@ -191,6 +191,7 @@ class Objective(nn.Module):
     def _finish(self) -> None:
         for w in wrappers(self.model):
             w.recorded = w.threshold = w.split = w.documents = w.seed = w.local = None
+            w.received = True
 
     @torch.no_grad()
     def move_multipliers(self, gap: torch.Tensor, rate: float = 0.5) -> None:

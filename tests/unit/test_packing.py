@@ -175,6 +175,19 @@ def test_packed_rows_train_as_unpacked_ones(gate, sparsity, oracle, family):
     assert (packed_student - packed_teacher).abs().max() > 1e-3
 
 
+def test_a_layers_own_error_counts_every_document():
+    from test_training import make
+
+    errors = []
+    for batch in packed_and_apart(((20,), (31,))):
+        module = make("attention_mse", "budget", "layer", dtype=torch.float64)
+        module._prepare(batch, 0.5, None)
+        module._teacher(batch, 0.5)
+        errors.append(wrappers(module.model)[0].recorded.error.item())
+        module._finish()
+    assert errors[0] == pytest.approx(errors[1], rel=1e-6)
+
+
 def test_packing_is_for_flags_that_act_as_tokens_pass():
     from gatekv.training.config import CPTConfig
 

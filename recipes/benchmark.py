@@ -81,7 +81,7 @@ def cache(model, args) -> list[dict]:
         if policy != "plain":
             scorer, _, rule = policy.partition("+")
             made = gatekv.KVCache(
-                model, measure.policy_of(measure.Skewed(), rule) if scorer == "uneven" else policy, keep
+                model, measure.policy_of(measure.skewed(), rule) if scorer == "uneven" else policy, keep
             )
         model(ids, past_key_values=made, logits_to_keep=1)
         return made

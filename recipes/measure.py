@@ -6,7 +6,6 @@ import random
 import statistics
 import sys
 import time
-from dataclasses import dataclass
 from pathlib import Path
 
 CYCLE = 16  # decoding steps after which everything that a cache does has happened once (gatekv.cache.judge.FOLD)
@@ -81,21 +80,22 @@ def small_llama(dtype: str):
     return LlamaForCausalLM(config).to(getattr(torch, dtype)).eval()
 
 
-@dataclass
-class Skewed:
-    """Random scores under which heads that compete end up very unequal: head weights spread over 1/4 … 4."""
+def skewed():
+    """A scorer of random scores under which heads that compete end up very unequal: weights spread over 1/4 … 4."""
+    import torch
 
-    sinks: int = 4
-    window: int = 32
-    queries: int = 0
-    skip_layers = ()
+    from gatekv.policies import Scorer
 
-    def score(self, view):
-        import torch
+    class Skewed(Scorer):
+        sinks, window = 4, 32
 
-        rng = random.Random(view.layer_idx)
-        weights = torch.tensor([4 ** rng.uniform(-1, 1) for _ in range(view.keys.shape[1])], device=view.keys.device)
-        return torch.rand(view.keys.shape[:3], device=view.keys.device) ** (1 / weights[:, None])
+        def score(self, view):
+            rng = random.Random(view.layer_idx)
+            weights = [4 ** rng.uniform(-1, 1) for _ in range(view.keys.shape[1])]
+            weights = torch.tensor(weights, device=view.keys.device)
+            return torch.rand(view.keys.shape[:3], device=view.keys.device) ** (1 / weights[:, None])
+
+    return Skewed()
 
 
 def full_cache(model, batch: int, context: int):
@@ -159,7 +159,7 @@ def compressed(undecided, keep: float, gate: str) -> dict:
     """The same prompt with equal heads, with very unequal ones, and under a gate that goes on judging."""
     if keep == 1:
         return {"even": undecided.decide("full")}
-    policies = {"even": policy_of(Skewed(), "uniform"), "uneven": policy_of(Skewed(), "global")}
+    policies = {"even": policy_of(skewed(), "uniform"), "uneven": policy_of(skewed(), "global")}
     if gate:
         policies[f"{gate} gate"] = "gate+global"
     return {name: undecided.decide(policy, keep) for name, policy in policies.items()}

@@ -4,25 +4,8 @@ import torch
 
 from gatekv.cache.layer import KVLayer
 from gatekv.cache.plan import Plan
-from gatekv.policies.budgets import row_budgets
-
-
-def layer_ratios(ratio: float, skip_layers: tuple[int, ...], num_layers: int) -> list[float]:
-    """Ratio of each layer when those in `skip_layers` stay whole and the others pay for them.
-
-    Raises:
-        ValueError: when nothing would be left for the others ("unreachable").
-    """
-    skipped = {i for i in skip_layers if i < num_layers}
-    if not skipped:
-        return [ratio] * num_layers
-    others = num_layers - len(skipped)
-    rest = (ratio * num_layers - len(skipped)) / others if others else 0.0
-    if rest <= 0 and ratio < 1:
-        raise ValueError(
-            f"budget {ratio} is unreachable: {len(skipped)} of {num_layers} layers are left whole; skip fewer layers."
-        )
-    return [1.0 if i in skipped else rest for i in range(num_layers)]
+from gatekv.policies.budgets import check_counts
+from gatekv.policies.layers import layer_count
 
 
 class Decision:
@@ -36,7 +19,7 @@ class Decision:
         if rule.scope == "token":
             protected, valid = layer.protection()
             if ratio is not None:
-                row_budgets(ratio, valid, protected)
+                check_counts((valid.sum(-1) * ratio).long(), protected, ratio, valid)
             if self.plan.keep_later and (self.plan.dense or self.plan.whole):
                 layer.protect(protected)
             layer.settle()
@@ -45,19 +28,36 @@ class Decision:
         elif layer is self.layers[-1]:
             self._decide(self.layers)
 
+    def _counts(self, layers: list[KVLayer], valid: torch.Tensor) -> torch.Tensor:
+        """[layers, batch] tokens that a head of each of these layers may keep of each row."""
+        policy, order = self.plan.policy, {id(layer): i for i, layer in enumerate(self.layers)}
+        guarded = self.plan.sinks + self.plan.window
+        rows = [
+            [
+                layer_count(policy.layers, policy.scorer.skip_layers, policy.ratio, n, guarded, order[id(layer)],
+                            len(self.layers))
+                for n in valid.sum(-1).tolist()
+            ]
+            for layer in layers
+        ]  # fmt: skip
+        return torch.tensor(rows, device=valid.device)
+
     def _decide(self, layers: list[KVLayer]) -> None:
         policy = self.plan.policy
-        ratios = layer_ratios(policy.ratio, policy.scorer.skip_layers, len(self.layers))
-        order = {id(layer): i for i, layer in enumerate(self.layers)}
+        _, valid = layers[0].protection()
+        counts = self._counts(layers, valid)
+        recent = policy.scorer.recent(counts, self.plan.window)
+        protected = torch.stack([layer.protection(r)[0] for layer, r in zip(layers, recent)])
+        for count, guarded in zip(counts, protected):
+            check_counts(count, guarded, policy.ratio, valid)
         scores = torch.stack([layer.all_scores() for layer in layers])
-        protected, valid = layers[0].protection()
         protected = protected.expand(scores.shape)
-        keep = policy.rule.keep(scores, protected, valid, [ratios[order[id(layer)]] for layer in layers])
+        keep = policy.rule.keep(scores, protected, valid, counts)
         cuts = [None] * len(layers)
         if self.plan.learned and not (self.plan.keep_later or self.plan.turns or self.plan.decays):
             refused = scores.masked_fill(keep | protected | ~valid[:, None], -torch.inf).amax(-1, keepdim=True)
             if policy.rule.scope == "model":
                 refused = refused.amax((0, 2), keepdim=True).expand(len(layers), -1, -1, -1)
             cuts = refused
-        for layer, flags, cut in zip(layers, keep, cuts):
-            layer.restrict(flags, cut)
+        for layer, flags, cut, score, last in zip(layers, keep, cuts, scores, recent):
+            layer.restrict(flags, cut, score, last)

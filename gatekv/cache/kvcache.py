@@ -15,6 +15,7 @@ from gatekv.modules import attach, base_model, gate_spec, wrappers
 from gatekv.ops.backends import BACKENDS
 from gatekv.policies import Full, Gate, resolve
 from gatekv.policies.budgets import Decay, Threshold
+from gatekv.policies.scorer import ALL
 
 DEFAULT = GateSpec()
 
@@ -35,8 +36,9 @@ class KVCache(Cache):
             None: a gate's own threshold.
         prefill: "dense": the prompt attends to all of itself and flags act after it; "sparse": a gate's flags act
             inside the prompt too. Default: sparse for threshold gates, dense otherwise.
-        decode: "evict": a gate goes on judging the tokens that follow the prompt; "keep": they all stay, as under
-            policies that decide once. Default: evict. Policies without a gate keep them in any case.
+        decode: "evict": tokens that follow the prompt are judged too: by a gate one by one, by policies that stream
+            (H2O, TOVA, StreamingLLM, L2) within a buffer of the size the prompt left; "keep": they all stay. Default:
+            what the policy's paper does.
         sinks, window: protected tokens; default: as the adapter was trained, or what the scorer's paper protects.
         prompt_tokens: length of the prompt as fed, for prompts that arrive in several calls (`prefill_chunk_size`).
         turns: tokens after the prompt stay until `compress` applies the budget to them, turn by turn.
@@ -54,7 +56,7 @@ class KVCache(Cache):
         budget: float | None = None,
         *,
         prefill: str | None = None,
-        decode: str = "evict",
+        decode: str | None = None,
         sinks: int | None = None,
         window: int | None = None,
         prompt_tokens: int | None = None,
@@ -72,11 +74,15 @@ class KVCache(Cache):
             raise ValueError("policy 'gate' needs an adapter with gates: load one with peft.PeftModel.from_pretrained.")
         whole = learned and spec.context == "prompt"
         if whole:  # everything was judged when the prompt ended; what follows stays
-            decode = "keep"
+            decode = decode or "keep"
             prefill = prefill or ("sparse" if streaming and spec.mask_prompt else "dense")
         prefill = prefill or ("sparse" if streaming else "dense")
         check_choice("prefill", prefill, ("dense", "sparse"))
+        decode = decode or policy.scorer.decode
         check_choice("decode", decode, ("evict", "keep"))
+        if decode == "evict" and (whole or not policy.scorer.streams):
+            what = "a gate that reads the whole prompt" if whole else type(policy.scorer).__name__
+            raise ValueError(f"decode='evict': {what} decides once, at the prompt's end; leave decode out.")
         if block_size < 1:
             raise ValueError(f"block_size is the number of tokens in a page, at least 1; got {block_size}.")
         if backend is not None:
@@ -135,7 +141,7 @@ class KVCache(Cache):
         plan.decide = Decision(plan, self.evicting())
 
     @classmethod
-    def undecided(cls, model, queries: int = 64) -> "KVCache":
+    def undecided(cls, model, queries: int = ALL) -> "KVCache":
         """A cache that watches one dense prefill and evicts nothing, so that many policies can share it by `decide`.
 
         queries: how many of the last queries to remember for scorers that look at them.
@@ -149,8 +155,8 @@ class KVCache(Cache):
         if not self.plan.defer:
             raise ValueError("decide() needs a cache made by KVCache.undecided(model), after its prompt was read.")
         cache = KVCache(self.model, policy, budget, prefill="dense", **kwargs)
-        wanted = cache.plan.policy.scorer.queries
-        if wanted > self.plan.policy.scorer.queries:
+        wanted = cache.plan.queries
+        if min(wanted, self.get_seq_length()) > self.plan.policy.scorer.queries:
             raise ValueError(f"this policy looks at {wanted} queries: use KVCache.undecided(model, queries={wanted}).")
         gates = {w.layer_idx: w.gate() for w in wrappers(self.model)}
         for mine, theirs in zip(cache.evicting(), self.evicting()):
@@ -228,7 +234,7 @@ class KVCache(Cache):
         size = self.memory()
         backend = next((layer.backend for layer in self.evicting() if layer.is_initialized), p.backend or "auto")
         return (
-            f"KVCache({type(p.policy.scorer).__name__} x {type(p.policy.rule).__name__}, budget={p.policy.ratio}, "
+            f"KVCache({p.policy}, budget={p.policy.ratio}, "
             f"prefill={'dense' if p.dense else 'sparse'}, sinks={p.sinks}, window={p.window}, "
             f"block_size={p.block_size}, backend={backend}, "
             f"seen={self.get_seq_length()}, bytes={size['bytes']}, ratio={size['ratio']:.3f})"

@@ -12,11 +12,14 @@ import torch
 from transformers.cache_utils import CacheLayerMixin
 
 from gatekv.attention import AttentionCall, live_mask, sink_tokens, valid_tokens
+from gatekv.cache.buffer import Buffer
 from gatekv.cache.judge import FOLD, ROLLBACK, Judge
 from gatekv.cache.pages import Pages
 from gatekv.cache.plan import Plan
 from gatekv.cache.tail import Tail
+from gatekv.cache.thin import Thin
 from gatekv.ops import backends, segments
+from gatekv.ops.paged_attention import paged_mass
 from gatekv.policies import View
 from gatekv.policies.budgets import faded
 
@@ -49,7 +52,8 @@ class KVLayer(CacheLayerMixin):
         self.phase, self.base = Phase.PROMPT, 0  # base: the slot where the current prompt or turn begins
         self.first_call = None
         self.cut = None  # [batch, 1 or kv_heads, 1]: the logit that a later token must exceed, after an exact decision
-        self.room = None  # [batch, 1]: tokens that a head's pages may hold while tokens fade
+        self.buffer: Buffer | None = None  # of policies that evict at every step within a fixed size
+        self.thin: Thin | None = None  # old tokens whose keys have lost channels
         self.judge = Judge()
         self.queries = self.hidden = self.scaling = None  # only while a decision is ahead
         self.is_initialized = False
@@ -59,7 +63,7 @@ class KVLayer(CacheLayerMixin):
     def lazy_initialization(self, key_states, value_states) -> None:
         plan = self.plan
         self.tail = Tail(key_states, plan.ranks)
-        self.pages = Pages(key_states, plan.block_size, plan.trims or plan.decays)
+        self.pages = Pages(key_states, plan.block_size, plan.trims or plan.decays or plan.streams)
         self.real = torch.zeros(len(key_states), 1, dtype=torch.long, device=key_states.device)
         self.backend = backends.choose(plan.backend, plan.block_size, key_states.device, key_states.dtype)
         self.paged_segment = backends.load(self.backend)
@@ -92,10 +96,15 @@ class KVLayer(CacheLayerMixin):
         batch, kv = len(self.real), self.tail.keys.shape[1]
         if len(index) == batch and torch.equal(index, torch.arange(batch, device=index.device)):
             return
-        self.pages.select((index[:, None] * kv + torch.arange(kv, device=index.device)).flatten())
+        rows = (index[:, None] * kv + torch.arange(kv, device=index.device)).flatten()
+        self.pages.select(rows)
         self.tail.select(index)
         self.judge.select(index)
-        for name in ("real", "cut", "room", "queries", "hidden"):
+        if self.thin is not None:
+            self.thin.select(rows, index)
+        if self.buffer is not None:
+            self.buffer.select(index)
+        for name in ("real", "cut", "queries", "hidden"):
             if (held := vars(self)[name]) is not None:
                 setattr(self, name, held.index_select(0, index))
 
@@ -176,6 +185,8 @@ class KVLayer(CacheLayerMixin):
     def _attend(self, call: AttentionCall, q, k, v, mask, scaling: float) -> torch.Tensor:
         b, _, n, _ = q.shape
         valid = valid_tokens(mask, b, n, q.device)
+        if self.plan.streams and self.phase is Phase.LATER:
+            return self._stream(q, k, v, valid, scaling)
         flags, logits = self._judge(call, k, valid)
         whole = self.phase is Phase.PROMPT and self.plan.dense
         outs = []
@@ -194,6 +205,38 @@ class KVLayer(CacheLayerMixin):
         if self.phase is Phase.PROMPT and (self.plan.prompt_tokens is None or self.seen >= self.plan.prompt_tokens):
             self.end_prompt()
         return outs[0] if len(outs) == 1 else torch.cat(outs, 2)
+
+    def _stream(self, q, k, v, valid, scaling: float) -> torch.Tensor:
+        """Token by token, however many come: what each one evicts is gone for the next."""
+        if self.judge.recording:
+            name = type(self.plan.policy.scorer).__name__
+            raise ValueError(
+                f"assisted decoding takes tokens back, and {name} cannot bring back what they evicted: "
+                "use KVCache(…, decode='keep') with it."
+            )
+        scorer, outs = self.plan.policy.scorer, []
+        entering = scorer.enter(k, self.real + valid.long().cumsum(-1) - 1)
+        for i in range(q.shape[2]):
+            new = slice(i, i + 1)
+            flags = valid[:, None, new].expand(*k.shape[:2], 1)
+            self.pages.append(k[:, :, new], v[:, :, new], flags, self.seen, entering[..., new])
+            self.seen, self.folded = self.seen + 1, self.folded + 1
+            out, lse = segments.merge(self._far(q[:, :, new], scaling))
+            outs.append(out.to(q.dtype))
+            if scorer.watches:
+                self._watch(q[:, :, new], lse, scaling)
+            self._trim()
+        self.real = self.real + valid.sum(-1, keepdim=True)
+        return torch.cat(outs, 2)
+
+    def _watch(self, q, lse, scaling: float) -> None:
+        """Let the scorer renew the scores of what is held, by the attention it just received."""
+        b, kv, _ = self.tail.flags.shape
+        for store, part in self._stores(q):
+            paid = store.unrolled(paged_mass(part, store.keys, store.table, lse, scaling).float())
+            old = store.unrolled(store.scores)
+            new = self.plan.policy.scorer.observe(*(t.view(b, kv, -1) for t in (old, paid))).flatten(0, 1)
+            store.scores = store.rolled(torch.where(old.isinf(), old, new))
 
     def _check_calls(self, n: int) -> None:
         if not self.plan.waits:
@@ -265,20 +308,27 @@ class KVLayer(CacheLayerMixin):
         n, tail = q.shape[2], len(self.tail)
         whole = self.phase is Phase.TURN or (self.phase is Phase.PROMPT and self.plan.dense)
         k, v = self.tail.keys, self.tail.values
-        if not len(self.pages) and whole and mask is None and n == tail:
+        if self.thin is None and not len(self.pages) and whole and mask is None and n == tail:
             gqa = q.shape[1] != k.shape[1]
             attend = torch.nn.functional.scaled_dot_product_attention
             return attend(q, k, v, is_causal=n > 1, scale=scaling, enable_gqa=gqa)
         visible = self._visible(n, mask, whole)
-        if len(self.pages):
-            far = self.paged_segment(q, self.pages.keys, self.pages.values, self.pages.table, scaling)
+        if len(self.pages) or self.thin is not None:
             near = segments.dense_segment(q, k, v, visible, scaling)
-            return segments.merge([far, near])[0].to(q.dtype)
+            return segments.merge([*self._far(q, scaling), near])[0].to(q.dtype)
         groups = q.shape[1] // k.shape[1]
         k, v = (t.repeat_interleave(groups, 1) for t in (k, v))
         if visible is not None and visible.shape[1] > 1:
             visible = visible.repeat_interleave(groups, 1)
         return torch.nn.functional.scaled_dot_product_attention(q, k, v, attn_mask=visible, scale=scaling)
+
+    def _stores(self, q) -> list[tuple[Pages, torch.Tensor]]:
+        """What has left the tail, each part with the queries it can answer."""
+        return [(self.pages, q), *([] if self.thin is None else [(self.thin.pages, self.thin.queries(q))])]
+
+    def _far(self, q, scaling: float) -> list[tuple[torch.Tensor, torch.Tensor]]:
+        """(output, log-sum-exp) of each of them."""
+        return [self.paged_segment(part, s.keys, s.values, s.table, scaling) for s, part in self._stores(q)]
 
     def _visible(self, n: int, mask, whole: bool) -> torch.Tensor | None:
         """[B, 1 or K, n, tail] bool: what the last n tokens may see of the tail; None = everything."""
@@ -298,7 +348,7 @@ class KVLayer(CacheLayerMixin):
     def _observe(self, call: AttentionCall, q, scaling) -> None:
         """Keep what scorers will look at until the prompt ends."""
         self.scaling, self.judge.gate = scaling, call.gate
-        wanted = self.plan.policy.scorer.queries
+        wanted = self.plan.queries
         if wanted:
             self.queries = torch.cat([*([] if self.queries is None else [self.queries]), q], 2)[:, :, -wanted:]
         if self.plan.defer:
@@ -327,15 +377,19 @@ class KVLayer(CacheLayerMixin):
             self.tail.scores = self.judge.read(self.hidden, self.tail.valid, self.tail)[0].float()
         return self.tail.scores
 
-    def protection(self) -> tuple[torch.Tensor, torch.Tensor]:
-        """(protected [batch, 1, n], valid [batch, n]) of the n slots since base: sinks and window of each row."""
+    def protection(self, recent: torch.Tensor | int | None = None) -> tuple[torch.Tensor, torch.Tensor]:
+        """(protected [batch, 1, n], valid [batch, n]) of the n slots since base: sinks and last tokens of each row.
+
+        recent: how many last tokens, [batch] or a number; None = the window.
+        """
         slots = torch.arange(self.base, self.seen, device=self.real.device)
         if self.folded == self.base:
             valid = self.tail.valid
         else:  # part of the prompt is in pages already; pads stand on the left
             valid = slots >= self.seen - self.real
         sinks = sink_tokens(valid, self.plan.sinks, self.real - valid.sum(-1, keepdim=True))
-        return (sinks | (valid & (slots >= self.seen - self.plan.window)))[:, None], valid
+        recent = torch.as_tensor(self.plan.window if recent is None else recent, device=slots.device)
+        return (sinks | (valid & (slots >= self.seen - recent.view(-1, 1))))[:, None], valid
 
     def all_scores(self) -> torch.Tensor:
         """[batch, kv_heads, n] since base; tokens that the prompt's own flags evicted score -inf."""
@@ -347,10 +401,13 @@ class KVLayer(CacheLayerMixin):
         scores[..., self.folded :] = self.tail.scores.masked_fill(~self.tail.flags, -torch.inf)
         return scores
 
-    def restrict(self, keep: torch.Tensor, cut: torch.Tensor | None) -> None:
+    def restrict(
+        self, keep: torch.Tensor, cut: torch.Tensor | None, scores: torch.Tensor, recent: torch.Tensor
+    ) -> None:
         """Hold exactly keep [batch, kv_heads, slots since base].
 
-        cut [batch, 1 or kv_heads, 1]: the logit that later tokens must exceed; None: they all stay.
+        cut [batch, 1 or kv_heads, 1]: the logit that later tokens must exceed; None: they all stay. scores: those that
+        were ranked, shaped as keep. recent [batch]: how many last tokens the policy keeps in any case.
         """
         tail = self.tail
         flags = keep[..., self.folded - self.base :]
@@ -362,11 +419,12 @@ class KVLayer(CacheLayerMixin):
         self.cut, tail.flags = cut, flags
         if self.folded > self.base:
             self.pages.filter(keep, self.base)
-        self.queries = self.hidden = None
-        if self.plan.decays and not self.plan.keep_later:
+        if self.plan.streams or (self.plan.decays and not self.plan.keep_later):
             sinks = sink_tokens(tail.valid, self.plan.sinks)[:, None]
-            tail.scores = tail.scores.masked_fill(sinks, torch.inf)  # they never fade
-            self.room = keep.sum(-1).amax(-1)[:, None] - max(self.plan.window - 1, 0)
+            tail.scores = scores.float().masked_fill(sinks, torch.inf)  # they never leave
+            self.buffer = Buffer(
+                keep.sum(-1) - max(self.plan.grace - 1, 0), recent if self.plan.streams else 0 * recent
+            )
         else:
             self.pages.scores = None
             tail.scores = tail.scores if self.plan.turns else None
@@ -384,6 +442,23 @@ class KVLayer(CacheLayerMixin):
         else:
             self.phase, self.base = Phase.LATER, self.seen
             self.fold(rollback=0 if self.plan.waits else None)  # nothing takes back a decided prompt
+        if self.plan.policy.width is not None:
+            self._thin()
+        self.queries = self.hidden = None
+
+    def _thin(self) -> None:
+        """Store what the prompt left, but for its last tokens, with the key channels that matter."""
+        width, last = self.plan.policy.width, self.seen - self.plan.policy.width.window
+        if self.thin is not None:
+            return self.thin.absorb(self.pages, last)
+        held = self.pages.keys.float().square() * self.pages.occupied()[..., None]
+        b, kv, _ = self.tail.flags.shape
+        energy = held.new_zeros(b * kv, held.shape[-1])
+        energy = energy.index_add_(0, self.pages.owners.clamp_min(0).long(), held.sum(1)).view(b, kv, -1)
+        near = self.tail.keys.float().square() * (self.tail.flags & self.tail.valid[:, None])[..., None]
+        asked = torch.arange(self.seen - self.queries.shape[2], self.seen, device=held.device)
+        channels = width.kept(self.queries, energy + near.sum(2), asked >= self.seen - self.real)
+        self.thin = Thin.of(self.pages, channels, last)
 
     def fold(self, at_least: int = 1, rollback: int | None = None) -> None:
         """Move flagged tokens that have left the window from the tail to pages, if so many have; forget the others.
@@ -402,15 +477,14 @@ class KVLayer(CacheLayerMixin):
         self.pages.append(t.keys[:, :, :leave], t.values[:, :, :leave], t.flags[..., :leave], self.folded, scores)
         t.drop(front=leave)
         self.folded += leave
-        if self.room is not None:
-            self._fade()
+        if self.buffer is not None:
+            self._trim()
 
-    def _fade(self) -> None:
-        """Drop the faintest tokens of each head's pages until they hold no more than there is room for."""
-        excess = self.pages.lengths - self.room.expand(-1, self.tail.flags.shape[1]).flatten()
-        if bool((excess > 0).any()):
-            age = self.seen - self.pages.positions
-            self.pages.evict(self.pages.lowest(faded(self.pages.scores, age), excess))
+    def _trim(self) -> None:
+        """Drop the least worthy tokens of each head until it holds no more than there is room for."""
+        stores = [store for store, _ in self._stores(self.tail.keys)]
+        worth = [faded(s.scores, self.seen - s.positions) if self.plan.decays else s.scores for s in stores]
+        self.buffer.trim(stores, worth, self.seen)
 
     def twin(self) -> "KVLayer":
         """An independent copy that shares storage until either side changes."""
@@ -418,6 +492,7 @@ class KVLayer(CacheLayerMixin):
         twin.judge = self.judge.twin()
         if self.is_initialized:
             twin.tail, twin.pages = self.tail.twin(), self.pages.twin()
+            twin.thin, twin.buffer = (None if part is None else part.twin() for part in (self.thin, self.buffer))
         return twin
 
     # -- accounting
@@ -427,7 +502,8 @@ class KVLayer(CacheLayerMixin):
         tail = self.tail
         b, kv, _ = tail.flags.shape
         held = torch.zeros(b, kv, self.seen, dtype=torch.bool, device=tail.flags.device)
-        self.pages.scatter(held, True)
+        for store in [self.pages] if self.thin is None else [self.pages, self.thin.pages]:
+            store.scatter(held, True)
         slots = torch.arange(self.folded, self.seen, device=held.device)
         live = live_mask(slots.new_tensor([self.seen]), slots, tail.flags, self.plan.grace)[:, :, 0]
         whole = self.phase is Phase.TURN or (self.phase is Phase.PROMPT and self.plan.dense)
@@ -436,6 +512,6 @@ class KVLayer(CacheLayerMixin):
 
     def tensors(self) -> list[torch.Tensor]:
         """Every tensor that this layer holds."""
-        side = (self.real, self.cut, self.room, self.queries, self.hidden)
-        parts = (self.judge, self.tail, self.pages)
+        side = (self.real, self.cut, self.queries, self.hidden)
+        parts = [p for p in (self.judge, self.tail, self.pages, self.thin, self.buffer) if p is not None]
         return [t for t in side if t is not None] + [t for part in parts for t in part.tensors()]

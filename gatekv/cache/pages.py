@@ -17,7 +17,8 @@ class Pages:
     but for its last one, so a token's place in its row says page and slot.
 
     Attributes:
-        keys, values: [P, block_size, head_dim], the pool; unused slots are finite, never read.
+        keys, values: [P, block_size, head_dim], the pool (keys may be narrower, see `narrow`); unused slots are
+            finite, never read.
         positions: [P, block_size] int32, slot in the sequence as fed (pads counted).
         scores: [P, block_size] float32 while a later trim needs them, else None.
         owners: [P] int32, row of each page, FREE where it has none. ordinals: [P] int32, its number within the row.
@@ -70,16 +71,26 @@ class Pages:
         rows, slots = keep.nonzero(as_tuple=True)
         if not len(rows):
             return
-        place = (keep.cumsum(-1) - 1)[rows, slots] + self.lengths[rows]
+        sources = [keys.flatten(0, 1)[rows, slots], values.flatten(0, 1)[rows, slots], (slots + start).int()]
+        if self.scores is not None:
+            sources.append(scores.flatten(0, 1)[rows, slots].float())
+        self._add(rows, (keep.cumsum(-1) - 1)[rows, slots], keep.sum(-1), sources)
+
+    def absorb(self, other: "Pages") -> None:
+        """Add all tokens of another store over the same rows, with keys as wide and scores or none alike."""
+        occupied = other.occupied()
+        rows, place = (t.expand_as(occupied)[occupied] for t in other._held())
+        self._add(rows, place, other.lengths, [t[occupied] for t in other._pool()])
+
+    def _add(self, rows: Tensor, order: Tensor, counts: Tensor, sources: list[Tensor]) -> None:
+        """Write new tokens, number `order` among the counts [rows] new ones of row `rows`, into the pool."""
+        place = order + self.lengths[rows]
         self._own()
-        self.lengths = self.lengths + keep.sum(-1)
+        self.lengths = self.lengths + counts
         self.tokens += len(rows)
         self._allocate()
         entry = self.table.starts.long()[rows] + place // self.block_size
         at = self.table.pages.long()[entry] * self.block_size + place % self.block_size
-        sources = [keys.flatten(0, 1)[rows, slots], values.flatten(0, 1)[rows, slots], (slots + start).int()]
-        if self.scores is not None:
-            sources.append(scores.flatten(0, 1)[rows, slots].float())
         for pool, source in zip(self._pool(), sources):
             pool.flatten(0, 1)[at] = source
 
@@ -154,18 +165,27 @@ class Pages:
         self.owners[self.ordinals >= self._pages_for(left)[rows[:, 0]]] = FREE
         self._index()
 
-    def lowest(self, scores: Tensor, count: Tensor) -> Tensor:
-        """[P, block_size] bool: in each row the count [rows] tokens of lowest score [P, block_size]; ties as stored."""
+    def unrolled(self, slots: Tensor, fill: float = 0.0) -> Tensor:
+        """[P, block_size] -> [rows, longest]: by place in the row, `fill` where a row is shorter."""
         occupied = self.occupied()
-        rows = self._held()[0].expand_as(occupied)[occupied]
-        order = scores[occupied].argsort(stable=True)
-        order = order[rows[order].argsort(stable=True)]  # by row, and by score within it
-        rank = torch.empty_like(order)
-        starts = (self.lengths.cumsum(0) - self.lengths)[rows[order]]
-        rank[order] = torch.arange(len(order), device=order.device) - starts
-        out = torch.zeros_like(occupied)
-        out[occupied] = rank < count[rows]
+        rows, place = (t.expand_as(occupied)[occupied] for t in self._held())
+        longest = int(self.lengths.max()) if len(self.lengths) else 0
+        out = slots.new_full((len(self.lengths), longest), fill)
+        out[rows, place] = slots[occupied]
         return out
+
+    def rolled(self, places: Tensor) -> Tensor:
+        """The way back: [rows, longest] -> [P, block_size], zeros in slots that hold no token."""
+        occupied = self.occupied()
+        rows, place = (t.expand_as(occupied)[occupied] for t in self._held())
+        out = places.new_zeros(occupied.shape)
+        out[occupied] = places[rows, place]
+        return out
+
+    def narrow(self, channels: Tensor) -> None:
+        """Drop key channels: channels [rows, kept] are those that stay."""
+        index = channels[self.owners.clamp_min(0).long()][:, None].expand(-1, self.block_size, -1)
+        self.keys = self.keys.gather(-1, index)
 
     def filter(self, keep: Tensor, base: int = 0) -> None:
         """Drop tokens at slots >= base that keep [batch, kv_heads, slots - base] does not flag, and the scores."""
@@ -214,8 +234,8 @@ class Pages:
             ValueError: when their shapes do not belong together.
         """
         pool, block, _ = saved["keys"].shape
-        wanted = {"values": saved["keys"].shape, "positions": (pool, block), "owners": (pool,), "ordinals": (pool,),
-                  "lengths": self.lengths.shape}  # fmt: skip
+        wanted = {"values": (pool, block, saved["values"].shape[-1]), "positions": (pool, block), "owners": (pool,),
+                  "ordinals": (pool,), "lengths": self.lengths.shape}  # fmt: skip
         for name, shape in wanted.items():
             if saved[name].shape != shape:
                 raise ValueError(f"pages.{name} has shape {tuple(saved[name].shape)}, not {tuple(shape)}.")

@@ -58,6 +58,16 @@ class Plan:
         return isinstance(self.policy.rule, Decay)
 
     @property
+    def streams(self) -> bool:
+        """Another score than a gate's goes on evicting while decoding, within the buffer that the prompt left."""
+        return not self.learned and self.policy.scorer.streams and not (self.keep_later or self.turns)
+
+    @property
+    def queries(self) -> int:
+        """How many of the prompt's last queries are needed at its end."""
+        return max(self.policy.scorer.queries, self.policy.width.window if self.policy.width else 0)
+
+    @property
     def trims(self) -> bool:
         """Flags act inside the prompt (sparse), and an exact trim follows at its end."""
         return self.learned and not self.dense and not self.streaming
@@ -65,7 +75,8 @@ class Plan:
     @property
     def waits(self) -> bool:
         """Something is decided at the end of the prompt, so the cache must know where that is."""
-        return (self.dense or not self.streaming) and self.policy.ratio != 1
+        narrows = self.policy.width is not None
+        return narrows or ((self.dense or not self.streaming) and self.policy.ratio != 1)
 
     @property
     def grace(self) -> int:

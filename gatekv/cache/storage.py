@@ -9,23 +9,31 @@ import torch
 from safetensors import SafetensorError, safe_open
 from safetensors.torch import save_file
 
+from gatekv.cache.buffer import Buffer
 from gatekv.cache.layer import KVLayer, Phase
+from gatekv.cache.pages import Pages
+from gatekv.cache.thin import Thin
 from gatekv.fingerprint import fingerprint, gates_sha256
-from gatekv.policies import BUDGETS, SCORERS, Policy
+from gatekv.policies import BUDGETS, LAYERS, SCORERS, WIDTHS, Policy
 from gatekv.version import VERSION
 
 KEY = "gatekv_cache"
 COUNTERS = ("seen", "folded", "base", "first_call")
 POOL = ("keys", "values", "positions", "owners", "ordinals", "lengths", "scores")
 TAIL = ("keys", "values", "flags", "valid", "scores")
-SIDE = ("real", "cut", "room", "queries")
+SIDE = ("real", "cut", "queries")
+PARTS = {"scorer": SCORERS, "rule": BUDGETS, "layers": LAYERS, "width": WIDTHS}  # of a policy
 
 
-def _describe(part, known: dict, what: str) -> dict:
-    """{"name", "fields"} of a scorer or rule."""
+def _describe(part, known: dict, what: str) -> dict | None:
+    """{"name", "fields"} of one part of a policy."""
+    if part is None:
+        return None
     name = next((n for n, cls in known.items() if cls is type(part)), None)
     if name is None:
-        raise ValueError(f"only caches under gatekv's own {what}s can be saved, not {type(part).__name__}.")
+        raise ValueError(
+            f"only caches under gatekv's own policies can be saved: {type(part).__name__} is no {what} of it."
+        )
     return {"name": name, "fields": dataclasses.asdict(part)}
 
 
@@ -38,6 +46,10 @@ def _tensors(layer) -> dict[str, torch.Tensor]:
     named |= {n: getattr(layer, n) for n in SIDE}
     named |= {f"gate_state.{i}": t for i, t in enumerate(layer.judge.state or ())}
     named |= {"pending": layer.judge.pending}
+    if layer.thin is not None:
+        named |= {f"thin.{n}": getattr(layer.thin.pages, n) for n in POOL} | {"channels": layer.thin.channels}
+    if layer.buffer is not None:
+        named |= {"room": layer.buffer.room, "recent": layer.buffer.recent}
     return {n: t for n, t in named.items() if t is not None}
 
 
@@ -54,8 +66,7 @@ def save(cache, path: str) -> None:
         "version": VERSION,
         "base": fingerprint(cache.model),
         "gates": gates_sha256(cache.model) if plan.learned else None,
-        "scorer": _describe(plan.policy.scorer, SCORERS, "scorer"),
-        "rule": _describe(plan.policy.rule, BUDGETS, "budget rule"),
+        "policy": {part: _describe(vars(plan.policy)[part], known, part) for part, known in PARTS.items()},
         "budget": plan.policy.ratio,
         "options": {
             "prefill": "dense" if plan.dense else "sparse", "decode": "keep" if plan.keep_later else "evict",
@@ -111,9 +122,9 @@ def load(cls, path: str, model, backend: str | None):
     weight = next(model.parameters())
     header, tensors = _read(path, weight.device)
     _check(path, header, model)
-    scorer, rule = (known[header[part]["name"]](**header[part]["fields"]) for part, known in
-                    (("scorer", SCORERS), ("rule", BUDGETS)))  # fmt: skip
-    policy = Policy(scorer, rule, header["budget"])
+    said = {part: d for part, d in header["policy"].items() if d is not None}
+    parts = {part: PARTS[part][d["name"]](**d["fields"]) for part, d in said.items()}
+    policy = Policy(ratio=header["budget"], **parts)
     cache = cls(model, policy, header["budget"], backend=backend, **header["options"])
     for i, (layer, state) in enumerate(zip(cache.layers, header["layers"])):
         mine = {n.split(".", 1)[1]: t for n, t in tensors.items() if n.split(".", 1)[0] == str(i)}
@@ -139,5 +150,11 @@ def _fill(layer: KVLayer, mine: dict[str, torch.Tensor], state: dict) -> None:
     layer.pages.restore({n: mine.get(f"pages.{n}") for n in POOL})
     for name in SIDE:
         setattr(layer, name, mine.get(name))
+    if "channels" in mine:
+        old = Pages(mine["tail.keys"][:, :, :0], layer.plan.block_size)
+        old.restore({n: mine.get(f"thin.{n}") for n in POOL})
+        layer.thin = Thin(old, mine["channels"])
+    if "room" in mine:
+        layer.buffer = Buffer(mine["room"], mine["recent"])
     layer.judge.pending = mine.get("pending")
     layer.judge.state = tuple(mine[n] for n in sorted(mine) if n.startswith("gate_state.")) or None

@@ -74,6 +74,18 @@ def received_attention(q, k, *, window: int, scale: float, mask: Tensor | None =
     return p.masked_fill(i - j < max(window, 1), 0).amax((2, 3))
 
 
+def attention_mass(q, k, *, scale: float, valid: Tensor) -> Tensor:
+    """Per key, the probability that all queries of a causal prompt give it, summed over queries, mean over a group.
+
+    q: [B, H, T, D]; k: [B, K, T, D]; valid: [B, T] bool, pads neither ask nor receive. Returns [B, K, T] in the
+    accumulation dtype (H2O, arXiv 2306.14048).
+    """
+    acc = accumulation_dtype(q)
+    s = torch.einsum("bkgqd,bktd->bkgqt", group_queries(q, k.shape[1]).to(acc), k.to(acc)) * scale
+    seen = causal_mask(q.shape[2], k.shape[2], q.device) & (valid[:, :, None] & valid[:, None])[:, None, None]
+    return s.masked_fill(~seen, -torch.inf).softmax(-1).masked_fill(~seen, 0).sum(-2).mean(2)
+
+
 def dense_segment(q, k, v, mask: Tensor, scale: float) -> tuple[Tensor, Tensor]:
     """Attention over a rectangular memory, answered as (output, log-sum-exp).
 
@@ -94,7 +106,7 @@ def dense_segment(q, k, v, mask: Tensor, scale: float) -> tuple[Tensor, Tensor]:
 def paged_segment(q, keys, values, table, scale: float) -> tuple[Tensor, Tensor]:
     """Attention over a paged memory in which every (sequence, kv head) row has its own tokens.
 
-    q: [B, H, Q, D]; keys, values: [P, block, D], the pool; table: `gatekv.ops.page_table.PageTable` over B·K rows.
+    q: [B, H, Q, D]; keys [P, block, D], values [P, block, D'], the pool; table: a `PageTable` over B·K rows.
     Every query sees every token of its row, whatever the order. Returns as `dense_segment`.
     """
     b, h, n, d = q.shape
@@ -108,7 +120,22 @@ def paged_segment(q, keys, values, table, scale: float) -> tuple[Tensor, Tensor]
         lse = s.logsumexp(-1)
         outs.append(torch.exp(s - lse.masked_fill(lse == -torch.inf, 0)[..., None]) @ v)
         lses.append(lse)
-    return torch.stack(outs).reshape(b, h, n, d), torch.stack(lses).reshape(b, h, n)
+    return torch.stack(outs).reshape(b, h, n, -1), torch.stack(lses).reshape(b, h, n)
+
+
+def paged_mass(q, keys, table, lse, scale: float) -> Tensor:
+    """The attention that each token of a paged memory receives: [P, block], mean over the query heads of a group.
+
+    q: [B, H, 1, D]; lse: [B, H, 1], log-sum-exp over everything the query saw; keys, table as in `paged_segment`. Slots
+    that hold no token get 0. In the accumulation dtype.
+    """
+    b, acc = q.shape[0], accumulation_dtype(q)
+    heads = group_queries(q, table.rows // b).to(acc).flatten(0, 1)[:, :, 0]  # [B*K, G, D]
+    norm = group_queries(lse[..., None], table.rows // b).to(acc).flatten(0, 1)[:, :, 0]  # [B*K, G, 1]
+    out = torch.zeros(keys.shape[:2], dtype=acc, device=keys.device)
+    for p, r, f in zip(*(t.tolist() for t in (table.pages, table.owners, table.fill))):
+        out[p, :f] = torch.exp(heads[r] @ keys[p, :f].to(acc).T * scale - norm[r]).mean(0)
+    return out
 
 
 def merge(segments: list[tuple[Tensor, Tensor]]) -> tuple[Tensor, Tensor]:

@@ -18,14 +18,30 @@ def paged_segment(q: Tensor, keys: Tensor, values: Tensor, table: PageTable, sca
     x = (group_queries(q, table.rows // b).to(accumulation_dtype(q)) * scale).reshape(table.rows, -1, d)
     answer = _row_by_row if x.shape[1] > FEW_QUERIES else _even_rows if table.even else _page_by_page
     out, lse = answer(x, keys, values, table)
-    return out.reshape(b, h, n, d), lse.reshape(b, h, n)
+    return out.reshape(b, h, n, -1), lse.reshape(b, h, n)
+
+
+def paged_mass(q: Tensor, keys: Tensor, table: PageTable, lse: Tensor, scale: float) -> Tensor:
+    """See `gatekv.ops.naive.paged_mass`."""
+    b, acc = q.shape[0], accumulation_dtype(q)
+    x = (group_queries(q, table.rows // b).to(acc) * scale).reshape(table.rows, -1, q.shape[-1])
+    norm, owners = lse.to(acc).reshape(table.rows, -1, 1), table.owners.long()
+    out = torch.zeros(keys.shape[:2], dtype=acc, device=keys.device)
+    for a in range(0, len(owners), CHUNK):
+        span = slice(a, a + CHUNK)
+        k, mine = keys.index_select(0, table.pages[span]).to(acc), owners[span]
+        s = torch.bmm(x.index_select(0, mine), k.transpose(1, 2))
+        out[table.pages[span].long()] = s.sub_(norm.index_select(0, mine)).exp_().mean(1)
+    unused = torch.arange(keys.shape[1], device=keys.device) >= table.fill[:, None]
+    out[table.pages.long()] = out[table.pages.long()].masked_fill(unused, 0)
+    return out
 
 
 def _page_by_page(x: Tensor, keys: Tensor, values: Tensor, table: PageTable) -> tuple[Tensor, Tensor]:
     """Each page answers alone; answers of one row are summed. x: [rows, queries, D], scaled."""
     owners, (rows, queries, _) = table.owners.long(), x.shape
     if not len(owners):
-        return torch.zeros_like(x), x.new_full(x.shape[:2], -torch.inf)
+        return x.new_zeros(rows, queries, values.shape[-1]), x.new_full(x.shape[:2], -torch.inf)
     spans = [slice(a, a + CHUNK) for a in range(0, len(owners), CHUNK)]
     load = lambda pool, span: pool.index_select(0, table.pages[span]).to(x.dtype)  # noqa: E731
     parts = [torch.bmm(x.index_select(0, owners[span]), load(keys, span).transpose(1, 2)) for span in spans]
@@ -36,7 +52,7 @@ def _page_by_page(x: Tensor, keys: Tensor, values: Tensor, table: PageTable) -> 
     top = x.new_full((rows, queries), torch.finfo(x.dtype).min).scatter_reduce(0, index, s.amax(-1), "amax")
     p = s.sub_(top.index_select(0, owners)[..., None]).exp_()
     total = x.new_zeros(rows, queries).index_add_(0, owners, p.sum(-1))
-    out = torch.zeros_like(x)
+    out = x.new_zeros(rows, queries, values.shape[-1])
     for span in spans:
         out.index_add_(0, owners[span], torch.bmm(p[span], load(values, span)))
     empty = total == 0
@@ -50,7 +66,7 @@ def _even_rows(x: Tensor, keys: Tensor, values: Tensor, table: PageTable) -> tup
     step = max(1, CHUNK // table.rows)
     for a in range(0, table.even, step):
         part = pages[:, a : a + step]
-        k, v = (t.index_select(0, part.flatten()).to(x.dtype).view(table.rows, -1, x.shape[2]) for t in (keys, values))
+        k, v = (t.index_select(0, part.flatten()).to(x.dtype).view(table.rows, -1, t.shape[2]) for t in (keys, values))
         hidden = None
         if a + step >= table.even:  # only the last page of a row can be part empty
             hidden = (slots >= fill[:, a : a + step, None]).view(table.rows, 1, 1, -1)
@@ -60,7 +76,7 @@ def _even_rows(x: Tensor, keys: Tensor, values: Tensor, table: PageTable) -> tup
 
 def _row_by_row(x: Tensor, keys: Tensor, values: Tensor, table: PageTable) -> tuple[Tensor, Tensor]:
     """Many queries: each row's pages are gathered once and read by all of them."""
-    out, lse = torch.zeros_like(x), x.new_full(x.shape[:2], -torch.inf)
+    out, lse = x.new_zeros(*x.shape[:2], values.shape[-1]), x.new_full(x.shape[:2], -torch.inf)
     starts, lengths = table.starts.tolist(), table.lengths.tolist()
     for r in range(table.rows):
         if not lengths[r]:

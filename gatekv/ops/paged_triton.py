@@ -12,24 +12,24 @@ SPLIT_TOKENS = 1024  # tokens that one program reads
 
 
 @triton.jit
-def _split(Q, K, V, Pages, Starts, Fill, Out, Lse, scale, stride_page, queries, splits, per_split,
-           M: tl.constexpr, D: tl.constexpr, HEAD_DIM: tl.constexpr, BLOCK: tl.constexpr,
-           GROUP: tl.constexpr):  # fmt: skip
+def _split(Q, K, V, Pages, Starts, Fill, Out, Lse, scale, stride_key, stride_value, queries, splits, per_split,
+           M: tl.constexpr, D: tl.constexpr, V_D: tl.constexpr, KEY_DIM: tl.constexpr, HEAD_DIM: tl.constexpr,
+           BLOCK: tl.constexpr, GROUP: tl.constexpr):  # fmt: skip
     """One row, one range of its pages: softmax-weighted values and log-sum-exp over that range.
 
-    Tiles: queries [M, D], keys and values [GROUP * BLOCK, D] = GROUP pages of BLOCK tokens.
+    Tiles: queries [M, D], keys [GROUP * BLOCK, D], values [GROUP * BLOCK, V_D] = GROUP pages of BLOCK tokens.
     """
     row, split = tl.program_id(0), tl.program_id(1)
     first, last = tl.load(Starts + row), tl.load(Starts + row + 1)
     begin = first + split * per_split
     end = tl.minimum(begin + per_split, last)
-    m, d = tl.arange(0, M), tl.arange(0, D)
-    real_q, real_d = m < queries, d < HEAD_DIM
-    q = tl.load(Q + (row * queries + m[:, None]) * HEAD_DIM + d, mask=real_q[:, None] & real_d[None, :], other=0.0)
+    m, d, e = tl.arange(0, M), tl.arange(0, D), tl.arange(0, V_D)
+    real_q, real_d, real_e = m < queries, d < KEY_DIM, e < HEAD_DIM
+    q = tl.load(Q + (row * queries + m[:, None]) * KEY_DIM + d, mask=real_q[:, None] & real_d[None, :], other=0.0)
     q = (q.to(tl.float32) * scale).to(K.dtype.element_ty)
     top = tl.full([M], float("-inf"), tl.float32)
     total = tl.zeros([M], tl.float32)
-    acc = tl.zeros([M, D], tl.float32)
+    acc = tl.zeros([M, V_D], tl.float32)
     tokens = tl.arange(0, GROUP * BLOCK)
     for entry in range(begin, end, GROUP):
         place = entry + tokens // BLOCK
@@ -37,10 +37,10 @@ def _split(Q, K, V, Pages, Starts, Fill, Out, Lse, scale, stride_page, queries, 
         page = tl.load(Pages + place, mask=inside, other=0).to(tl.int64)
         used = tl.load(Fill + place, mask=inside, other=0)
         live = tokens % BLOCK < used
-        at = page * stride_page + (tokens % BLOCK) * HEAD_DIM
-        mask = live[:, None] & real_d[None, :]
-        k = tl.load(K + at[:, None] + d, mask=mask, other=0.0)
-        v = tl.load(V + at[:, None] + d, mask=mask, other=0.0)
+        key_at = page * stride_key + (tokens % BLOCK) * KEY_DIM
+        value_at = page * stride_value + (tokens % BLOCK) * HEAD_DIM
+        k = tl.load(K + key_at[:, None] + d, mask=live[:, None] & real_d[None, :], other=0.0)
+        v = tl.load(V + value_at[:, None] + e, mask=live[:, None] & real_e[None, :], other=0.0)
         s = tl.where(live[None, :], tl.dot(q, tl.trans(k), input_precision="ieee"), float("-inf"))
         new_top = tl.maximum(top, tl.max(s, 1))
         p = tl.exp(s - new_top[:, None])
@@ -51,7 +51,7 @@ def _split(Q, K, V, Pages, Starts, Fill, Out, Lse, scale, stride_page, queries, 
     seen = total > 0
     total = tl.where(seen, total, 1.0)
     to = (row * splits + split) * queries + m
-    tl.store(Out + to[:, None] * HEAD_DIM + d, acc / total[:, None], mask=real_q[:, None] & real_d[None, :])
+    tl.store(Out + to[:, None] * HEAD_DIM + e, acc / total[:, None], mask=real_q[:, None] & real_e[None, :])
     tl.store(Lse + to, tl.where(seen, top + tl.log(total), float("-inf")), mask=real_q)
 
 
@@ -59,18 +59,19 @@ def paged_segment(q, keys, values, table: PageTable, scale: float) -> tuple[torc
     """See `gatekv.ops.naive.paged_segment`. float64 and many queries go to the torch path."""
     b, h, n, d = q.shape
     x = group_queries(q, table.rows // b).reshape(table.rows, -1, d).contiguous()
-    queries, block = x.shape[1], keys.shape[1]
+    queries, block, width = x.shape[1], keys.shape[1], values.shape[2]
     if queries > paged_attention.FEW_QUERIES or q.dtype == torch.float64 or not len(table.pages):
         return paged_attention.paged_segment(q, keys, values, table, scale)
     per_split = max(1, SPLIT_TOKENS // block)
     splits = triton.cdiv(table.longest, per_split)
-    out = torch.empty(table.rows, splits, queries, d, dtype=torch.float32, device=q.device)
+    out = torch.empty(table.rows, splits, queries, width, dtype=torch.float32, device=q.device)
     lse = torch.empty(table.rows, splits, queries, dtype=torch.float32, device=q.device)
     _split[(table.rows, splits)](
-        x, keys, values, table.pages, table.starts, table.fill, out, lse, scale, keys.stride(0), queries, splits,
-        per_split, M=max(16, triton.next_power_of_2(queries)), D=max(16, triton.next_power_of_2(d)), HEAD_DIM=d,
+        x, keys, values, table.pages, table.starts, table.fill, out, lse, scale, keys.stride(0), values.stride(0),
+        queries, splits, per_split, M=max(16, triton.next_power_of_2(queries)), D=max(16, triton.next_power_of_2(d)),
+        V_D=max(16, triton.next_power_of_2(width)), KEY_DIM=d, HEAD_DIM=width,
         BLOCK=block, GROUP=max(1, 64 // block),
     )  # fmt: skip
     whole = lse.logsumexp(1)
     share = torch.exp(lse - whole.masked_fill(whole == -torch.inf, 0)[:, None])
-    return (out * share[..., None]).sum(1).reshape(b, h, n, d), whole.reshape(b, h, n)
+    return (out * share[..., None]).sum(1).reshape(b, h, n, width), whole.reshape(b, h, n)

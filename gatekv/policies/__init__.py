@@ -1,15 +1,23 @@
-"""Policies: a scorer (which tokens matter?) and a budget rule (how much room has each head?)."""
+"""Policies: a scorer (which tokens matter?), a budget (how much room has each head, each layer?), a width (of keys)."""
 
-from dataclasses import dataclass
+from dataclasses import dataclass, field, replace
 
 from gatekv.config import check_choice
-from gatekv.policies.budgets import BUDGETS, Ada, Global, Threshold, Uniform
+from gatekv.policies.adakv import Ada
+from gatekv.policies.budgets import Decay, Global, Threshold, Uniform
 from gatekv.policies.controls import Random, SinksRecent, ValueNorm
 from gatekv.policies.full import Full
 from gatekv.policies.gate import Gate
+from gatekv.policies.h2o import H2O
+from gatekv.policies.keydiff import KeyDiff
 from gatekv.policies.l2 import L2Norm
+from gatekv.policies.layers import Even
+from gatekv.policies.pyramidkv import Pyramid
+from gatekv.policies.scorer import Scorer, View
 from gatekv.policies.snapkv import SnapKV
-from gatekv.policies.view import View
+from gatekv.policies.streaming_llm import StreamingLLM
+from gatekv.policies.think import Channels
+from gatekv.policies.tova import TOVA
 
 SCORERS = {
     "full": Full,
@@ -17,51 +25,117 @@ SCORERS = {
     "sinks_recent": SinksRecent,
     "value_norm": ValueNorm,
     "l2": L2Norm,
+    "keydiff": KeyDiff,
     "snapkv": SnapKV,
+    "tova": TOVA,
+    "h2o": H2O,
+    "streaming_llm": StreamingLLM,
     "gate": Gate,
 }
+BUDGETS = {"threshold": Threshold, "uniform": Uniform, "ada": Ada, "global": Global, "decay": Decay}
+LAYERS = {"even": Even, "pyramid": Pyramid}
+WIDTHS = {"think": Channels}
 
-__all__ = ["Ada", "BUDGETS", "Full", "Gate", "Global", "L2Norm", "Policy", "Random", "SCORERS", "SinksRecent", "SnapKV"]
-__all__ += ["Threshold", "Uniform", "ValueNorm", "View", "resolve"]
+__all__ = ["AdaKV", "BUDGETS", "Gate", "H2O", "KeyDiff", "L2Norm", "LAYERS", "Policy", "PyramidKV", "Random", "SCORERS"]
+__all__ += [
+    "Scorer",
+    "SinksRecent",
+    "SnapKV",
+    "StreamingLLM",
+    "TOVA",
+    "ThinK",
+    "ValueNorm",
+    "View",
+    "WIDTHS",
+    "resolve",
+]
 
 
 @dataclass
 class Policy:
-    """A scorer, a budget rule and the ratio to hold (None: the threshold decides, or everything is kept)."""
+    """One answer to each question.
 
-    scorer: object
-    rule: object
-    ratio: float | None
+    Attributes:
+        scorer: which tokens matter. rule: how heads share a layer's room (None: threshold for a gate, else uniform).
+        ratio: the share to hold (None: the threshold decides, or everything is kept).
+        layers: how layers share the model's room. width: how wide old keys are stored (None: whole).
+    """
+
+    scorer: Scorer
+    rule: object = None
+    ratio: float | None = None
+    layers: Even | Pyramid = field(default_factory=Even)
+    width: Channels | None = None
+
+    def __str__(self) -> str:
+        layers = None if isinstance(self.layers, Even) else self.layers
+        return " x ".join(type(p).__name__ for p in (self.scorer, self.rule, layers, self.width) if p is not None)
+
+
+def _over(policy, default: Scorer, **parts) -> Policy:
+    """The policy, or scorer, or default, with some parts replaced."""
+    policy = default if policy is None else policy
+    return replace(policy if isinstance(policy, Policy) else Policy(policy), **parts)
+
+
+def AdaKV(policy=None, *, alpha: float = 0.2, floor: str = "soft") -> Policy:
+    """Ada-KV (arXiv 2407.11550) over a scorer or policy (None: SnapKV); see `gatekv.policies.adakv.Ada`."""
+    return _over(policy, SnapKV(), rule=Ada(alpha, floor))
+
+
+def PyramidKV(policy=None, *, beta: int = 20, variant: str = "paper") -> Policy:
+    """PyramidKV (arXiv 2406.02069) over a scorer or policy (None: SnapKV); see `gatekv.policies.pyramidkv.Pyramid`."""
+    return _over(policy, SnapKV(), layers=Pyramid(beta, variant))
+
+
+def ThinK(policy=None, *, prune: float = 0.4, window: int = 32) -> Policy:
+    """ThinK (arXiv 2407.21018) over a scorer or policy (None: no token goes); see `gatekv.policies.think.Channels`."""
+    return _over(policy, Full(), width=Channels(prune, window))
+
+
+def _parse(name: str) -> Policy:
+    """ "scorer+part+part" -> Policy; a part is a budget rule, a way to share among layers, or a width."""
+    first, *parts = name.split("+")
+    if first in WIDTHS:  # a width alone: every token stays
+        first, parts = "full", [first, *parts]
+    check_choice("policy", first, {**SCORERS, **WIDTHS})
+    found: dict = {}
+    for part in parts:
+        check_choice("policy part", part, {**BUDGETS, **LAYERS, **WIDTHS})
+        field, kind = next((f, k) for f, k in (("rule", BUDGETS), ("layers", LAYERS), ("width", WIDTHS)) if part in k)
+        if field in found:
+            raise ValueError(f"policy {name!r} names two of {', '.join(kind)}: give one.")
+        found[field] = kind[part]()
+    return Policy(SCORERS[first](), **found)
 
 
 def resolve(policy, budget: float | None) -> Policy:
-    """Turn "snapkv+ada", `SnapKV(window=16)` or a `Policy` into a Policy with its budget checked.
+    """Turn "snapkv+ada+pyramid", `SnapKV(window=16)` or a `Policy` into a Policy with its budget checked.
 
     Raises:
         ValueError: unknown name (with the nearest one), a budget outside (0, 1], or none where one is needed.
     """
-    rule = None
-    if isinstance(policy, Policy):
-        policy, rule = policy.scorer, policy.rule
-    elif isinstance(policy, str):
-        name, *rules = policy.split("+")
-        check_choice("policy", name, SCORERS)
-        if len(rules) > 1:
-            raise ValueError(f"policy {policy!r} names two budget rules; give one of {', '.join(BUDGETS)}.")
-        for r in rules:
-            check_choice("budget rule", r, BUDGETS)
-            rule = BUDGETS[r]()
-        policy = SCORERS[name]()
-    elif not callable(getattr(policy, "score", None)):
-        raise ValueError(f"policy must be a name, a scorer object or a Policy, not {policy!r}.")
-    learned = isinstance(policy, Gate)
-    rule = rule or (Threshold() if learned else Uniform())
-    if isinstance(policy, Full):
+    if isinstance(policy, str):
+        policy = _parse(policy)
+    if isinstance(policy, Scorer):
+        policy = Policy(policy)
+    if not isinstance(policy, Policy):
+        raise ValueError(
+            f"policy must be a name, a Policy, or an object of a class derived from Scorer, not {policy!r}."
+        )
+    scorer, learned = policy.scorer, isinstance(policy.scorer, Gate)
+    rule = policy.rule or (Threshold() if learned else Uniform())
+    if isinstance(scorer, Full):
         budget = 1.0
     if isinstance(rule, Threshold) and not learned:
-        raise ValueError(f"{type(policy).__name__} has no threshold; use one of uniform, ada, global.")
+        raise ValueError(f"{type(scorer).__name__} has no threshold; use one of uniform, ada, global.")
+    if isinstance(policy.layers, Pyramid) and rule.scope != "layer":
+        raise ValueError(
+            f"pyramid gives each layer a number of tokens, and {type(rule).__name__} lets layers compete: use one of "
+            "uniform, ada with it, or leave pyramid out."
+        )
     if budget is None and not isinstance(rule, Threshold):
-        raise ValueError(f"policy {type(policy).__name__} under {type(rule).__name__} needs budget=, e.g. budget=0.25.")
+        raise ValueError(f"policy {type(scorer).__name__} under {type(rule).__name__} needs budget=, e.g. budget=0.25.")
     if budget is not None and not 0 < budget <= 1:
         raise ValueError(f"budget is the share of the prompt that is kept, above 0 and at most 1; got {budget}.")
-    return Policy(policy, rule, budget)
+    return replace(policy, rule=rule, ratio=budget)

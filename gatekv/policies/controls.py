@@ -4,54 +4,48 @@ from dataclasses import dataclass
 
 import torch
 
-from gatekv.policies.view import View
+from gatekv.policies.scorer import Scorer, View
 
 
-def _real_index(valid: torch.Tensor) -> torch.Tensor:
+def real_index(valid: torch.Tensor) -> torch.Tensor:
     """[batch, tokens]: a token's index among its row's real tokens, so that padding changes no score."""
     return valid.long().cumsum(-1) - 1
 
 
 @dataclass
-class Random:
+class Random(Scorer):
     """A pseudo-random number per (seed, layer, head, position in the row); the same with any batch and padding."""
 
     seed: int = 0
     sinks: int = 4
     window: int = 32
-    queries: int = 0
-    skip_layers = ()
 
     def score(self, view: View) -> torch.Tensor:
         heads = torch.arange(view.keys.shape[1], device=view.keys.device)[:, None]
         x = (self.seed * 1009 + view.layer_idx) * 1009 + heads
-        x = x * 2654435761 + _real_index(view.valid)[:, None] + 1
+        x = x * 2654435761 + real_index(view.valid)[:, None] + 1
         for multiplier in (0x9E3779B1, 0x85EBCA6B, 0xC2B2AE35):  # xor-shift-multiply, as in common integer hashes
             x = ((x ^ (x >> 15)) * multiplier) & 0xFFFFFFFF
         return (x ^ (x >> 13)).float() / 2**32
 
 
 @dataclass
-class SinksRecent:
-    """Attention sinks and the most recent tokens (StreamingLLM's set, arXiv 2309.17453, original positions)."""
+class SinksRecent(Scorer):
+    """Attention sinks and the most recent tokens (StreamingLLM's set, decided once and under the common protection)."""
 
     sinks: int = 4
     window: int = 32
-    queries: int = 0
-    skip_layers = ()
 
     def score(self, view: View) -> torch.Tensor:
-        return _real_index(view.valid)[:, None].float().expand(view.keys.shape[:3])
+        return real_index(view.valid)[:, None].float().expand(view.keys.shape[:3])
 
 
 @dataclass
-class ValueNorm:
+class ValueNorm(Scorer):
     """Keeps the tokens with the largest value vectors."""
 
     sinks: int = 4
     window: int = 32
-    queries: int = 0
-    skip_layers = ()
 
     def score(self, view: View) -> torch.Tensor:
         return view.values.float().norm(dim=-1)

@@ -4,17 +4,14 @@ from dataclasses import dataclass
 
 import torch
 
-from gatekv.policies.view import View
+from gatekv.policies.scorer import Scorer, View
 
 
 @dataclass
-class Full:
+class Full(Scorer):
     """Keeps every token whatever the budget; the row that every ratio is taken against."""
 
-    sinks: int = 0
-    window: int = 0
     queries: int = 0
-    skip_layers = ()
 
     def score(self, view: View) -> torch.Tensor:
         return torch.zeros(view.keys.shape[:3], device=view.keys.device)

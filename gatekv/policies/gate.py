@@ -4,17 +4,17 @@ from dataclasses import dataclass
 
 import torch
 
-from gatekv.policies.view import View
+from gatekv.policies.scorer import Scorer, View
 
 
 @dataclass
-class Gate:
+class Gate(Scorer):
     """Scores are the adapter's gate logits (Attention-Gate, arXiv 2410.12876). sinks and window: None = as trained."""
 
     sinks: int | None = None
     window: int | None = None
-    queries: int = 0
-    skip_layers = ()
+    streams = True
+    decode = "evict"
 
     def score(self, view: View) -> torch.Tensor:
         return view.gate_logits()

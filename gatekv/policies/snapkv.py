@@ -6,11 +6,24 @@ import torch
 
 from gatekv.config import check_choice
 from gatekv.ops.naive import accumulation_dtype, causal_mask, group_queries
-from gatekv.policies.view import View
+from gatekv.policies.scorer import Scorer, View
+
+
+def window_attention(view: View, window: int) -> torch.Tensor:
+    """Softmax of the last `window` queries over all keys, causal: [batch, kv_heads, group, window, tokens].
+
+    A row shorter than the window has pads among its last queries; they see nothing and count for nothing.
+    """
+    acc = accumulation_dtype(view.keys)
+    q = group_queries(view.queries[:, :, -window:], view.keys.shape[1]).to(acc)
+    s = torch.einsum("bkgqd,bktd->bkgqt", q, view.keys.to(acc)) * view.scaling
+    seen = causal_mask(window, view.keys.shape[2], s.device) & view.valid[:, None, None, None]
+    a = s.masked_fill(~seen, -torch.inf).softmax(-1).masked_fill(~seen, 0)
+    return a.masked_fill(~view.valid[:, None, None, -window:, None], 0)
 
 
 @dataclass
-class SnapKV:
+class SnapKV(Scorer):
     """Decides once, at the end of the prompt.
 
     A = softmax of the last `window` queries over all keys (causal inside the window), summed over the window, mean over
@@ -28,8 +41,6 @@ class SnapKV:
     pooling: str = "max"
     sinks: int = 0
 
-    skip_layers = ()
-
     def __post_init__(self):
         check_choice("pooling", self.pooling, ("max", "mean"))
         if self.kernel < 1 or self.kernel % 2 == 0:
@@ -39,15 +50,8 @@ class SnapKV:
         self.queries = self.window
 
     def score(self, view: View) -> torch.Tensor:
-        acc = accumulation_dtype(view.keys)
-        q = group_queries(view.queries[:, :, -self.queries :], view.keys.shape[1]).to(acc)
-        b, kv, g, w, _ = q.shape
-        n = view.keys.shape[2]
-        s = torch.einsum("bkgqd,bktd->bkgqt", q, view.keys.to(acc)) * view.scaling
-        seen = causal_mask(w, n, s.device) & view.valid[:, None, None, None]
-        # A row shorter than the window has pads among its "last queries"; they see nothing and count for nothing.
-        a = s.masked_fill(~seen, -torch.inf).softmax(-1).masked_fill(~seen, 0)
-        a = a.masked_fill(~view.valid[:, None, None, -w:, None], 0).sum(-2).mean(2)
+        n, w = view.keys.shape[2], min(self.window, view.keys.shape[2])
+        a = window_attention(view, w).sum(-2).mean(2)
         pool = torch.nn.functional.max_pool1d if self.pooling == "max" else torch.nn.functional.avg_pool1d
         older = pool(a[:, :, : n - w], self.kernel, stride=1, padding=self.kernel // 2) if n > w else a[:, :, :0]
-        return torch.cat([older, a[:, :, max(n - w, 0) :]], -1)
+        return torch.cat([older, a[:, :, n - w :]], -1)

@@ -104,7 +104,7 @@ def test_several_adapters_are_switched_and_deleted(saved):
 
 def test_adapter_goes_onto_a_model_that_has_bare_wrappers():
     base = tiny(dtype=torch.float32)
-    gatekv.KVCache(base, "l2", 0.5)
+    gatekv.KVCache(base, "keydiff", 0.5)
     model = gated(model=base, dtype=torch.float32, window=5)
     assert torch.equal(flags(model)[2], flags(gated(dtype=torch.float32, window=5))[2])
     plain = gatekv.detach(model)

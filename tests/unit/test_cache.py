@@ -29,7 +29,7 @@ def live_tensors_bytes():
     return sum(seen.values())
 
 
-@pytest.mark.parametrize("policy", ["snapkv", "random", "random+global", "l2+ada", "gate+global"])
+@pytest.mark.parametrize("policy", ["snapkv", "random", "random+global", "keydiff+ada", "gate+global"])
 def test_bytes_are_counted_from_storages_and_follow_the_flags(policy):
     model = gated(window=4, sinks=2, dtype=torch.float32)
     cache, _, mask = filled(model, policy, 0.75, (200, 180))
@@ -181,7 +181,9 @@ def test_fork_shares_nothing_that_changes():
     assert all(torch.equal(a, b) for a, b in zip(flags, cache.flags()))
 
 
-@pytest.mark.parametrize("policy,budget", [("snapkv", 0.75), ("gate+global", 0.5), ("l2+ada", 0.5), ("full", None)])
+@pytest.mark.parametrize(
+    "policy,budget", [("snapkv", 0.75), ("gate+global", 0.5), ("keydiff+ada", 0.5), ("full", None)]
+)
 def test_shared_prefill_decides_as_a_prefill_of_its_own(policy, budget):
     model = gated(window=4, gate="attention", context_window=6)
     ids, mask = padded_batch([60, 50])
@@ -228,28 +230,28 @@ def test_errors_name_the_cure():
     with pytest.raises(ValueError, match="needs an adapter"):
         gatekv.KVCache(model, "gate")
     with pytest.raises(ValueError, match="Known: dense, sparse"):
-        gatekv.KVCache(model, "l2", 0.5, prefill="spares")
+        gatekv.KVCache(model, "keydiff", 0.5, prefill="spares")
     with pytest.raises(ValueError, match="needs a causal gate"):
-        gatekv.KVCache(model, "l2", 0.5, prefill="sparse")
+        gatekv.KVCache(model, "keydiff", 0.5, prefill="sparse")
     with pytest.raises(ValueError, match="calibrat"):
         gatekv.KVCache(gated(), "gate", 0.25)
     with pytest.raises(ValueError, match="below the 36 that sinks . window protect"):
         filled(model, "random", 0.25, (60, 50))
     with pytest.raises(ValueError, match="prompt_tokens=N"):
         ids, _ = padded_batch([40])
-        cache = gatekv.KVCache(model, "l2", 0.5)
+        cache = gatekv.KVCache(model, "keydiff", 0.5)
         model(ids[:, :20], past_key_values=cache)
         model(ids[:, 20:], past_key_values=cache)
     with pytest.raises(ValueError, match="cannot take back 3 tokens"):
-        filled(model, "l2", 0.5)[0].crop(-3)
+        filled(model, "keydiff", 0.5)[0].crop(-3)
     with pytest.raises(ValueError, match="decide.. needs a cache made by"):
-        filled(model, "l2", 0.5)[0].decide("l2", 0.5)
+        filled(model, "keydiff", 0.5)[0].decide("keydiff", 0.5)
     flex = tiny()
     flex.config._attn_implementation_internal = "flex_attention"
     with pytest.raises(ValueError, match="attn_implementation= one of sdpa, eager"):
-        gatekv.KVCache(flex, "l2", 0.5)
+        gatekv.KVCache(flex, "keydiff", 0.5)
     with pytest.raises(ValueError, match="Linear is no transformers model"):
-        gatekv.KVCache(torch.nn.Linear(2, 2), "l2", 0.5)
+        gatekv.KVCache(torch.nn.Linear(2, 2), "keydiff", 0.5)
 
 
 def test_streaming_budget_below_protection_is_refused():

@@ -59,13 +59,13 @@ def test_rows_carry_everything_and_full_is_exact(short_tasks):
 
 
 def test_a_full_budget_scores_as_the_full_cache(short_tasks):
-    cells = run(gated(window=4, dtype=torch.float64), ["gate+global", "snapkv+ada", "l2"], [1.0], n=4)
+    cells = run(gated(window=4, dtype=torch.float64), ["gate+global", "snapkv+ada", "keydiff"], [1.0], n=4)
     for cell in cells[1:]:
         assert max(abs(x) for group in cell.kls for x in group) < 1e-6
 
 
 def test_impossible_budgets_are_refused_in_the_table_not_by_a_crash(short_tasks):
-    cells = run(tiny(dtype=torch.float32), ["random", "l2"], [0.1], task="niah_multikey", n=2)
+    cells = run(tiny(dtype=torch.float32), ["random", "keydiff"], [0.1], task="niah_multikey", n=2)
     rows = frontier.rows(cells, "niah_multikey", "agnostic", 0)
     assert rows[1]["score"] is None and "below the 36" in rows[1]["refused"]
     assert rows[2]["score"] is not None

@@ -158,7 +158,7 @@ def test_models_that_would_be_answered_wrongly_are_refused(model_type):
     changes, reason = REFUSED[model_type]
     model = other(model_type, **changes)
     implementation = model.config._attn_implementation
-    for use in (lambda: gatekv.KVCache(model, "l2", 0.5), lambda: gated(model=model)):
+    for use in (lambda: gatekv.KVCache(model, "keydiff", 0.5), lambda: gated(model=model)):
         with pytest.raises(ValueError, match=reason) as error:
             use()
         assert "\n" not in str(error.value)
@@ -170,7 +170,7 @@ def test_an_encoder_decoder_is_refused():
              for name, n in (("layers", 1), ("attention_heads", 2), ("ffn_dim", 16))}  # fmt: skip
     model = BartForConditionalGeneration(BartConfig(vocab_size=97, d_model=16, max_position_embeddings=32, **sides))
     with pytest.raises(ValueError, match="encoder-decoder"):
-        gatekv.KVCache(model, "l2", 0.5)
+        gatekv.KVCache(model, "keydiff", 0.5)
 
 
 def test_differential_attention_is_refused_where_it_asks_twice():

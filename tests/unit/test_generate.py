@@ -58,7 +58,7 @@ def test_generate_continues_a_cache_that_was_filled_before():
 def test_a_question_after_the_prompt_is_not_compressed():
     model = tiny()
     ids, _ = padded_batch([60])
-    cache = gatekv.KVCache(model, "l2", 0.5)
+    cache = gatekv.KVCache(model, "keydiff", 0.5)
     with torch.no_grad():
         model(ids[:, :40], past_key_values=cache)
         model(ids[:, 40:], past_key_values=cache)
@@ -92,7 +92,7 @@ def test_rollback_is_refused_in_one_line():
     model = tiny()
     ids, _ = padded_batch([40])
     with pytest.raises(ValueError, match="prompt_tokens=N"):
-        model.generate(ids, past_key_values=gatekv.KVCache(model, "l2", 0.5), prompt_lookup_num_tokens=3, **GREEDY)
+        model.generate(ids, past_key_values=gatekv.KVCache(model, "keydiff", 0.5), prompt_lookup_num_tokens=3, **GREEDY)
 
 
 def test_disabling_the_adapter_in_use_is_noticed():

@@ -54,7 +54,7 @@ def test_float32(family):
 
 
 @pytest.mark.parametrize("policy,budget", [("gate", None), ("gate+global", 0.5), ("gate+ada", 0.5), ("snapkv+ada", 0.75),
-                                           ("l2", 0.5), ("random+global", 0.8), ("sinks_recent", 0.8)])  # fmt: skip
+                                           ("keydiff", 0.5), ("random+global", 0.8), ("sinks_recent", 0.8)])  # fmt: skip
 def test_each_padded_row_is_its_solo_run(family, policy, budget):
     model = gated(family, window=6, sinks=2)
     lengths = [60, 50, 45]
@@ -74,7 +74,7 @@ def test_each_padded_row_is_its_solo_run(family, policy, budget):
             assert torch.equal(mine[row, :, pads:], alone[0]) and not mine[row, :, :pads].any()
 
 
-@pytest.mark.parametrize("policy", ["full", "gate", "gate+global", "gate+ada", "snapkv", "snapkv+ada", "l2", "random+global",
+@pytest.mark.parametrize("policy", ["full", "gate", "gate+global", "gate+ada", "snapkv", "snapkv+ada", "keydiff", "random+global",
                                     "value_norm", "sinks_recent"])  # fmt: skip
 def test_full_budget_is_the_plain_model(family, policy):
     model = gated(family, window=6)
@@ -103,7 +103,7 @@ def masked_reference(model, ids, flags, window, prompt):
 
 
 @pytest.mark.parametrize(
-    "policy", ["snapkv", "snapkv+ada", "l2+global", "random", "value_norm+ada", "gate+global", "gate+ada"]
+    "policy", ["snapkv", "snapkv+ada", "keydiff+global", "random", "value_norm+ada", "gate+global", "gate+ada"]
 )
 def test_one_shot_policies_mask_the_prompt_for_later_queries(family, policy):
     model = gated(family, window=5, sinks=2)

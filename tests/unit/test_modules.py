@@ -86,7 +86,7 @@ def test_sliding_layers_keep_transformers_own_cache():
     assert [w.layer_idx for w in wrappers(model)] == [1, 3] and len(cache.evicting()) == 2
     got = model.generate(ids, attention_mask=mask, past_key_values=cache, max_new_tokens=10, do_sample=False)
     assert torch.equal(got, wanted)
-    small = gatekv.KVCache(model, "l2+global", 0.5)
+    small = gatekv.KVCache(model, "keydiff+global", 0.5)
     model.generate(ids, attention_mask=mask, past_key_values=small, max_new_tokens=4, do_sample=False)
     kept = torch.stack(small.flags())[..., :40].sum()
     assert len(small.flags()) == 2 and kept <= 0.5 * (40 + 31) * 3 * 2
@@ -106,7 +106,7 @@ def test_the_law_beside_sliding_layers():
 def test_a_model_of_sliding_layers_only_says_so():
     config = MistralConfig(**SHAPE, sliding_window=8)
     with pytest.raises(ValueError, match="bounded already|no `self_attn`"):
-        gatekv.KVCache(MistralForCausalLM(config).eval(), "l2", 0.5)
+        gatekv.KVCache(MistralForCausalLM(config).eval(), "keydiff", 0.5)
 
 
 def test_attention_layers_are_found_by_name_inside_any_wrapper():

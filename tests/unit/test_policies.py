@@ -3,9 +3,10 @@
 import pytest
 import torch
 
-from gatekv import policies
-from gatekv.cache.decision import layer_ratios
 from gatekv.policies import BUDGETS, SCORERS, L2Norm, Random, SinksRecent, SnapKV, ValueNorm, View, resolve
+from gatekv.policies.adakv import Ada
+from gatekv.policies.budgets import Threshold, Uniform, check_counts
+from gatekv.policies.layers import Even, layer_count
 
 
 def view(batch=2, kv=2, groups=3, n=40, d=4, pads=0, seed=0):
@@ -65,7 +66,10 @@ def test_random_is_seeded_spread_and_differs_by_layer_and_head():
 def keep(rule, scores, ratio, protected=None, valid=None):
     valid = torch.ones(scores.shape[1], scores.shape[3], dtype=torch.bool) if valid is None else valid
     protected = torch.zeros_like(scores, dtype=torch.bool) if protected is None else protected
-    return BUDGETS[rule]().keep(scores, protected, valid, [ratio] * scores.shape[0])
+    counts = torch.tensor([Even().count(ratio, n, 0, 0, 1) for n in valid.sum(-1).tolist()])
+    for guarded in protected:
+        check_counts(counts, guarded, ratio, valid)
+    return BUDGETS[rule]().keep(scores, protected, valid, counts.expand(len(scores), -1))
 
 
 def test_uniform_keeps_the_top_of_each_head():
@@ -126,33 +130,33 @@ def test_budget_below_protection_is_refused(rule):
 
 
 def test_layers_left_whole_are_paid_for_by_the_others():
-    ratios = layer_ratios(0.5, (0, 1), 8)
-    assert ratios[:2] == [1.0, 1.0] and sum(ratios) == pytest.approx(4.0)
+    counts = [layer_count(Even(), (0, 1), 0.5, 120, 0, i, 8) for i in range(8)]
+    assert counts[:2] == [120, 120] and sum(counts) == 4 * 120
     with pytest.raises(ValueError, match="unreachable"):
-        layer_ratios(0.25, (0, 1), 8)
-    assert layer_ratios(0.25, (), 3) == [0.25] * 3
+        layer_count(Even(), (0, 1), 0.25, 120, 0, 3, 8)
+    assert [layer_count(Even(), (), 0.25, 120, 0, i, 3) for i in range(3)] == [30] * 3
 
 
 def test_resolve_strings_objects_and_errors():
     p = resolve("snapkv+ada", 0.25)
-    assert isinstance(p.scorer, SnapKV) and isinstance(p.rule, policies.Ada) and p.ratio == 0.25
-    assert isinstance(resolve(SnapKV(window=16), 0.5).rule, policies.Uniform)
-    assert isinstance(resolve("gate", None).rule, policies.Threshold)
+    assert isinstance(p.scorer, SnapKV) and isinstance(p.rule, Ada) and p.ratio == 0.25
+    assert isinstance(resolve(SnapKV(window=16), 0.5).rule, Uniform)
+    assert isinstance(resolve("gate", None).rule, Threshold)
     assert resolve("full", None).ratio == 1.0
     assert resolve(p, 0.5).ratio == 0.5
     with pytest.raises(ValueError, match="Did you mean 'snapkv'.*Known: full"):
         resolve("snapvk", 0.25)
     with pytest.raises(ValueError, match="Did you mean 'global'"):
         resolve("gate+globl", 0.25)
-    with pytest.raises(ValueError, match="two budget rules"):
+    with pytest.raises(ValueError, match="names two of threshold"):
         resolve("gate+ada+global", 0.25)
     with pytest.raises(ValueError, match="needs budget="):
-        resolve("l2", None)
+        resolve("keydiff", None)
     with pytest.raises(ValueError, match="has no threshold"):
-        resolve("l2+threshold", 0.2)
+        resolve("keydiff+threshold", 0.2)
     for budget in (0, -1, 1.5, 25):
         with pytest.raises(ValueError, match="above 0 and at most 1"):
-            resolve("l2", budget)
+            resolve("keydiff", budget)
     with pytest.raises(ValueError, match="policy must be a name"):
         resolve(3, 0.5)
     with pytest.raises(ValueError, match="kernel must be odd"):

@@ -57,7 +57,7 @@ def test_gates_after_rollbacks_equal_the_parallel_form(family, gate, window):
 
 
 @pytest.mark.parametrize(
-    "policy,budget", [("gate+global", 0.5), ("gate+ada", 0.5), ("snapkv+ada", 0.75), ("l2", 0.5), ("full", None)]
+    "policy,budget", [("gate+global", 0.5), ("gate+ada", 0.5), ("snapkv+ada", 0.75), ("keydiff", 0.5), ("full", None)]
 )
 def test_one_shot_policies_after_rollbacks_equal_a_run_without_drafts(family, policy, budget):
     model = gated(family, window=16, sinks=2, gate="attention", context_window=9)
@@ -73,11 +73,11 @@ def test_one_shot_policies_after_rollbacks_equal_a_run_without_drafts(family, po
     assert all(torch.equal(a.real, b.real) for a, b in zip(cache.evicting(), straight.evicting()))
 
 
-@pytest.mark.parametrize("policy", ["l2", "gate"])
+@pytest.mark.parametrize("policy", ["keydiff", "gate"])
 def test_what_is_still_in_the_tail_needs_no_recording(policy):
     model = gated(window=5, sinks=2)
     ids, _ = padded_batch([70])
-    cache = gatekv.KVCache(model, policy, 0.5 if policy == "l2" else None)
+    cache = gatekv.KVCache(model, policy, 0.5 if policy == "keydiff" else None)
     feed(model, cache, ids[:, :60])
     clean = cache.snapshot()
     feed(model, cache, ids[:, 60:63])
@@ -109,7 +109,7 @@ def test_any_feeding_and_cropping_equals_the_parallel_form(calls, window):
 
 
 @pytest.mark.parametrize(
-    "policy,budget", [("gate", None), ("gate+ada", 0.5), ("snapkv+ada", 0.75), ("l2", 0.5), ("full", None)]
+    "policy,budget", [("gate", None), ("gate+ada", 0.5), ("snapkv+ada", 0.75), ("keydiff", 0.5), ("full", None)]
 )
 @pytest.mark.parametrize("how", ["lookup", "assistant"])
 def test_assisted_generation_gives_the_unassisted_tokens(family, policy, budget, how):
@@ -135,7 +135,7 @@ def test_assisted_generation_needs_to_know_where_the_prompt_ends():
     ids = torch.cat([ids, ids[:, 20:50]], 1)
     with pytest.raises(ValueError, match="prompt_tokens=N"):
         model.generate(
-            input_ids=ids, past_key_values=gatekv.KVCache(model, "l2", 0.5), prompt_lookup_num_tokens=4, **GREEDY
+            input_ids=ids, past_key_values=gatekv.KVCache(model, "keydiff", 0.5), prompt_lookup_num_tokens=4, **GREEDY
         )
     with pytest.raises(ValueError, match="use uniform, ada or a threshold gate"):
         cache = gatekv.KVCache(model, "gate+global", 0.5, prompt_tokens=90)
@@ -198,7 +198,7 @@ def test_what_cannot_be_taken_back_is_refused_and_nothing_is_lost():
     with pytest.raises(ValueError, match="activate_past_recording"):
         cache.crop(-30)
     assert cache.get_seq_length() == 80 and all(torch.equal(a, b) for a, b in zip(flags, cache.flags()))
-    once = gatekv.KVCache(base_model(model), "l2", 0.5)
+    once = gatekv.KVCache(base_model(model), "keydiff", 0.5)
     feed(model, once, ids)
     with pytest.raises(ValueError, match="compressed prompt"):
         once.crop(-1)

@@ -10,7 +10,14 @@ from gatekv.attention import live_mask
 from gatekv.cache.kvcache import distinct_bytes
 from gatekv.modules import base_model
 
-POLICIES = [("gate", None), ("gate+global", 0.5), ("gate+ada", 0.5), ("snapkv+ada", 0.75), ("l2", 0.5), ("full", None)]
+POLICIES = [
+    ("gate", None),
+    ("gate+global", 0.5),
+    ("gate+ada", 0.5),
+    ("snapkv+ada", 0.75),
+    ("keydiff", 0.5),
+    ("full", None),
+]
 
 
 @torch.no_grad()
@@ -18,7 +25,7 @@ def feed(model, cache, ids):
     return model(ids, past_key_values=cache).logits
 
 
-@pytest.mark.parametrize("policy", ["snapkv+ada", "l2", "random+global", "gate+global", "gate+ada"])
+@pytest.mark.parametrize("policy", ["snapkv+ada", "keydiff", "random+global", "gate+global", "gate+ada"])
 def test_each_turn_is_compressed_like_a_prompt(family, policy):
     model = gated(family, window=5, sinks=2)
     ids, _ = padded_batch([180])
@@ -43,7 +50,7 @@ def test_each_turn_is_compressed_like_a_prompt(family, policy):
 def test_compress_says_what_it_needs():
     model = gated(window=4)
     ids, _ = padded_batch([60])
-    cache = gatekv.KVCache(model, "l2", 0.5)
+    cache = gatekv.KVCache(model, "keydiff", 0.5)
     feed(model, cache, ids)
     with pytest.raises(ValueError, match="turns=True"):
         cache.compress()
@@ -113,7 +120,7 @@ def test_a_saved_cache_beside_sliding_layers(tmp_path):
 
     model = mixed()
     ids, _ = padded_batch([40])
-    cache = gatekv.KVCache(model, "l2+global", 0.5)
+    cache = gatekv.KVCache(model, "keydiff+global", 0.5)
     feed(model, cache, ids)
     cache.save(tmp_path / "c.safetensors")
     loaded = gatekv.KVCache.load(tmp_path / "c.safetensors", model)
@@ -155,12 +162,12 @@ def test_loading_refuses_what_does_not_fit(tmp_path):
     with pytest.raises(ValueError, match="'1.real' is missing"):
         gatekv.KVCache.load(tmp_path / "fewer.safetensors", model)
 
-    class Mine(gatekv.policies.L2Norm):
+    class Mine(gatekv.policies.KeyDiff):
         pass
 
     own = gatekv.KVCache(base_model(model), Mine(), 0.5)
     feed(base_model(model), own, ids)
-    with pytest.raises(ValueError, match="gatekv's own scorers"):
+    with pytest.raises(ValueError, match="gatekv.s own policies"):
         own.save(path)
 
 

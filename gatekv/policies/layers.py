@@ -1,0 +1,36 @@
+"""How much room each layer has: evenly, or the same for all but those a method leaves whole.
+
+Every allocation answers `counts(ratio, length, protected, layer, layers)`: tokens per head that layer number `layer` of
+`layers` may keep of a row of `length` real tokens, where the mean over layers is to be ratio · length and `protected`
+tokens (sinks + window) are kept in any case.
+"""
+
+import math
+from dataclasses import dataclass
+
+
+@dataclass
+class Even:
+    """Every layer keeps the same number."""
+
+    def count(self, ratio: float, length: int, protected: int, layer: int, layers: int) -> int:
+        return math.floor(ratio * length + 1e-6)
+
+
+def layer_count(allocation, skip: tuple[int, ...], ratio: float, length: int, protected: int, layer: int,
+                layers: int) -> int:  # fmt: skip
+    """Tokens per head of one layer, when the layers in `skip` stay whole and the others pay for them.
+
+    Raises:
+        ValueError: when nothing would be left for the others ("unreachable").
+    """
+    skipped = sorted({i for i in skip if i < layers})
+    others = layers - len(skipped)
+    rest = ratio if not skipped else (ratio * layers - len(skipped)) / others if others else 0.0
+    if rest <= 0 and ratio < 1:
+        raise ValueError(
+            f"budget {ratio} is unreachable: {len(skipped)} of {layers} layers are left whole; skip fewer layers."
+        )
+    if layer in skipped:
+        return length
+    return allocation.count(rest, length, protected, layer - sum(i < layer for i in skipped), others)

@@ -1,0 +1,71 @@
+"""What a scorer is, and what it may look at when it decides."""
+
+from abc import ABC, abstractmethod
+from collections.abc import Callable
+from dataclasses import dataclass
+
+import torch
+
+ALL = 2**31 - 1  # of a prompt's queries
+
+
+@dataclass
+class View:
+    """One layer's tokens at the moment of decision. All tensors are on the model's device.
+
+    Attributes:
+        keys, values: [batch, kv_heads, tokens, head_dim], post-RoPE.
+        queries: [batch, heads, last, head_dim], the last `last` tokens' queries, post-RoPE.
+        valid: [batch, tokens] bool, False at pads (pads are on the left).
+        scaling: factor on the attention logits. layer_idx: of the layer.
+        gate_logits: () -> [batch, kv_heads, tokens], computed on demand; raises if the model carries no gate.
+    """
+
+    keys: torch.Tensor
+    values: torch.Tensor
+    queries: torch.Tensor
+    valid: torch.Tensor
+    scaling: float
+    layer_idx: int
+    gate_logits: Callable[[], torch.Tensor]
+
+
+class Scorer(ABC):
+    """Which tokens matter? Subclasses are dataclasses; what they leave alone here is what their paper leaves alone.
+
+    Attributes:
+        sinks, window: first and last real tokens that are protected, inside the budget; None: as the adapter says.
+        queries: how many of the prompt's last queries `score` looks at.
+        skip_layers: layers left whole; the others pay for them.
+        streams: can go on after the prompt, within a buffer of the size that the prompt's decision left. Then each
+            held token has a score, which `observe` renews, and the lowest goes at every step.
+        decode: "evict" if the paper does go on, "keep" if tokens after the prompt all stay.
+        watches: `observe` needs the attention that each step's query pays.
+    """
+
+    sinks: int | None = 0
+    window: int | None = 0
+    queries: int = 0
+    skip_layers: tuple[int, ...] = ()
+    streams: bool = False
+    decode: str = "keep"
+    watches: bool = False
+
+    @abstractmethod
+    def score(self, view: View) -> torch.Tensor:
+        """[batch, kv_heads, tokens] float, higher keeps."""
+
+    def recent(self, counts: torch.Tensor, window: int) -> torch.Tensor:
+        """How many of the last tokens stay whatever their score, of counts [...] that may stay; at least a window."""
+        return counts.new_full(counts.shape, window)
+
+    def enter(self, keys: torch.Tensor, index: torch.Tensor) -> torch.Tensor:
+        """[batch, kv_heads, n]: scores with which tokens after the prompt begin, for scorers that stream.
+
+        keys: [batch, kv_heads, n, head_dim]; index: [batch, n], a token's number among its row's real ones.
+        """
+        return keys.new_zeros(keys.shape[:3], dtype=torch.float32)
+
+    def observe(self, scores: torch.Tensor, attention: torch.Tensor) -> torch.Tensor:
+        """Scores after a step from those before it and the attention tokens received, all [batch, kv_heads, held]."""
+        return scores

@@ -1,0 +1,35 @@
+"""StreamingLLM (arXiv 2309.17453): attention sinks and a sliding window."""
+
+from dataclasses import dataclass
+
+import torch
+
+from gatekv.config import check_choice
+from gatekv.policies.controls import real_index
+from gatekv.policies.scorer import Scorer, View
+
+
+@dataclass
+class StreamingLLM(Scorer):
+    """Keeps the first `sinks` tokens and the most recent ones, at the prompt's end and at every step.
+
+    Args:
+        sinks: attention sinks (paper: 4).
+        positions: "original": as most comparisons have it; "slot": the paper's, where positions count places in the
+            cache, so that a text may be longer than any the model was trained on.
+    """
+
+    sinks: int = 4
+    window: int = 0
+    positions: str = "original"
+    streams = True
+    decode = "evict"
+
+    def __post_init__(self):
+        check_choice("positions", self.positions, ("original", "slot"))
+
+    def score(self, view: View) -> torch.Tensor:
+        return real_index(view.valid)[:, None].float().expand(view.keys.shape[:3])
+
+    def enter(self, keys: torch.Tensor, index: torch.Tensor) -> torch.Tensor:
+        return index[:, None].float().expand(keys.shape[:3])

@@ -106,6 +106,8 @@ class KVCache(Cache):
             )
         if isinstance(policy.rule, Decay) and (turns or not learned):
             raise ValueError("budget rule 'decay' is for gates, and decides while decoding: leave turns out.")
+        if policy.scorer.slots and policy.width is not None:
+            raise ValueError("positions='slot' and thin keys are not made for each other: leave think out.")
         calibration = active[0].calibration() if active else None
         if learned and policy.ratio is not None and (streaming or prefill == "sparse") and calibration is None:
             raise ValueError(

@@ -16,6 +16,7 @@ from gatekv.cache.buffer import Buffer
 from gatekv.cache.judge import FOLD, ROLLBACK, Judge
 from gatekv.cache.pages import Pages
 from gatekv.cache.plan import Plan
+from gatekv.cache.slots import Slots
 from gatekv.cache.tail import Tail
 from gatekv.cache.thin import Thin
 from gatekv.ops import backends, segments
@@ -54,8 +55,9 @@ class KVLayer(CacheLayerMixin):
         self.cut = None  # [batch, 1 or kv_heads, 1]: the logit that a later token must exceed, after an exact decision
         self.buffer: Buffer | None = None  # of policies that evict at every step within a fixed size
         self.thin: Thin | None = None  # old tokens whose keys have lost channels
+        self.slots: Slots | None = None  # sinks, where positions count places in the cache
         self.judge = Judge()
-        self.queries = self.hidden = self.scaling = None  # only while a decision is ahead
+        self.queries = self.hidden = self.scaling = self.rotary = None  # only while a decision is ahead
         self.is_initialized = False
 
     # -- what transformers asks of a cache layer
@@ -100,8 +102,8 @@ class KVLayer(CacheLayerMixin):
         self.pages.select(rows)
         self.tail.select(index)
         self.judge.select(index)
-        if self.thin is not None:
-            self.thin.select(rows, index)
+        for part in self._apart():
+            part.select(rows, index)
         if self.buffer is not None:
             self.buffer.select(index)
         for name in ("real", "cut", "queries", "hidden"):
@@ -186,7 +188,7 @@ class KVLayer(CacheLayerMixin):
         b, _, n, _ = q.shape
         valid = valid_tokens(mask, b, n, q.device)
         if self.plan.streams and self.phase is Phase.LATER:
-            return self._stream(q, k, v, valid, scaling)
+            return self._stream(call, q, k, v, valid, scaling)
         flags, logits = self._judge(call, k, valid)
         whole = self.phase is Phase.PROMPT and self.plan.dense
         outs = []
@@ -206,7 +208,7 @@ class KVLayer(CacheLayerMixin):
             self.end_prompt()
         return outs[0] if len(outs) == 1 else torch.cat(outs, 2)
 
-    def _stream(self, q, k, v, valid, scaling: float) -> torch.Tensor:
+    def _stream(self, call: AttentionCall, q, k, v, valid, scaling: float) -> torch.Tensor:
         """Token by token, however many come: what each one evicts is gone for the next."""
         if self.judge.recording:
             name = type(self.plan.policy.scorer).__name__
@@ -221,6 +223,8 @@ class KVLayer(CacheLayerMixin):
             flags = valid[:, None, new].expand(*k.shape[:2], 1)
             self.pages.append(k[:, :, new], v[:, :, new], flags, self.seen, entering[..., new])
             self.seen, self.folded = self.seen + 1, self.folded + 1
+            if self.slots is not None:
+                self.slots.step(tuple(t[:, new] for t in call.rotary))
             out, lse = segments.merge(self._far(q[:, :, new], scaling))
             outs.append(out.to(q.dtype))
             if scorer.watches:
@@ -308,12 +312,12 @@ class KVLayer(CacheLayerMixin):
         n, tail = q.shape[2], len(self.tail)
         whole = self.phase is Phase.TURN or (self.phase is Phase.PROMPT and self.plan.dense)
         k, v = self.tail.keys, self.tail.values
-        if self.thin is None and not len(self.pages) and whole and mask is None and n == tail:
+        if not self._apart() and not len(self.pages) and whole and mask is None and n == tail:
             gqa = q.shape[1] != k.shape[1]
             attend = torch.nn.functional.scaled_dot_product_attention
             return attend(q, k, v, is_causal=n > 1, scale=scaling, enable_gqa=gqa)
         visible = self._visible(n, mask, whole)
-        if len(self.pages) or self.thin is not None:
+        if len(self.pages) or self._apart():
             near = segments.dense_segment(q, k, v, visible, scaling)
             return segments.merge([*self._far(q, scaling), near])[0].to(q.dtype)
         groups = q.shape[1] // k.shape[1]
@@ -322,9 +326,13 @@ class KVLayer(CacheLayerMixin):
             visible = visible.repeat_interleave(groups, 1)
         return torch.nn.functional.scaled_dot_product_attention(q, k, v, attn_mask=visible, scale=scaling)
 
+    def _apart(self) -> list[Thin | Slots]:
+        """Kept tokens that stand apart from the pages, because they answer other queries than those asked."""
+        return [part for part in (self.thin, self.slots) if part is not None]
+
     def _stores(self, q) -> list[tuple[Pages, torch.Tensor]]:
         """What has left the tail, each part with the queries it can answer."""
-        return [(self.pages, q), *([] if self.thin is None else [(self.thin.pages, self.thin.queries(q))])]
+        return [(self.pages, q), *((part.pages, part.queries(q)) for part in self._apart())]
 
     def _far(self, q, scaling: float) -> list[tuple[torch.Tensor, torch.Tensor]]:
         """(output, log-sum-exp) of each of them."""
@@ -351,6 +359,9 @@ class KVLayer(CacheLayerMixin):
         wanted = self.plan.queries
         if wanted:
             self.queries = torch.cat([*([] if self.queries is None else [self.queries]), q], 2)[:, :, -wanted:]
+        if self.plan.policy.scorer.slots or self.plan.defer:
+            old, new = self.rotary, call.rotary
+            self.rotary = new if old is None or new is None else tuple(torch.cat(pair, 1) for pair in zip(old, new))
         if self.plan.defer:
             self.hidden = torch.cat([*([] if self.hidden is None else [self.hidden]), call.hidden], 1)
 
@@ -358,7 +369,7 @@ class KVLayer(CacheLayerMixin):
         """Take over an undecided layer's whole prompt, sharing its tensors; gate judges it from here on."""
         self.lazy_initialization(other.tail.keys[:, :, :0], None)
         self.tail = other.tail.twin()
-        for name in ("seen", "real", "folded", "queries", "hidden", "scaling"):
+        for name in ("seen", "real", "folded", "queries", "hidden", "scaling", "rotary"):
             setattr(self, name, vars(other)[name])
         self.judge.gate = gate
 
@@ -444,7 +455,9 @@ class KVLayer(CacheLayerMixin):
             self.fold(rollback=0 if self.plan.waits else None)  # nothing takes back a decided prompt
         if self.plan.policy.width is not None:
             self._thin()
-        self.queries = self.hidden = None
+        if self.plan.streams and self.plan.policy.scorer.slots:
+            self.slots = Slots.of(self.pages, self.buffer.room[:, 0], self.real[:, 0], self.rotary)
+        self.queries = self.hidden = self.rotary = None
 
     def _thin(self) -> None:
         """Store what the prompt left, but for its last tokens, with the key channels that matter."""
@@ -482,7 +495,7 @@ class KVLayer(CacheLayerMixin):
 
     def _trim(self) -> None:
         """Drop the least worthy tokens of each head until it holds no more than there is room for."""
-        stores = [store for store, _ in self._stores(self.tail.keys)]
+        stores = [self.pages, *(part.pages for part in self._apart())]
         worth = [faded(s.scores, self.seen - s.positions) if self.plan.decays else s.scores for s in stores]
         self.buffer.trim(stores, worth, self.seen)
 
@@ -492,7 +505,9 @@ class KVLayer(CacheLayerMixin):
         twin.judge = self.judge.twin()
         if self.is_initialized:
             twin.tail, twin.pages = self.tail.twin(), self.pages.twin()
-            twin.thin, twin.buffer = (None if part is None else part.twin() for part in (self.thin, self.buffer))
+            for name in ("thin", "slots", "buffer"):
+                if (part := vars(self)[name]) is not None:
+                    setattr(twin, name, part.twin())
         return twin
 
     # -- accounting
@@ -502,8 +517,8 @@ class KVLayer(CacheLayerMixin):
         tail = self.tail
         b, kv, _ = tail.flags.shape
         held = torch.zeros(b, kv, self.seen, dtype=torch.bool, device=tail.flags.device)
-        for store in [self.pages] if self.thin is None else [self.pages, self.thin.pages]:
-            store.scatter(held, True)
+        for part in (self, *self._apart()):
+            part.pages.scatter(held, True)
         slots = torch.arange(self.folded, self.seen, device=held.device)
         live = live_mask(slots.new_tensor([self.seen]), slots, tail.flags, self.plan.grace)[:, :, 0]
         whole = self.phase is Phase.TURN or (self.phase is Phase.PROMPT and self.plan.dense)
@@ -513,5 +528,5 @@ class KVLayer(CacheLayerMixin):
     def tensors(self) -> list[torch.Tensor]:
         """Every tensor that this layer holds."""
         side = (self.real, self.cut, self.queries, self.hidden)
-        parts = [p for p in (self.judge, self.tail, self.pages, self.thin, self.buffer) if p is not None]
+        parts = [self.judge, self.tail, self.pages, *self._apart(), *([] if self.buffer is None else [self.buffer])]
         return [t for t in side if t is not None] + [t for part in parts for t in part.tensors()]

@@ -12,6 +12,7 @@ from safetensors.torch import save_file
 from gatekv.cache.buffer import Buffer
 from gatekv.cache.layer import KVLayer, Phase
 from gatekv.cache.pages import Pages
+from gatekv.cache.slots import Slots
 from gatekv.cache.thin import Thin
 from gatekv.fingerprint import fingerprint, gates_sha256
 from gatekv.policies import BUDGETS, LAYERS, SCORERS, WIDTHS, Policy
@@ -48,6 +49,9 @@ def _tensors(layer) -> dict[str, torch.Tensor]:
     named |= {"pending": layer.judge.pending}
     if layer.thin is not None:
         named |= {f"thin.{n}": getattr(layer.thin.pages, n) for n in POOL} | {"channels": layer.thin.channels}
+    if layer.slots is not None:
+        named |= {f"slots.{n}": getattr(layer.slots.pages, n) for n in POOL}
+        named |= dict(zip(("slot_cos", "slot_sin"), layer.slots.last or ()))
     if layer.buffer is not None:
         named |= {"room": layer.buffer.room, "recent": layer.buffer.recent}
     return {n: t for n, t in named.items() if t is not None}
@@ -150,10 +154,13 @@ def _fill(layer: KVLayer, mine: dict[str, torch.Tensor], state: dict) -> None:
     layer.pages.restore({n: mine.get(f"pages.{n}") for n in POOL})
     for name in SIDE:
         setattr(layer, name, mine.get(name))
+    apart = Pages(mine["tail.keys"][:, :, :0], layer.plan.block_size)
     if "channels" in mine:
-        old = Pages(mine["tail.keys"][:, :, :0], layer.plan.block_size)
-        old.restore({n: mine.get(f"thin.{n}") for n in POOL})
-        layer.thin = Thin(old, mine["channels"])
+        apart.restore({n: mine.get(f"thin.{n}") for n in POOL})
+        layer.thin = Thin(apart, mine["channels"])
+    elif "slots.keys" in mine:
+        apart.restore({n: mine.get(f"slots.{n}") for n in POOL})
+        layer.slots = Slots(apart, (mine["slot_cos"], mine["slot_sin"]) if "slot_cos" in mine else None)
     if "room" in mine:
         layer.buffer = Buffer(mine["room"], mine["recent"])
     layer.judge.pending = mine.get("pending")

@@ -41,6 +41,7 @@ class Scorer(ABC):
             held token has a score, which `observe` renews, and the lowest goes at every step.
         decode: "evict" if the paper does go on, "keep" if tokens after the prompt all stay.
         watches: `observe` needs the attention that each step's query pays.
+        slots: while decoding, sinks are looked at as if positions counted places in the cache.
     """
 
     sinks: int | None = 0
@@ -50,6 +51,7 @@ class Scorer(ABC):
     streams: bool = False
     decode: str = "keep"
     watches: bool = False
+    slots: bool = False
 
     @abstractmethod
     def score(self, view: View) -> torch.Tensor:

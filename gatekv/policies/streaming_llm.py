@@ -27,6 +27,7 @@ class StreamingLLM(Scorer):
 
     def __post_init__(self):
         check_choice("positions", self.positions, ("original", "slot"))
+        self.slots = self.positions == "slot"
 
     def score(self, view: View) -> torch.Tensor:
         return real_index(view.valid)[:, None].float().expand(view.keys.shape[:3])

@@ -6,6 +6,7 @@ from conftest import padded_batch, tiny
 
 import gatekv
 from gatekv.attention import AttentionCall
+from gatekv.cache.slots import rotate
 from gatekv.ops import naive
 from gatekv.policies import H2O, TOVA, L2Norm, StreamingLLM
 
@@ -16,6 +17,7 @@ POLICIES = {
     "tova": TOVA(),
     "l2": L2Norm(skip_layers=()),
     "streaming_llm": StreamingLLM(sinks=2),
+    "streaming_llm-slot": StreamingLLM(sinks=2, positions="slot"),
 }
 
 
@@ -67,7 +69,7 @@ def evict(heads):
 
 
 @pytest.mark.parametrize("chunk", [1, 7])
-@pytest.mark.parametrize("name", POLICIES)
+@pytest.mark.parametrize("name", [n for n in POLICIES if "slot" not in n])
 def test_every_step_is_the_naive_loops(name, chunk):
     """One layer, queries, keys and values at random, prompt and steps, float64."""
     scorer, generator = POLICIES[name], torch.Generator().manual_seed(3)
@@ -98,6 +100,33 @@ def test_every_step_is_the_naive_loops(name, chunk):
         held = [layer.held()[0, h].nonzero().flatten().tolist() for h in range(KV)]
         assert held == [sorted(h.held) for h in heads]
     assert all(len(h.held) == room for h in heads)
+
+
+@pytest.mark.parametrize("ratio", [0.35, 1.0])
+def test_slot_positions_are_places_in_the_cache(ratio):
+    """Raw keys rotated anew at every step by their place in the cache: sinks, window, the new token."""
+    generator, sinks = torch.Generator().manual_seed(5), 2
+    draw = lambda heads: torch.randn(1, heads, PROMPT + STEPS, D, generator=generator, dtype=torch.float64)  # noqa: E731
+    q, k, v = draw(KV * GROUP), draw(KV), draw(KV)
+    angles = torch.arange(PROMPT + STEPS)[None, :, None] * 0.7 ** torch.arange(D // 2).double()
+    angles = torch.cat([angles, angles], -1)
+    at = lambda x, places: rotate(x, (1.5 * angles[:, places].cos(), 1.5 * angles[:, places].sin()))  # noqa: E731
+    everywhere = list(range(PROMPT + STEPS))
+    cache = gatekv.KVCache(tiny(dtype=torch.float64), StreamingLLM(sinks=sinks, positions="slot"), ratio)
+    layer, room = cache.evicting()[0], int(ratio * PROMPT)
+    layer.update(k[:, :, :0], v[:, :, :0])
+    for a, c in ((0, PROMPT), (PROMPT, PROMPT + 1), (PROMPT + 1, PROMPT + STEPS)):
+        rotary = (1.5 * angles[:, a:c].cos(), 1.5 * angles[:, a:c].sin())
+        call = AttentionCall(hidden=torch.zeros(1, c - a, 1), layer_idx=0, rotary=rotary)
+        out = layer.attend(call, at(q, everywhere)[:, :, a:c], at(k, everywhere)[:, :, a:c], v[:, :, a:c], None, 0.25)
+        layer = layer.twin()
+        for i in range(max(a, PROMPT), c):
+            held = [j for j in range(i + 1) if j < sinks or j > i - (room - sinks) - 1]
+            places = list(range(len(held)))
+            keys = at(k[:, :, held], places).repeat_interleave(GROUP, 1)
+            p = (at(q[:, :, i : i + 1], places[-1:]) @ keys.transpose(2, 3) * 0.25).softmax(-1)
+            wanted = p @ v[:, :, held].repeat_interleave(GROUP, 1)
+            torch.testing.assert_close(out[:, :, i - a : i - a + 1], wanted, rtol=1e-9, atol=1e-9)
 
 
 @torch.no_grad()
@@ -148,18 +177,21 @@ def test_bytes_stay_level_while_decoding(name):
     for _ in range(60):
         _feed(model, cache, torch.randint(1, 90, (1, 1)))
         held.append(cache.memory()["bytes"])
-    assert max(held[20:]) <= max(held[:20]) and cache.memory()["ratio"] < 0.3
+    assert max(held[20:]) <= max(held[:20]) and cache.memory()["ratio"] < (
+        0.36 if "slot" in name else 0.3
+    )  # a page of its own
 
 
 @torch.no_grad()
-def test_copies_saves_and_beams_take_the_buffer_along(tmp_path):
+@pytest.mark.parametrize("name", ["h2o", "streaming_llm-slot"])
+def test_copies_saves_and_beams_take_the_buffer_along(name, tmp_path):
     model = tiny(dtype=torch.float64)
     ids = torch.randint(1, 90, (2, 50), generator=torch.Generator().manual_seed(0))
     later = torch.randint(1, 90, (2, 8), generator=torch.Generator().manual_seed(2))
-    cache = gatekv.KVCache(model, "h2o", 0.4)
+    cache = gatekv.KVCache(model, POLICIES[name], 0.4)
     _feed(model, cache, ids)
-    cache.save(tmp_path / "h2o.safetensors")
-    twin, loaded = cache.snapshot(), gatekv.KVCache.load(tmp_path / "h2o.safetensors", model)
+    cache.save(tmp_path / "cache.safetensors")
+    twin, loaded = cache.snapshot(), gatekv.KVCache.load(tmp_path / "cache.safetensors", model)
     swapped = cache.snapshot()
     swapped.reorder_cache(torch.tensor([1, 0]))
     wanted = _feed(model, cache, later)

@@ -2,6 +2,7 @@
 
 import torch
 
+from gatekv.ops import paged_attention
 from gatekv.ops.naive import group_queries
 from gatekv.ops.page_table import PageTable
 
@@ -13,6 +14,8 @@ def paged_segment(q, keys, values, table: PageTable, scale: float) -> tuple[torc
     from flash_attn import flash_attn_with_kvcache
 
     b, h, n, d = q.shape
+    if keys.shape[-1] != values.shape[-1]:  # thin keys: the kernel wants them as wide as values
+        return paged_attention.paged_segment(q, keys, values, table, scale)
     if not len(table.pages):
         return torch.zeros(b, h, n, d, device=q.device), torch.full((b, h, n), -torch.inf, device=q.device)
     x = group_queries(q, table.rows // b).flatten(0, 1).transpose(1, 2)  # [rows, Q, G, D]

@@ -50,6 +50,28 @@ def test_torch_matches_naive(counts, n, heads):
         torch.testing.assert_close(a, b, rtol=1e-10, atol=1e-12)
 
 
+@pytest.mark.parametrize("counts", list(COUNTS))
+@pytest.mark.parametrize("n", [1, 33])
+def test_keys_may_be_narrower_than_values(counts, n):
+    keys, values, table = memory(COUNTS[counts])
+    keys, q = keys[..., :5].contiguous(), queries(2, 6, n, 5)
+    got = paged_attention.paged_segment(q, keys, values, table, 0.3)
+    wanted = naive.paged_segment(q, keys, values, table, 0.3)
+    for a, b in zip(got, wanted):
+        assert a.shape == b.shape
+        torch.testing.assert_close(a, b, rtol=1e-10, atol=1e-12)
+
+
+@pytest.mark.parametrize("counts", list(COUNTS))
+def test_the_attention_each_token_receives(counts):
+    keys, values, table = memory(COUNTS[counts])
+    q = queries(2, 12, 1, 8)
+    _, lse = naive.paged_segment(q, keys, values, table, 0.3)
+    got = paged_attention.paged_mass(q, keys, table, lse, 0.3)
+    torch.testing.assert_close(got, naive.paged_mass(q, keys, table, lse, 0.3), rtol=1e-10, atol=1e-12)
+    assert got.sum() == pytest.approx(sum(c > 0 for c in COUNTS[counts]))
+
+
 @pytest.mark.parametrize("block", [1, 16, 64])
 def test_torch_matches_naive_in_bfloat16_with_other_blocks(block):
     keys, values, table = memory(COUNTS["unequal"], block, 64, torch.bfloat16)
@@ -124,6 +146,18 @@ def test_triton_matches_naive(triton_on_cpu, monkeypatch, counts, group, d):
     q = queries(2, 3 * group, 1, d, torch.float32)
     got = triton.paged_segment(*(t.to(device) for t in (q, keys, values)), table, d**-0.5)
     wanted = naive.paged_segment(q, keys, values, memory(COUNTS[counts], 16, d)[2], d**-0.5)
+    for a, b in zip(got, wanted):
+        torch.testing.assert_close(a.cpu(), b, rtol=1e-4, atol=1e-5)
+
+
+@pytest.mark.parametrize("counts", ["one page", "unequal"])
+def test_triton_reads_keys_narrower_than_values(triton_on_cpu, counts):
+    triton, device = triton_on_cpu
+    keys, values, table = memory(COUNTS[counts], 16, 64, torch.float32)
+    table = PageTable(*(t.to(device) for t in (table.pages, table.owners, table.fill)), table.rows, table.even)
+    keys, q = keys[..., :39].contiguous(), queries(2, 9, 1, 39, torch.float32)
+    got = triton.paged_segment(*(t.to(device) for t in (q, keys, values)), table, 0.125)
+    wanted = naive.paged_segment(q, keys, values, memory(COUNTS[counts], 16, 64)[2], 0.125)
     for a, b in zip(got, wanted):
         torch.testing.assert_close(a.cpu(), b, rtol=1e-4, atol=1e-5)
 

@@ -30,13 +30,12 @@ def _panel(axis, rows: list[dict], looks: dict[str, dict]) -> None:
     rows = [r for r in rows if r[value] is not None]
     for name, look in looks.items():
         points = [r for r in rows if r["policy"] == name]
-        if points and look["kind"] != "full":
+        if points:
             _line(axis, points, value, name, look)
-    full = [r for r in rows if r["policy"] == "full"]
-    if full and value == "score":
-        axis.axhline(full[0]["score"], color="black", ls="--", lw=1)
-        place = (0.01, full[0]["score"] + 0.015)
-        axis.annotate("full cache", place, xycoords=("axes fraction", "data"), fontsize=9)
+    for full in [r for r in rows if r["policy"] == "full"][:1]:
+        axis.axhline(full[value], color="black", ls="--", lw=1)
+        place = dict(xytext=(3, 4), textcoords="offset points", xycoords=("axes fraction", "data"))
+        axis.annotate("full cache", (0, full[value]), fontsize=9, **place)
     if value == "score" and all(0 <= r["score"] <= 1 for r in rows):
         axis.set_ylim(-0.03, 1.03)
     least = min((r["bytes_ratio"] for r in rows), default=0.5)

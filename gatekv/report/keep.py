@@ -29,7 +29,7 @@ def keep(maps: dict, path: Path) -> bool:
     figure, axes = pyplot.subplots(lines, columns, figsize=size, squeeze=False, layout="constrained")
     image, top = None, max(r.max() for r in rates)
     for axis, entry, rate in zip(axes.flat, maps["maps"], rates):
-        image = axis.imshow(rate.T, cmap="cividis", vmin=0, vmax=top, aspect="auto")
+        image = axis.imshow(rate.T, cmap="viridis", vmin=0, vmax=top, aspect="auto")
         budget = "its own threshold" if entry["budget"] is None else f"{entry['budget']:g}"
         axis.set_title(f"{entry['policy']} at {budget}: {rate.mean():.1%} kept", fontsize=9)
         axis.tick_params(labelsize=7)
@@ -38,7 +38,9 @@ def keep(maps: dict, path: Path) -> bool:
         axis.set_axis_off()
     figure.supxlabel("layer", fontsize=9)
     figure.supylabel("KV head", fontsize=9)
-    figure.colorbar(image, ax=axes, label="share of tokens kept", fraction=0.03, format=lambda x, _: f"{x:.0%}")
+    figure.colorbar(
+        image, ax=axes, label="share of tokens kept", fraction=0.03, pad=0.01, format=lambda x, _: f"{x:.0%}"
+    )
     figure.savefig(path, dpi=130)
     pyplot.close(figure)
     return True

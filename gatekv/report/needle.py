@@ -43,7 +43,7 @@ def needle(results: dict, path: Path) -> bool:
     for axis, row in zip(axes.flat, rows):
         depths, lengths, scores = grid(row["cells"])
         axis.set_facecolor("#bbbbbb")
-        image = axis.imshow(scores, cmap="cividis", vmin=0, vmax=1, aspect="auto")
+        image = axis.imshow(scores, cmap="viridis", vmin=0, vmax=1, aspect="auto")
         axis.set_xticks(range(len(lengths)), [str(n) for n in lengths], fontsize=7, rotation=45 if lengths[4:] else 0)
         axis.set_yticks(range(len(depths)), [f"{d:.0%}" for d in depths], fontsize=7)
         title = row["policy"] if row["policy"] == "full" else f"{row['policy']} at {row['budget']:g}"
@@ -53,12 +53,14 @@ def needle(results: dict, path: Path) -> bool:
                 for x, score in enumerate(line):
                     if not math.isnan(score):
                         ink = "black" if score > 0.55 else "white"
-                        axis.text(x, y, f"{score:.2g}", ha="center", va="center", fontsize=6.5, color=ink)
+                        axis.text(
+                            x, y, f"{score:.2f}".removeprefix("0"), ha="center", va="center", fontsize=6.5, color=ink
+                        )
     for axis in list(axes.flat)[len(rows) :]:
         axis.set_axis_off()
     figure.supxlabel("tokens of context", fontsize=9)
     figure.supylabel("depth of the fact", fontsize=9)
-    figure.colorbar(image, ax=axes, label="share of answers right", fraction=0.03)
+    figure.colorbar(image, ax=axes, label="share of answers right", fraction=0.03, pad=0.01)
     figure.savefig(path, dpi=130)
     pyplot.close(figure)
     return True

@@ -7,8 +7,7 @@ from pathlib import Path
 from gatekv.report.needle import grid
 from gatekv.report.style import measure, styles
 
-TEMPLATE = Path(__file__).with_name("page.html")
-PLACE = "__DATA__"
+HERE = Path(__file__).parent
 
 
 def _plain(value):
@@ -54,5 +53,9 @@ def page(results: dict, maps: dict | None, path: Path) -> None:
         "needles": _needles(results["rows"]),
         "styles": styles(names),
     }
-    before, after = TEMPLATE.read_text(encoding="utf-8").split(PLACE)
+    text = (HERE / "page.html").read_text(encoding="utf-8")
+    # The data last: what it says must not be taken for a place to fill.
+    for place, filling in (("__STYLE__\n", "page.css"), ("__SCRIPT__\n", "page.js")):
+        text = text.replace(place, (HERE / filling).read_text(encoding="utf-8"))
+    before, after = text.split("__DATA__")
     Path(path).write_text(before + embed(data) + after, encoding="utf-8")

@@ -49,6 +49,8 @@ def sample_text(tokenizer, path: str) -> str:
 def read_results(path: str) -> dict:
     if not path:
         return {"rows": []}
+    if not Path(path).is_file():
+        raise ValueError(f"--results {path} is no file: run recipes/evaluate.py, or leave it empty for the text alone.")
     results = json.loads(Path(path).read_text(encoding="utf-8"))
     if not isinstance(results, dict) or "rows" not in results:
         raise ValueError(f"--results {path} has no rows: name a results.json that recipes/evaluate.py wrote.")

@@ -10,7 +10,7 @@ const el = (tag, attributes = {}, ...children) => fill(document.createElement(ta
 const svg = (tag, attributes = {}, ...children) =>
   fill(document.createElementNS($("chart").namespaceURI, tag), attributes, children);
 const number = (x, digits = 3) => x == null ? "–" : x.toFixed(digits).replace(/^(-?)0\./, "$1.");
-const percent = x => (100 * x).toFixed(x < .0995 ? 1 : 0) + " %";
+const percent = x => (100 * x).toFixed(x < .0995 ? 1 : 0) + "\u00a0%";
 const signed = x => (x > 0 ? "+" : "") + number(x);
 const share = b => b == null ? "own threshold" : String(b).replace(/^0\./, ".");
 const range = n => [...Array(n).keys()];
@@ -255,9 +255,9 @@ function kept(maps) {
     const chip = (c, text) => el("span", {class: c}, text), gap = () => el("span", {class: "gap"});
     const chips = compare ? n === 1
       ? [chip("a4", "only A"), gap(), chip("b4", "only B"), gap(), chip("g3", "both"), gap(), chip("g0", "neither")]
-      : ["only A", chip("a4", "more"), chip("a3", " "), chip("a2", " "), chip("a1", "few heads"), gap(), chip("g0", "neither"),
-        chip("g1", " "), chip("g2", " "), chip("g3", "both alike"), gap(), chip("b1", "few heads"), chip("b2", " "),
-        chip("b3", " "), chip("b4", "more"), "only B"]
+      : ["only A", chip("a4", "more"), chip("a3", "\u00a0"), chip("a2", "\u00a0"), chip("a1", "few heads"), gap(), chip("g0", "neither"),
+        chip("g1", "\u00a0"), chip("g2", "\u00a0"), chip("g3", "both alike"), gap(), chip("b1", "few heads"), chip("b2", "\u00a0"),
+        chip("b3", "\u00a0"), chip("b4", "more"), "only B"]
       : n === 1 ? [chip("q8", "kept"), gap(), chip("q0", "dropped")]
       : ["heads that keep a token: ", chip("q0", "none"), ...range(8).map(i => chip("q" + (i + 1), `≤ ${Math.round(100 * ((i + 1) / 8) ** 2)} %`))];
     $("key").replaceChildren(...chips);

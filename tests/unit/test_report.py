@@ -212,9 +212,10 @@ def test_keep_map_names_what_is_wrong():
     assert not maps["maps"] and "below" in maps["refused"][0]["refused"] and "adapter" in maps["refused"][1]["refused"]
 
 
-def test_recipe_refuses_what_is_no_results_file(tmp_path):
+@pytest.mark.parametrize("name,message", [("other.json", "has no rows"), ("absent.json", "is no file")])
+def test_recipe_refuses_what_is_no_results_file(tmp_path, name, message):
     (tmp_path / "other.json").write_text("{}")
     recipe = HERE.parents[1] / "recipes" / "report.py"
-    command = [sys.executable, str(recipe), "--results", str(tmp_path / "other.json"), "--out", str(tmp_path)]
+    command = [sys.executable, str(recipe), "--results", str(tmp_path / name), "--out", str(tmp_path)]
     done = subprocess.run(command, capture_output=True, text=True)
-    assert done.returncode == 1 and "has no rows" in done.stderr and "Traceback" not in done.stderr
+    assert done.returncode == 1 and message in done.stderr and "Traceback" not in done.stderr

@@ -1,0 +1,99 @@
+"""Keep maps: which token each head of each layer holds, for several policies over one text, ready for JSON."""
+
+import base64
+
+import numpy
+import torch
+
+from gatekv.cache.kvcache import KVCache
+from gatekv.policies import Gate, resolve
+from gatekv.policies.budgets import Threshold
+
+
+def pack(keep: torch.Tensor) -> str:
+    """Base64 of a bool tensor's bits in C order, eight to a byte, the first in the highest bit."""
+    return base64.b64encode(numpy.packbits(keep.cpu().numpy()).tobytes()).decode()
+
+
+def unpack(text: str, shape: tuple[int, ...]) -> numpy.ndarray:
+    """The bool array of `shape` that `pack` wrote.
+
+    Raises:
+        ValueError: when the text holds another number of bytes than the shape needs.
+    """
+    data, size = numpy.frombuffer(base64.b64decode(text), dtype=numpy.uint8), int(numpy.prod(shape))
+    if len(data) != (size + 7) // 8:
+        raise ValueError(f"{len(data)} bytes of packed bits do not fill shape {shape}: pass the shape that was packed.")
+    return numpy.unpackbits(data, count=size).astype(bool).reshape(shape)
+
+
+def token_texts(tokenizer, ids: list[int]) -> list[str]:
+    """A string per token whose concatenation is the decoded text.
+
+    A character whose bytes are split over tokens belongs to the last of them, the others get "". Each token is decoded
+    behind the ones before it, because alone it may lose its leading blank.
+    """
+    decode = lambda part: tokenizer.decode(part, clean_up_tokenization_spaces=False)  # noqa: E731
+    texts, start, done = [], 0, 0  # ids[start:done] are spelled out and serve as context
+    for i in range(len(ids)):
+        before, now = decode(ids[start:done]), decode(ids[start : i + 1])
+        if i + 1 < len(ids) and (now.endswith("\ufffd") or len(now) <= len(before)):
+            texts.append("")
+            continue
+        texts.append(now[len(before) :])
+        start, done = done, i + 1
+    return texts
+
+
+def _decided(model, undecided: KVCache, ids: torch.Tensor, policy: str, budget: float | None) -> KVCache:
+    """The text under one policy; threshold gates act inside the prefill, so they need one of their own."""
+    resolved = resolve(policy, budget)
+    if isinstance(resolved.scorer, Gate) and isinstance(resolved.rule, Threshold):
+        cache = KVCache(model, policy, budget)
+        model(ids, past_key_values=cache, logits_to_keep=1)
+        return cache
+    return undecided.decide(policy, budget, decode="keep")
+
+
+@torch.no_grad()
+def keep_map(model, tokenizer, ids, policies: list[str], budgets: list[float | None]) -> dict:
+    """What every policy holds of one text at every budget, after one dense prefill.
+
+    Args:
+        ids: token ids, a list or a tensor of shape [tokens] or [1, tokens].
+        policies: names like "snapkv+ada"; gates need an adapter. budgets: shares of the tokens; None: a gate's own
+            threshold.
+
+    Returns a dict that json can write: "tokens" (see `token_texts`); "layers" L, "heads" K (full-attention layers
+    only) and "layer_indices", their places in the model; "maps" [{"policy", "budget", "ratio" of bytes held, "keep":
+    `pack` of bool [L, K, tokens]}]; "refused" [{"policy", "budget", "refused": why}].
+
+    Raises:
+        ValueError: an unknown policy, an untrained one, or ids of another shape.
+    """
+    ids = torch.as_tensor(ids, device=model.device)
+    ids = ids[None] if ids.ndim == 1 else ids
+    if ids.ndim != 2 or len(ids) != 1 or not ids.numel():
+        raise ValueError(f"ids must be one text's token ids, [tokens] or [1, tokens]; got shape {list(ids.shape)}.")
+    for policy in policies:
+        if policy.startswith("untrained"):
+            raise ValueError(
+                f"policy {policy!r} needs an untrained adapter, which keep maps do not make: leave it out."
+            )
+        resolve(policy, 1.0)  # an unknown name is a mistake, not a refusal
+    undecided = KVCache.undecided(model)
+    model(ids, past_key_values=undecided, logits_to_keep=1)
+    layers = undecided.evicting()
+    out = {"tokens": token_texts(tokenizer, ids[0].tolist()), "layers": len(layers)}
+    out |= {"heads": layers[0].tail.keys.shape[1], "layer_indices": [layer.layer_idx for layer in layers]}
+    out |= {"maps": [], "refused": []}
+    for policy in policies:
+        for budget in budgets:
+            try:
+                cache = _decided(model, undecided, ids, policy, budget)
+            except ValueError as error:
+                out["refused"].append({"policy": policy, "budget": budget, "refused": str(error)})
+                continue
+            bits = pack(torch.stack([flags[0] for flags in cache.flags()]))
+            out["maps"].append({"policy": policy, "budget": budget, "ratio": cache.memory()["ratio"], "keep": bits})
+    return out

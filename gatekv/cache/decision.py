@@ -55,7 +55,9 @@ class Decision:
         keep = policy.rule.keep(scores, protected, valid, counts)
         cuts = [None] * len(layers)
         if self.plan.learned and not (self.plan.keep_later or self.plan.turns or self.plan.decays):
-            refused = scores.masked_fill(keep | protected | ~valid[:, None], -torch.inf).amax(-1, keepdim=True)
+            logits = torch.stack([layer.all_logits() for layer in layers])
+            alone = keep if self.plan.trims else policy.rule.keep(logits, protected, valid, counts)
+            refused = logits.masked_fill(alone | protected | ~valid[:, None], -torch.inf).amax(-1, keepdim=True)
             if policy.rule.scope == "model":
                 refused = refused.amax((0, 2), keepdim=True).expand(len(layers), -1, -1, -1)
             cuts = refused

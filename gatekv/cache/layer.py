@@ -404,6 +404,8 @@ class KVLayer(CacheLayerMixin):
 
     def all_scores(self) -> torch.Tensor:
         """[batch, kv_heads, n] since base; tokens that the prompt's own flags evicted score -inf."""
+        if self.plan.decays:
+            return self._gate_logits()
         if not self.plan.trims or self.phase is Phase.TURN:
             return self.plan.policy.scorer.score(self.view())
         b, kv, _ = self.tail.scores.shape
@@ -411,6 +413,10 @@ class KVLayer(CacheLayerMixin):
         self.pages.scatter(scores, self.pages.scores)
         scores[..., self.folded :] = self.tail.scores.masked_fill(~self.tail.flags, -torch.inf)
         return scores
+
+    def all_logits(self) -> torch.Tensor:
+        """As `all_scores`, of the gate alone: what later tokens are measured by."""
+        return self.all_scores() if self.plan.trims else self._gate_logits()
 
     def restrict(
         self, keep: torch.Tensor, cut: torch.Tensor | None, scores: torch.Tensor, recent: torch.Tensor

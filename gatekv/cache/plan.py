@@ -65,7 +65,8 @@ class Plan:
     @property
     def queries(self) -> int:
         """How many of the prompt's last queries are needed at its end."""
-        return max(self.policy.scorer.queries, self.policy.width.window if self.policy.width else 0)
+        ranks = not (self.streaming or self.decays) and (self.dense or self.turns)
+        return max(self.policy.scorer.queries if ranks else 0, self.policy.width.window if self.policy.width else 0)
 
     @property
     def trims(self) -> bool:

@@ -1,23 +1,20 @@
-"""`classification`: which choice is likeliest behind the compressed context; cloze from held-out text, or a JSONL file.
+"""`classification`: which choice is likeliest behind the compressed context; generated, or from a JSONL file.
 
-With no file: the word that ends the sentence after the context, as in the Children's Book Test (1511.02301). The true word
-stands in the context; the wrong ones do not, but follow the same word elsewhere in the text, so that grammar does not decide.
+With no file: who owns which thing, four statements written into held-out text. All four owners are the choices of every
+question, so that without the context one is as likely as another: chance is .25.
 """
 
 import json
 import random
-import re
-from collections import Counter, defaultdict
-from functools import lru_cache
-from itertools import pairwise
 from pathlib import Path
 
-from gatekv.evaluation.tasks.item import Choice, Item, encode, placed, prose
-from gatekv.facts import chat_frame
+from gatekv.evaluation.tasks.item import Choices, Item, at_depth, encode, placed, prose
+from gatekv.facts import WORDS, chat_frame
 
 FIELDS = ("context", "question", "choices", "answer")
-CHOICES, LETTERS, TIMES = 6, 5, 2  # words to choose from; letters of one at least; its occurrences in the context
-WORD = re.compile(r"[A-Za-z]+")
+OWNERS = "Anna Peter Maria George Helen Frank Julia Martin Alice Robert".split()
+STATEMENTS = 4
+FACT, QUESTION, LEAD = "The {w} belongs to {o}.", "Who does the {w} belong to?", "The {w} belongs to"
 
 
 def load_choices(path: str) -> list[dict]:
@@ -52,59 +49,37 @@ def load_choices(path: str) -> list[dict]:
     return found
 
 
-@lru_cache(maxsize=16)
-def _followers(text: str) -> dict[str, Counter]:
-    """Per word, the words that follow it in a text, with their counts; lower case only."""
-    found = defaultdict(Counter)
-    for first, second in pairwise(text.split()):
-        if second.rstrip(".,;:!?").isalpha() and second.islower():
-            found[first][second.rstrip(".,;:!?")] += 1
-    return found
-
-
-def _cloze(tokenizer, texts, tokens: int, rng) -> tuple[str, str, list[str], int]:
-    """(context, start of the next sentence, choices, number of the true one)."""
-    for _ in range(300):
-        text = rng.choice(texts)
-        stretch = prose(tokenizer, [text], tokens + 160, rng)
-        cut = stretch.find(". ", int(len(stretch) * tokens / (tokens + 160)) - 80) + 1
-        context, sentence = stretch[:cut], stretch[cut:].split(". ")[0]
-        counts, followers = Counter(WORD.findall(context)), _followers(text)
-        ends = []
-        for before, end in pairwise(re.finditer(r"\S+", sentence)):
-            word = end[0].rstrip(".,;:!?")
-            if word.isalpha() and word.islower() and len(word) >= LETTERS and counts[word] >= TIMES:
-                others = {w: n for w, n in followers[before[0]].items() if len(w) >= LETTERS and w not in counts}
-                if word not in sentence[: end.start()] and len(others) >= CHOICES - 1:
-                    ends.append((end.start(), word, others))
-        if not cut or not ends:
-            continue
-        start, word, others = max(ends, key=lambda e: counts[e[1]] / text.count(e[1]))  # what this context is about
-        wrong = sorted(others, key=lambda w: (-others[w], w))[: 2 * CHOICES]
-        choices = [word, *rng.sample(wrong, CHOICES - 1)]
-        order = rng.sample(range(CHOICES), CHOICES)
-        return context, sentence[:start].rstrip(), [f" {choices[i]}" for i in order], order.index(0)
-    raise ValueError("no cloze could be made: give longer held-out texts with --data, or other --tokens.")
+def _owners(tokenizer, texts, mode: str, rng, tokens: int) -> Item:
+    frame, things = chat_frame(tokenizer), rng.sample(WORDS["heldout"], STATEMENTS)
+    owners = rng.sample(OWNERS, STATEMENTS)
+    facts = [FACT.format(w=w, o=o) for w, o in zip(things, owners)]
+    text = prose(tokenizer, texts, tokens - len(encode(tokenizer, " ".join([frame[0], *facts]))), rng)
+    for fact in facts:
+        text = at_depth(text, fact, rng.random())
+    choices = [encode(tokenizer, f" {o}") for o in sorted(owners)]
+    truths = [(STATEMENTS, sorted(owners).index(o)) for o in owners]
+    questions = [encode(tokenizer, f"\n\n{QUESTION}{frame[1]}{LEAD}".format(w=w)) for w in things]
+    context = encode(tokenizer, f"{frame[0]}{text}.")
+    if mode == "aware":
+        return placed(mode, context, questions[0], [([], c) for c in choices], score=Choices((truths[0],)))
+    return Item(context, [(q, c) for q in questions for c in choices], Choices(tuple(truths)))
 
 
 def classification(tokenizer, texts, mode: str, index: int, seed: int, tokens: int | None = None,
                    examples: list[dict] | None = None) -> Item:  # fmt: skip
-    """A context of 640 or `tokens` tokens with its cloze, or example number `index` of a shuffled file, whole.
+    """A context of about 640 or `tokens` tokens and who owns what in it, or example number `index` of a shuffled file.
 
-    examples: see `load_choices`; `tokens` does not cut their contexts. Score: `Choice`, accuracy by summed
-    log-likelihood. Raises ValueError when there are fewer examples than asked for, or no cloze can be made.
+    examples: see `load_choices`; they are used whole, whatever `tokens` is. Score: `Choices`, accuracy by summed
+    log-likelihood. Generated: agnostic, four questions; aware, one. Raises ValueError for too few examples, or held-out
+    texts that are too short.
     """
-    rng = random.Random(f"classification/{seed}/{index}")
     if examples is None:
-        context, lead, choices, truth = _cloze(tokenizer, texts, tokens or 640, rng)
-        context, question = encode(tokenizer, context), encode(tokenizer, lead)
-    else:
-        if index >= len(examples):
-            raise ValueError(f"--choices has {len(examples)} examples, and number {index + 1} is wanted: lower --n.")
-        order = random.Random(f"classification/{seed}").sample(range(len(examples)), len(examples))
-        entry, frame = examples[order[index]], chat_frame(tokenizer)
-        context = encode(tokenizer, frame[0] + entry["context"])
-        question = encode(tokenizer, f"\n\n{entry['question']}{frame[1]}")
-        choices, truth = entry["choices"], entry["answer"]
-    asks = [([], encode(tokenizer, choice)) for choice in choices]
-    return placed(mode, context, question, asks, score=Choice(truth))
+        return _owners(tokenizer, texts, mode, random.Random(f"classification/{seed}/{index}"), tokens or 640)
+    if index >= len(examples):
+        raise ValueError(f"--choices has {len(examples)} examples, and number {index + 1} is wanted: lower --n.")
+    order = random.Random(f"classification/{seed}").sample(range(len(examples)), len(examples))
+    entry, frame = examples[order[index]], chat_frame(tokenizer)
+    context = encode(tokenizer, frame[0] + entry["context"])
+    question = encode(tokenizer, f"\n\n{entry['question']}{frame[1]}")
+    asks = [([], encode(tokenizer, choice)) for choice in entry["choices"]]
+    return placed(mode, context, question, asks, score=Choices(((len(asks), entry["answer"]),)))

@@ -1,9 +1,9 @@
 """What a task hands over: a cached context, what is asked of it, and how the answers are scored.
 
-Everything is scored teacher-forced, in one forward behind the cached context: each answer token is judged given the true
-tokens before it. That asks what a greedy generation asks as long as it is right, needs no stop tokens and no parsing, and
-lets policies share their questions. Scorers take, per ask, float32 log-probabilities [answer tokens, vocabulary], the
-answers' ids, and the full cache's log-probabilities; they return (scores, KLs in nats per token), one score per question.
+Everything is scored teacher-forced, in one forward behind the cached context: each answer token is judged given the
+true tokens before it. That asks what greedy generation asks as long as it is right, and needs no stop tokens and no
+parsing. Scorers take, per ask, float32 log-probabilities [answer tokens, vocabulary], the answers' ids, and the full
+cache's log-probabilities; they return (scores, KLs in nats per token), one score per question.
 """
 
 from collections.abc import Callable
@@ -34,12 +34,16 @@ def token_accuracy(log_p, answers, full):
     return [float(_right(p, a).float().mean()) for p, a in zip(log_p, answers)], []
 
 
+def _kl(p: torch.Tensor, full: torch.Tensor) -> float:
+    """Mean over tokens of KL(full || p), by few tokens at a time: their vocabularies stay in the processor's cache."""
+    parts = [(f.exp() * (f - q)).sum(-1) for q, f in zip(p.split(4), full.split(4))]
+    return float(torch.cat(parts).mean())
+
+
 def log_loss(log_p, answers, full):
     """Per ask the nats per token lost against the full cache, and the KL from it. Shapes: see the module."""
-    losses = [
-        float(_log_likelihood(f, a).mean() - _log_likelihood(p, a).mean()) for p, f, a in zip(log_p, full, answers)
-    ]
-    return losses, [float((f.exp() * (f - p)).sum(-1).mean()) for p, f in zip(log_p, full)]
+    losses = [_log_likelihood(f, a).mean() - _log_likelihood(p, a).mean() for p, f, a in zip(log_p, full, answers)]
+    return [float(x) for x in losses], [_kl(p, f) for p, f in zip(log_p, full)]
 
 
 @dataclass(frozen=True)
@@ -58,17 +62,22 @@ class References:
 
 
 @dataclass(frozen=True)
-class Choice:
-    """One score: 1 if choice number `truth` (the asks are the choices) has the highest summed log-likelihood.
+class Choices:
+    """One score per question: 1 if the true choice has the highest summed log-likelihood, else 0.
 
-    Summed over the choice's tokens and not divided by their number, which is `acc` in lm-evaluation-harness.
+    Summed over a choice's tokens and not divided by their number, which is `acc` in lm-evaluation-harness. Each ask
+    is a choice; questions follow each other. truths: (choices of a question, number of the true one).
     """
 
-    truth: int
+    truths: tuple[tuple[int, int], ...]
 
     def __call__(self, log_p, answers, full):
-        sums = [float(_log_likelihood(p, a).sum()) for p, a in zip(log_p, answers)]
-        return [float(max(range(len(sums)), key=sums.__getitem__) == self.truth)], []
+        sums = iter([float(_log_likelihood(p, a).sum()) for p, a in zip(log_p, answers)])
+        scores = []
+        for count, truth in self.truths:
+            choices = [next(sums) for _ in range(count)]
+            scores.append(float(max(range(count), key=choices.__getitem__) == truth))
+        return scores, []
 
 
 @dataclass
@@ -113,7 +122,8 @@ def prose(tokenizer, texts: list[str], tokens: int, rng) -> str:
     count = len(encode(tokenizer, stretch))
     if count < 0.9 * tokens:
         raise ValueError(
-            f"a held-out text has {count} tokens where {tokens} are wanted: give longer ones with --data, or lower --tokens."
+            f"a held-out text has {count} tokens where {tokens} are wanted: give longer ones with --data, or lower "
+            "--tokens."
         )
     while count > tokens:
         stretch = stretch[: int(len(stretch) * tokens / count)].rsplit(" ", 1)[0]

@@ -1,4 +1,4 @@
-"""`recall`: repeat spans of the context word for word. Needs most tokens, so eviction alone must fail at small budgets."""
+"""`recall`: repeat spans of the context word for word. Needs most tokens: eviction alone must fail."""
 
 import random
 

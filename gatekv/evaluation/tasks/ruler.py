@@ -1,8 +1,8 @@
 """`ruler`: our own generators of RULER's families (2404.06654); samples cycle through them.
 
-RULER counts how many references a generated answer contains. Here the answer is teacher-forced (see `item`): the question
-fixes the order of the references, and one is found if each of its tokens is the arg-max behind the true ones before it.
-Common words have no order, so each of them is asked with the others given.
+RULER counts how many references a generated answer contains. Here the answer is teacher-forced (see `item`): the
+question fixes the order of the references, and one is found if each of its tokens is the arg-max behind the true ones
+before it. Common words have no order, so each of them is asked with the others given.
 """
 
 import random

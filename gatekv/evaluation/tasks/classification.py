@@ -8,7 +8,7 @@ import json
 import random
 from pathlib import Path
 
-from gatekv.evaluation.tasks.item import Choices, Item, at_depth, encode, placed, prose
+from gatekv.evaluation.tasks.item import Choices, Item, encode, placed, prose, written
 from gatekv.facts import WORDS, chat_frame
 
 FIELDS = ("context", "question", "choices", "answer")
@@ -53,13 +53,12 @@ def _owners(tokenizer, texts, mode: str, rng, tokens: int) -> Item:
     frame, things = chat_frame(tokenizer), rng.sample(WORDS["heldout"], STATEMENTS)
     owners = rng.sample(OWNERS, STATEMENTS)
     facts = [FACT.format(w=w, o=o) for w, o in zip(things, owners)]
-    text = prose(tokenizer, texts, tokens - len(encode(tokenizer, " ".join([frame[0], *facts]))), rng)
-    for fact in facts:
-        text = at_depth(text, fact, rng.random())
+    text = prose(tokenizer, texts, tokens - len(encode(tokenizer, " ".join([frame[0], *facts]))), rng) + "."
+    text = written(text, facts, [rng.random() for _ in facts])
     choices = [encode(tokenizer, f" {o}") for o in sorted(owners)]
     truths = [(STATEMENTS, sorted(owners).index(o)) for o in owners]
     questions = [encode(tokenizer, f"\n\n{QUESTION}{frame[1]}{LEAD}".format(w=w)) for w in things]
-    context = encode(tokenizer, f"{frame[0]}{text}.")
+    context = encode(tokenizer, frame[0] + text)
     if mode == "aware":
         return placed(mode, context, questions[0], [([], c) for c in choices], score=Choices((truths[0],)))
     return Item(context, [(q, c) for q in questions for c in choices], Choices(tuple(truths)))

@@ -6,6 +6,7 @@ parsing. Scorers take, per ask, float32 log-probabilities [answer tokens, vocabu
 cache's log-probabilities; they return (scores, KLs in nats per token), one score per question.
 """
 
+import re
 from collections.abc import Callable
 from dataclasses import dataclass
 
@@ -131,14 +132,18 @@ def prose(tokenizer, texts: list[str], tokens: int, rng) -> str:
     return stretch
 
 
-def at_depth(stretch: str, sentence: str, depth: float) -> str:
-    """`stretch` with a sentence written in at the sentence boundary nearest to `depth`, a share of its characters."""
-    parts = stretch.split(". ")
-    edges = [0]
-    for part in parts:
-        edges.append(edges[-1] + len(part) + 2)
-    at = min(range(len(edges)), key=lambda i: abs(edges[i] - depth * edges[-1]))
-    return ". ".join([*parts[:at], sentence.removesuffix("."), *parts[at:]])
+def written(text: str, facts: list[str], depths: list[float]) -> str:
+    """`text` with each fact written in at the end of the sentence nearest to its depth, a share of the characters.
+
+    Facts that land at the same place stand there in the order given.
+    """
+    edges = [0, *(match.end() for match in re.finditer(r"[.!?;:]\S?\s+", text)), len(text)]
+    places = [min(edges, key=lambda edge: abs(edge - depth * len(text))) for depth in depths]
+    parts, end = [], 0
+    for place, _, fact in sorted(zip(places, range(len(facts)), facts)):
+        parts += [text[end:place].rstrip(" "), fact]
+        end = place
+    return " ".join(part for part in [*parts, text[end:]] if part)
 
 
 def numbered(tokenizer, before: list[int], reference: str) -> tuple[list[int], list[int]]:

@@ -2,7 +2,7 @@
 
 import random
 
-from gatekv.evaluation.tasks.item import Item, at_depth, encode, numbered, placed, prose
+from gatekv.evaluation.tasks.item import Item, written, encode, numbered, placed, prose
 from gatekv.facts import chat_frame
 
 DEPTHS, LENGTHS = (0.0, 0.25, 0.5, 0.75, 1.0), (512, 1024)
@@ -20,8 +20,8 @@ def passkey(tokenizer, texts, mode: str, index: int, seed: int, tokens: int | No
     frame, number = chat_frame(tokenizer), str(rng.randrange(10000, 100000))
     fact = FACT.format(n=number)
     overhead = len(encode(tokenizer, frame[0] + fact))
-    text = at_depth(prose(tokenizer, texts, length - overhead, rng), fact, depth)
+    text = written(prose(tokenizer, texts, length - overhead, rng) + ".", [fact], [depth])
     question = encode(tokenizer, f"\n\n{QUESTION}{frame[1]}{LEAD}")
     question, answer = numbered(tokenizer, question, number)
-    context = encode(tokenizer, f"{frame[0]}{text}.")
+    context = encode(tokenizer, frame[0] + text)
     return placed(mode, context, question, [([], answer)], place={"depth": depth, "tokens": length})

@@ -24,8 +24,7 @@ def recall(tokenizer, texts, mode: str, index: int, seed: int, tokens: int | Non
     for _ in range(200):
         if len(asks) == wanted:
             break
-        first = rng.randrange(len(blanks))
-        cue = text[blanks[first] + 1 :].split(" ", CUE)
+        cue = text[rng.choice(blanks) + 1 :].split(" ", CUE) if blanks else []
         if len(cue) <= CUE:
             continue
         cue, rest = " ".join(cue[:CUE]), " " + cue[CUE]

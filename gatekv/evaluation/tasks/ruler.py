@@ -8,7 +8,7 @@ before it. Common words have no order, so each of them is asked with the others 
 import random
 import uuid
 
-from gatekv.evaluation.tasks.item import Item, References, at_depth, encode, placed, prose, references
+from gatekv.evaluation.tasks.item import Item, References, encode, placed, prose, references, written
 from gatekv.facts import WORDS, chat_frame
 
 FACT = "One of the special magic numbers for {w} is {n}."
@@ -23,12 +23,11 @@ def _number(rng) -> str:
 
 
 def _hidden(tokenizer, texts, tokens: int, rng, facts: list[str], question: str, lead: str):
-    """(context, question) of facts at random depths of real text, the first fact first."""
+    """(context, question) of facts at random depths of real text, in the order given."""
     room = tokens - len(encode(tokenizer, "\n".join(facts)))
-    text = prose(tokenizer, texts, max(room, 16), rng)
-    for fact, depth in zip(facts, sorted((rng.random() for _ in facts), reverse=True)):
-        text = at_depth(text, fact, depth)
-    return _asked(tokenizer, text + ".", question, lead)
+    text = prose(tokenizer, texts, max(room, 16), rng) + "."
+    text = written(text, facts, sorted(rng.random() for _ in facts))
+    return _asked(tokenizer, text, question, lead)
 
 
 def _asked(tokenizer, text: str, question: str, lead: str) -> tuple[list[int], list[int]]:
@@ -62,7 +61,7 @@ def _multikey(tokenizer, texts, tokens, rng):
 
 def _multivalue(tokenizer, texts, tokens, rng):
     word, numbers = rng.choice(NAMES), [_number(rng) for _ in range(VALUES)]
-    facts = [FACT.format(w=word, n=n) for n in reversed(numbers)]
+    facts = [FACT.format(w=word, n=n) for n in numbers]
     what = f"the special magic numbers for {word}"
     question = f"What are all {what}, in the order of the text?"
     asked = _hidden(tokenizer, texts, tokens, rng, facts, question, f"T{what[1:]} are, in the order of the text,")
@@ -86,7 +85,7 @@ def _variable_tracking(tokenizer, texts, tokens, rng):
     facts = [f"VAR {a} = {b}." for a, b in zip(names, [number, *[f"VAR {n}" for n in names]])]
     question = f"Find all variables that are assigned the value {number} in the text above, in the order of the text."
     lead = f"The variables that are assigned the value {number} are: VAR"
-    asked = _hidden(tokenizer, texts, tokens, rng, facts[::-1], question, lead)
+    asked = _hidden(tokenizer, texts, tokens, rng, facts, question, lead)
     return _with(asked, *references(tokenizer, ["", *[", VAR"] * HOPS], names))
 
 

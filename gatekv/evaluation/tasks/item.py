@@ -133,17 +133,19 @@ def prose(tokenizer, texts: list[str], tokens: int, rng) -> str:
 
 
 def written(text: str, facts: list[str], depths: list[float]) -> str:
-    """`text` with each fact written in at the end of the sentence nearest to its depth, a share of the characters.
+    """`text` with each fact written in at the end of the sentence or line nearest to its depth (share of characters).
 
     Facts that land at the same place stand there in the order given.
     """
-    edges = [0, *(match.end() for match in re.finditer(r"[.!?;:]\S?\s+", text)), len(text)]
+    edges = [0, *(match.end() for match in re.finditer(r"[.!?;:]\S?\s+|\n+", text)), len(text)]
     places = [min(edges, key=lambda edge: abs(edge - depth * len(text))) for depth in depths]
-    parts, end = [], 0
+    out, end = "", 0
     for place, _, fact in sorted(zip(places, range(len(facts)), facts)):
-        parts += [text[end:place].rstrip(" "), fact]
+        out += text[end:place]
+        out += fact if out[-1:] in ("", " ", "\n") else f" {fact}"
         end = place
-    return " ".join(part for part in [*parts, text[end:]] if part)
+        out += " " if end < len(text) else ""
+    return out + text[end:]
 
 
 def numbered(tokenizer, before: list[int], reference: str) -> tuple[list[int], list[int]]:

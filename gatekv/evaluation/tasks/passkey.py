@@ -2,7 +2,7 @@
 
 import random
 
-from gatekv.evaluation.tasks.item import Item, written, encode, numbered, placed, prose
+from gatekv.evaluation.tasks.item import Item, encode, numbered, placed, prose, written
 from gatekv.facts import chat_frame
 
 DEPTHS, LENGTHS = (0.0, 0.25, 0.5, 0.75, 1.0), (512, 1024)

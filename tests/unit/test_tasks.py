@@ -88,7 +88,7 @@ def test_passkeys_walk_through_the_grid_and_lie_where_they_say():
     assert {(p["depth"], p["tokens"]) for p in places[:10]} == {(d, n) for d in DEPTHS for n in LENGTHS}
     assert places[10] == places[0]
     for i, depth in enumerate(DEPTHS):
-        found = make("passkey", index=i, tokens=6000)
+        found = tasks.TASKS["passkey"](Letters(), TEXTS[1:], "agnostic", i, 0, 6000)
         assert found.place == {"depth": depth, "tokens": 6000}
         (_, answer), fact = found.asks[0], ids("The pass key is ")
         at = next(j for j in range(len(found.context)) if found.context[j : j + len(fact)] == fact)

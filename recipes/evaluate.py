@@ -36,7 +36,7 @@ def parse(argv: list[str]) -> argparse.Namespace:
     parser.add_argument("--n", type=int, default=100, help="scored answers per task and seed")
     parser.add_argument("--n_ppl", type=int, default=16, help="stretches of 128 tokens for ppl, per seed")
     parser.add_argument("--seeds", default="0", help="of the samples, with commas")
-    parser.add_argument("--tokens", type=int, help="of the contexts; left out: each task's own, 512 to 1024")
+    parser.add_argument("--tokens", type=int, help="of the contexts; left out: each task's own, 600 to 1280")
     parser.add_argument("--data", default="", help="held-out text files; empty: the bundled ones")
     parser.add_argument("--choices", default="", help="JSONL for classification: context, question, choices, answer")
     parser.add_argument("--decode", default="keep", help="keep: tokens after the prompt stay; evict: gates judge them")
@@ -189,10 +189,10 @@ def main(argv: list[str]) -> None:
     rows, comparisons = results.rows(records.lines), results.comparisons(records.lines)
     found = {"rows": rows, "comparisons": comparisons, "run": provenance(argv)}
     (out / "results.json").write_text(json.dumps(found, indent=1))
+    print_table(rows, comparisons)
     report.frontier(found, out / "frontier.png")
     if (out / "training.json").is_file():
         write_card(out, json.loads((out / "training.json").read_text())["config"])
-    print_table(rows, comparisons)
     print(f"wrote {out}/records.jsonl, results.json and frontier.png", file=sys.stderr)
 
 

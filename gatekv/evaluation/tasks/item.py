@@ -7,6 +7,7 @@ cache's log-probabilities; they return (scores, KLs in nats per token), one scor
 """
 
 import re
+from bisect import bisect_right
 from collections.abc import Callable
 from dataclasses import dataclass
 
@@ -126,10 +127,11 @@ def prose(tokenizer, texts: list[str], tokens: int, rng) -> str:
             f"a held-out text has {count} tokens where {tokens} are wanted: give longer ones with --data, or lower "
             "--tokens."
         )
-    while count > tokens:
-        stretch = stretch[: int(len(stretch) * tokens / count)].rsplit(" ", 1)[0]
-        count = len(encode(tokenizer, stretch))
-    return stretch
+    if count <= tokens:
+        return stretch
+    edges = [i for i, letter in enumerate(stretch) if letter == " "] or range(1, len(stretch))
+    fits = bisect_right(edges, tokens, key=lambda end: len(encode(tokenizer, stretch[:end])))
+    return stretch[: edges[max(fits - 1, 0)]]
 
 
 def written(text: str, facts: list[str], depths: list[float]) -> str:

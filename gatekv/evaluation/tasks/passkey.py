@@ -5,7 +5,8 @@ import random
 from gatekv.evaluation.tasks.item import Item, encode, numbered, placed, prose, written
 from gatekv.facts import chat_frame
 
-DEPTHS, LENGTHS = (0.0, 0.25, 0.5, 0.75, 1.0), (512, 1024)
+DEPTHS = (0.0, 0.25, 0.5, 0.75, 1.0)
+LENGTHS = (640, 1280)  # a sixteenth of the shorter still holds 4 sinks and a window of 32
 FACT, QUESTION, LEAD = "The pass key is {n}. Remember it.", "What is the pass key?", "The pass key is"
 
 

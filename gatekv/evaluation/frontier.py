@@ -51,16 +51,20 @@ def _compressed(model, undecided: KVCache, context, policy: str, budget: float, 
 def _ask(model, cache: KVCache, asks: list) -> tuple[list[torch.Tensor], float]:
     """Feed every (query, answer) to its own copy of a one-row cache, all in one forward.
 
-    Shorter ones get pads behind them, which nothing before looks at. Returns per ask the logits [answer tokens,
-    vocabulary] in float32, and the bytes ratio behind the longest ask.
+    An answer's last token is not fed, so choices of one token share a row. Shorter rows get pads behind them, which
+    nothing before looks at. Returns per ask the logits [answer tokens, vocabulary] in float32, and the bytes ratio
+    when the longest ask's last token is chosen.
     """
+    fed = [tuple(query + answer[:-1]) for query, answer in asks]
+    rows = list(dict.fromkeys(fed))
     copies = cache.snapshot()
-    copies.batch_repeat_interleave(len(asks))
-    longest = max(len(q) + len(a) for q, a in asks)
-    first = min(len(q) for q, _ in asks) - 1  # the earliest token whose logits are wanted
-    ids = torch.tensor([q + a + a[-1:] * (longest - len(q) - len(a)) for q, a in asks], device=model.device)
+    copies.batch_repeat_interleave(len(rows))
+    longest = max(map(len, rows))
+    first = min(len(query) for query, _ in asks) - 1  # the earliest token whose logits are wanted
+    ids = torch.tensor([row + row[-1:] * (longest - len(row)) for row in rows], device=model.device)
     logits = model(ids, past_key_values=copies, logits_to_keep=longest - first).logits
-    answers = [row[len(q) - 1 - first :][: len(a)].float() for row, (q, a) in zip(logits, asks)]
+    starts = [len(query) - 1 - first for query, _ in asks]
+    answers = [logits[rows.index(f), a : a + len(ask[1])].float() for f, a, ask in zip(fed, starts, asks)]
     return answers, copies.memory()["ratio"]
 
 

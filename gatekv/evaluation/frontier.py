@@ -76,7 +76,7 @@ def run_item(model, item: Item, cells: list[tuple[str, float]], **options) -> li
     """
     context = torch.tensor([item.context], device=model.device)
     queries = max(resolve(_named(policy), budget).scorer.queries for policy, budget in cells)
-    undecided = KVCache.undecided(model, queries=max(queries, 1))
+    undecided = KVCache.undecided(model, queries=max(queries, 64))
     model(context, past_key_values=undecided, logits_to_keep=1)
     answers = [answer for _, answer in item.asks]
     full, found = None, []
@@ -87,12 +87,14 @@ def run_item(model, item: Item, cells: list[tuple[str, float]], **options) -> li
         try:
             cache = _compressed(model, undecided, context, policy, budget, options)
         except ValueError as error:
+            if full is None:
+                raise  # without the full cache there is nothing to compare with
             record["refused"] = str(error)
             continue
         record["ratio"] = cache.memory()["ratio"]
         logits, record["ratio_end"] = _ask(model, cache, item.asks)
         log_p = [x.log_softmax(-1) for x in logits]
-        full = full or log_p
+        full = log_p if full is None else full
         record["scores"], record["kls"] = item.score(log_p, answers, full)
     return found
 

@@ -8,6 +8,8 @@ from test_config_and_data import TEXT, Letters
 from gatekv import report
 from gatekv.evaluation import frontier, results, statistics, tasks
 from gatekv.evaluation.records import Records
+from gatekv.gates.calibration import Calibration
+from gatekv.modules import wrappers
 from gatekv.training.card import results_table, write_card
 
 
@@ -99,6 +101,21 @@ def test_protection_and_decoding_are_passed_to_every_policy(short_tasks, monkeyp
     for choice in ("keep", "evict"):
         run(model, ["gate+global"], [0.5], n=2, decode=choice)
     assert given == ["keep"] * 2 + ["evict"] * 2
+
+
+def test_a_streaming_gate_reads_the_context_itself_and_goes_on_evicting_if_told_to(short_tasks):
+    model = gated(window=4, sinks=2, dtype=torch.float32)
+    for w in wrappers(model):
+        w.calibrations["default"] = Calibration([1.0], [0.0, 0.5, 1.0], [[1.0, 0.0, -1.0]])
+    keep, evict = (run(model, ["gate"], [0.5], n=2, decode=d).lines[1] for d in ("keep", "evict"))
+    assert keep["refused"] is None and keep["ratio"] == evict["ratio"] < 1
+    assert keep["kls"] != evict["kls"]
+
+
+def test_a_full_cache_that_cannot_be_made_stops_the_run(short_tasks, monkeypatch):
+    monkeypatch.setattr(frontier, "_compressed", lambda *a: (_ for _ in ()).throw(ValueError("no cache")))
+    with pytest.raises(ValueError, match="no cache"):
+        run(tiny(dtype=torch.float32), ["l2"], [0.5])
 
 
 def test_a_model_asked_for_its_own_words_is_right(short_tasks):

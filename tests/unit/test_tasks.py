@@ -12,7 +12,7 @@ from gatekv.evaluation.tasks import item
 from gatekv.evaluation.tasks.classification import classification, load_choices
 from gatekv.evaluation.tasks.passkey import DEPTHS, LENGTHS
 from gatekv.evaluation.tasks.recall import ANSWER, SPANS
-from gatekv.evaluation.tasks.ruler import FAMILIES, NAMES
+from gatekv.evaluation.tasks.ruler import FAMILIES, NAMES, _counted
 
 TEXTS = [text[:90_000] for text in tasks.heldout_texts([])]
 TOKENS = 1500  # Letters has a token per character
@@ -135,6 +135,13 @@ def test_ruler_orders_are_the_text_s_and_the_counts_s():
     (_, answer), context = found.asks[0], "".join(map(chr, found.context))
     counts = [context.count("".join(map(chr, answer[a:b]))) for _, a, b in found.score.spans]
     assert counts == sorted(counts, reverse=True) and counts[0] > 3 * counts[2]
+
+
+def test_words_that_tie_are_drawn_again():
+    draws = iter(["a"] * 5 + ["b"] * 5 + ["a"] * 6 + ["b"] * 4)
+    assert _counted(Letters(), 20, lambda: next(draws), "", 1) == (["a"] * 6 + ["b"] * 4, ["a"])
+    with pytest.raises(ValueError, match="use --tokens 256 or more"):
+        _counted(Letters(), 20, lambda: "a", "", 1)
 
 
 def test_common_words_are_each_asked_with_the_others_given():

@@ -7,6 +7,7 @@ before it. Common words have no order, so each of them is asked with the others 
 
 import random
 import uuid
+from collections import Counter
 
 from gatekv.evaluation.tasks.item import Item, References, encode, placed, prose, references, written
 from gatekv.facts import WORDS, chat_frame
@@ -89,20 +90,26 @@ def _variable_tracking(tokenizer, texts, tokens, rng):
     return _with(asked, *references(tokenizer, ["", *[", VAR"] * HOPS], names))
 
 
-def _filled(tokenizer, tokens: int, draw, after: str) -> list[str]:
-    """As many of draw()'s words as make about `tokens` tokens, with `after` and a blank each."""
-    words, used = [], 0
-    while used < tokens:
-        words.append(draw())
-        used += len(encode(tokenizer, f"{after} {words[-1]}"))
-    return words
+def _counted(tokenizer, tokens: int, draw, after: str, wanted: int) -> tuple[list[str], list[str]]:
+    """(words, the `wanted` most frequent of them): draw()'s words, about `tokens` tokens with `after` and a blank each.
+
+    Drawn again while words tie for these places, since the answer would not be the only one.
+    """
+    for _ in range(200):
+        words, used = [], 0
+        while used < tokens:
+            words.append(draw())
+            used += len(encode(tokenizer, f"{after} {words[-1]}"))
+        ranked = Counter(words).most_common(wanted + 1)
+        if len({count for _, count in ranked}) == wanted + 1:
+            return words, [word for word, _ in ranked[:wanted]]
+    raise ValueError(f"words tie for frequency in contexts this short (tokens={tokens}): use --tokens 256 or more.")
 
 
 def _common_words(tokenizer, texts, tokens, rng):
     names = rng.sample(NAMES, len(NAMES))
-    common, rare = names[:COMMON], names[COMMON:]
-    draw = lambda: rng.choice(common if rng.random() < COMMON_SHARE else rare)  # noqa: E731
-    words = _filled(tokenizer, tokens, draw, ",")
+    draw = lambda: rng.choice(names[:COMMON] if rng.random() < COMMON_SHARE else names[COMMON:])  # noqa: E731
+    words, common = _counted(tokenizer, tokens, draw, ",", COMMON)
     question = f"What are the {COMMON} most common words in the list above?"
     lead = "The most common words are:"
     context, question = _asked(tokenizer, "Below is a list of words: " + ", ".join(words) + ".", question, lead)
@@ -118,8 +125,7 @@ def _common_words(tokenizer, texts, tokens, rng):
 def _frequent_words(tokenizer, texts, tokens, rng):
     coded = ["".join(rng.choices("abcdefghijklmnopqrstuvwxyz", k=6)) for _ in range(60)]
     weights = [(k + 1) ** -ZETA for k in range(len(coded))]
-    words = _filled(tokenizer, tokens, lambda: rng.choices(coded, weights)[0], "")
-    top = sorted(dict.fromkeys(words), key=words.count, reverse=True)[:FREQUENT]
+    words, top = _counted(tokenizer, tokens, lambda: rng.choices(coded, weights)[0], "", FREQUENT)
     question = f"What are the {FREQUENT} most frequent words in the coded text above, the most frequent first?"
     asked = _asked(tokenizer, "Read this coded text: " + " ".join(words), question, "The most frequent words are: 1.")
     return _with(asked, *references(tokenizer, ["", *[f" {n}." for n in range(2, FREQUENT + 1)]], top))
@@ -139,7 +145,7 @@ FAMILIES = {
 def ruler(tokenizer, texts, mode: str, index: int, seed: int, tokens: int | None = None) -> Item:
     """A sample of family number `index` mod 7, about 768 or `tokens` long; needles lie in held-out text.
 
-    Score: `References`, the share found. Raises ValueError when the held-out texts are too short.
+    Score: `References`, the share found. Raises ValueError when the held-out texts or `tokens` are too short.
     """
     family = list(FAMILIES)[index % len(FAMILIES)]
     rng = random.Random(f"ruler/{seed}/{index}")

@@ -52,7 +52,7 @@ def one(name: str, args: argparse.Namespace) -> dict:
     folder, threads = Path(args.work) / name, 1 if args.jobs > 1 else 0
     folder.mkdir(parents=True, exist_ok=True)
     scores = folder / f"scores-{args.seed}-{args.n}-{args.n_ppl}"
-    options = ["--budgets", args.budgets, "--n", str(args.n), "--n_ppl", str(args.n_ppl), "--seed", str(args.seed)]
+    options = ["--budgets", args.budgets, "--n", str(args.n), "--n_ppl", str(args.n_ppl), "--seeds", str(args.seed)]
     if name == "baselines":
         options += ["--policies", BASELINES]
     else:

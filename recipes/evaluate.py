@@ -3,11 +3,15 @@
     python recipes/evaluate.py --adapter checkpoints/demo                      # ppl and retrieval, question unseen
     python recipes/evaluate.py --adapter checkpoints/demo --n 8 --budgets .25 --tasks niah_multikey     # one minute
     python recipes/evaluate.py --adapter DIR --policies gate+global,snapkv+ada,l2 --mode aware --out DIR
+    python recipes/evaluate.py --policies snapkv,l2,random --tasks passkey,ruler,recall,classification --seeds 0,1
 
-Writes results.json, frontier.png and the table to --out, and renews the adapter's card.
+Every sample's result goes to records.jsonl in --out at once; the same command again does only what is missing, and more
+policies, budgets, tasks, seeds or samples are added to what is there. Writes results.json, frontier.png and the table
+of all records, and renews the adapter's card.
 """
 
 import argparse
+import functools
 import json
 import subprocess
 import sys
@@ -28,13 +32,20 @@ def parse(argv: list[str]) -> argparse.Namespace:
     parser.add_argument("--budgets", default=".25,.125")
     parser.add_argument("--tasks", default="niah_multikey,ppl")
     parser.add_argument("--mode", default="agnostic", help="agnostic, aware, or both with a comma")
-    parser.add_argument("--n", type=int, default=100, help="scored answers per task")
-    parser.add_argument("--n_ppl", type=int, default=16, help="stretches of 128 tokens for ppl")
-    parser.add_argument("--tokens", type=int, help="of the contexts; left out: 600 to 1000")
+    parser.add_argument("--n", type=int, default=100, help="scored answers per task and seed")
+    parser.add_argument("--n_ppl", type=int, default=16, help="stretches of 128 tokens for ppl, per seed")
+    parser.add_argument("--seeds", default="0", help="of the samples, with commas")
+    parser.add_argument("--tokens", type=int, help="of the contexts; left out: each task's own, 600 to 1280")
     parser.add_argument("--data", default="", help="held-out text files; empty: the bundled ones")
+    parser.add_argument("--choices", default="", help="JSONL for classification: context, question, choices, answer")
+    parser.add_argument(
+        "--decode", default="keep", help="keep: tokens after the prompt stay; evict: policies that stream go on"
+    )
+    parser.add_argument("--sinks", type=int, help="protected by every policy; left out: what its paper protects")
+    parser.add_argument("--window", type=int, help="as --sinks, of recent tokens")
     parser.add_argument("--dtype", default="bfloat16")
-    parser.add_argument("--seed", type=int, default=0)
     parser.add_argument("--out", default="", help="folder for the results; empty: the adapter's")
+    parser.add_argument("--fresh", action="store_true", help="throw away the records in --out")
     return parser.parse_args(argv)
 
 
@@ -47,17 +58,29 @@ def checked(argument: str, text: str, known) -> list[str]:
     return names
 
 
+def refusal(reason: str) -> str:
+    """A refused cell in the table; `unreachable`: layers that a policy leaves whole cost more than the budget."""
+    return "unreachable" if "is unreachable" in reason else f"refused: {reason}"
+
+
 def print_table(rows: list[dict], comparisons: list[dict]) -> None:
     print(
         f"{'task':14} {'mode':9} {'policy':18} {'budget':>6} {'bytes':>6} {'at end':>6} {'score':>7} {'KL':>7} {'n':>4}"
+        "  spread over seeds"
     )
     for r in rows:
         head = f"{r['task']:14} {r['mode']:9} {r['policy']:18} {r['budget']:6.3f}"
         if r["score"] is None:
-            print(f"{head} refused: {r['refused']}")
+            print(f"{head} {refusal(r['refused'])}")
             continue
         kl = "" if r["kl"] is None else f"{r['kl']:7.3f}"
-        print(f"{head} {r['bytes_ratio']:6.3f} {r['bytes_ratio_end']:6.3f} {r['score']:7.3f} {kl:>7} {r['n']:4}")
+        spread = "" if r["seed_spread"] is None else f"  {r['seed_spread']:.3f}"
+        print(
+            f"{head} {r['bytes_ratio']:6.3f} {r['bytes_ratio_end']:6.3f} {r['score']:7.3f} {kl:>7} {r['n']:4}{spread}"
+        )
+        for cell in r.get("cells", []) if r["policy"] == "full" else []:  # of the others in results.json
+            place = ", ".join(f"{k} {v}" for k, v in cell.items() if k not in ("score", "kl", "n"))
+            print(f"{'':24} {place:37} {'':6} {cell['score']:7.3f} {'':7} {cell['n']:4}")
     for c in comparisons:
         what = "KL" if c["task"] == "ppl" else "score"
         print(
@@ -80,29 +103,49 @@ def provenance(argv: list[str]) -> dict:
     return {"commit": git.stdout.strip(), "versions": versions, "command": command}
 
 
-def main(argv: list[str]) -> None:
-    args = parse(argv)
-    import torch
-    from peft import PeftConfig, PeftModel
-
-    from gatekv import policies, report
+def checked_arguments(args: argparse.Namespace) -> tuple[list[str], list[float], list[str], list[str], list[int]]:
+    """(policies, budgets, tasks, modes, seeds), or ValueError before anything is loaded."""
+    from gatekv import policies
+    from gatekv.config import check_choice
     from gatekv.evaluation import frontier, tasks
-    from gatekv.training.card import write_card
 
-    torch.manual_seed(args.seed)
     names = [p for p in args.policies.split(",") if p and p != "full"]
     budgets = [float(b) for b in args.budgets.split(",") if b]
     for name in names:
         for budget in budgets:
             policies.resolve(name.replace(frontier.UNTRAINED, "gate"), budget)
-    chosen = checked("task", args.tasks, tasks.TASKS)
-    modes = checked("mode", args.mode, tasks.MODES)
+    chosen, modes = checked("task", args.tasks, tasks.TASKS), checked("mode", args.mode, tasks.MODES)
+    check_choice("decode", args.decode, ("keep", "evict"))
     if args.n < 1 or args.n_ppl < 1:
         raise ValueError("--n and --n_ppl count scored answers and must be at least 1.")
     if args.tokens is not None and args.tokens < 64:
         raise ValueError(f"--tokens {args.tokens} leaves no room for facts: use at least 64.")
+    try:
+        seeds = [int(s) for s in args.seeds.split(",") if s]
+    except ValueError as error:
+        raise ValueError(f"--seeds {args.seeds!r} must be whole numbers with commas, like 0,1.") from error
     if not args.adapter:
         names = [p for p in names if not p.startswith(("gate", frontier.UNTRAINED))]
+    return names, budgets, chosen, modes, seeds or [0]
+
+
+def main(argv: list[str]) -> None:
+    args = parse(argv)
+    import torch
+    from peft import PeftConfig, PeftModel
+
+    from gatekv import report
+    from gatekv.evaluation import frontier, results, tasks
+    from gatekv.evaluation.records import Records, settings
+    from gatekv.evaluation.tasks.classification import classification, load_choices
+    from gatekv.training.card import write_card
+
+    torch.manual_seed(0)
+    names, budgets, chosen, modes, seeds = checked_arguments(args)
+    examples = load_choices(args.choices) if args.choices else None
+    if examples and "classification" in chosen and len(examples) < args.n:
+        raise ValueError(f"--choices has {len(examples)} examples: lower --n from {args.n}.")
+    texts = tasks.heldout_texts([d for d in args.data.split(",") if d])
 
     base = args.model
     if args.adapter:
@@ -112,24 +155,26 @@ def main(argv: list[str]) -> None:
     if args.adapter:
         model = PeftModel.from_pretrained(model, args.adapter)
     model.eval()
-    texts = tasks.heldout_texts([d for d in args.data.split(",") if d])
 
-    rows, comparisons = [], []
-    for task in chosen:
-        for mode in modes if task != "ppl" else ["agnostic"]:
-            n = args.n_ppl if task == "ppl" else args.n
-            cells = frontier.evaluate(model, tokenizer, texts, names, budgets, task, mode, n, args.seed, args.tokens)
-            rows += frontier.rows(cells, task, mode, args.seed)
-            comparisons += frontier.comparisons(cells, task, mode)
-    results = {"rows": rows, "comparisons": comparisons, "run": provenance(argv)}
     out = Path(args.out or args.adapter or "results")
-    out.mkdir(parents=True, exist_ok=True)
-    (out / "results.json").write_text(json.dumps(results, indent=1))
-    report.frontier(results, out / "frontier.png")
+    options = {"tokens": args.tokens, "decode": args.decode, "sinks": args.sinks, "window": args.window}
+    pinned = settings(model, base, {"dtype": args.dtype, **options}, texts, examples)
+    records = Records(out / "records.jsonl", pinned, args.fresh)
+    for task in chosen:
+        n = args.n_ppl if task == "ppl" else args.n
+        build = functools.partial(classification, examples=examples) if task == "classification" else tasks.TASKS[task]
+        for mode in modes if task not in tasks.AGNOSTIC_ONLY else ["agnostic"]:
+            for seed in seeds:
+                where = (names, budgets, task, mode, n, seed, records)
+                frontier.evaluate(model, tokenizer, texts, *where, build=build, **options)
+    rows, comparisons = results.rows(records.lines), results.comparisons(records.lines)
+    found = {"rows": rows, "comparisons": comparisons, "run": provenance(argv)}
+    (out / "results.json").write_text(json.dumps(found, indent=1))
+    print_table(rows, comparisons)
+    report.frontier(found, out / "frontier.png")
     if (out / "training.json").is_file():
         write_card(out, json.loads((out / "training.json").read_text())["config"])
-    print_table(rows, comparisons)
-    print(f"wrote {out}/results.json and {out}/frontier.png", file=sys.stderr)
+    print(f"wrote {out}/records.jsonl, results.json and frontier.png", file=sys.stderr)
 
 
 if __name__ == "__main__":

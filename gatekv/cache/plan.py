@@ -66,7 +66,7 @@ class Plan:
     def queries(self) -> int:
         """How many of the prompt's last queries are needed at its end."""
         ranks = not (self.streaming or self.decays) and (self.dense or self.turns)
-        return max(self.policy.scorer.queries if ranks else 0, self.policy.width.window if self.policy.width else 0)
+        return self.policy.queries if ranks or self.policy.width else 0
 
     @property
     def trims(self) -> bool:

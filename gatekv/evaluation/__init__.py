@@ -1,1 +1,1 @@
-"""Evaluation at matched bytes: tasks, one shared prefill per sample, paired intervals."""
+"""Evaluation at matched bytes: tasks, one shared prefill per sample, records that resume, paired intervals."""

@@ -1,39 +1,27 @@
 """Every policy at every budget on the same samples: one dense prefill per sample, then one compressed copy each."""
 
-from dataclasses import dataclass, field
-
 import torch
 from peft import get_peft_model_state_dict, set_peft_model_state_dict
 from tqdm import tqdm
 
 from gatekv.adapter import GateKVConfig
 from gatekv.cache.kvcache import KVCache
-from gatekv.evaluation.statistics import interval, paired_interval
+from gatekv.evaluation.records import Records
 from gatekv.evaluation.tasks import TASKS, Item
-from gatekv.policies import Gate, resolve
+from gatekv.policies import Full, Gate, resolve
 from gatekv.policies.budgets import Threshold
 
 UNTRAINED = "untrained"
-
-
-@dataclass
-class Cell:
-    """What one policy did at one budget on one task; lists run over contexts, inner ones over their questions."""
-
-    policy: str
-    budget: float
-    scores: list[list[float]] = field(default_factory=list)
-    kls: list[list[float]] = field(default_factory=list)
-    ratios: list[float] = field(default_factory=list)
-    ratios_end: list[float] = field(default_factory=list)
-    refused: str | None = None
+FULL = ("full", 1.0)
 
 
 def add_untrained(model) -> None:
     """A second adapter of the same form with random weights: the control for "is it the training?"."""
     config = model.peft_config["default"]
     fields = {k: v for k, v in vars(config.gate_spec()).items()}
-    model.add_adapter(UNTRAINED, GateKVConfig(**fields))
+    with torch.random.fork_rng():
+        torch.manual_seed(0)  # the same control in every run and for every task
+        model.add_adapter(UNTRAINED, GateKVConfig(**fields))
     state = get_peft_model_state_dict(model, adapter_name=UNTRAINED)
     generator = torch.Generator().manual_seed(0)
     for name, tensor in state.items():
@@ -42,137 +30,110 @@ def add_untrained(model) -> None:
     set_peft_model_state_dict(model, state, adapter_name=UNTRAINED)
 
 
-def _compressed(model, undecided: KVCache, context: torch.Tensor, policy: str, budget: float) -> KVCache:
+def _named(policy: str) -> str:
+    """The policy as `resolve` knows it: the untrained control is a gate."""
+    return policy.replace(UNTRAINED, "gate")
+
+
+def _compressed(model, undecided: KVCache, context, policy: str, budget: float, options: dict) -> KVCache:
     """The context under one policy: from the shared prefill, or by a prefill of its own where flags act inside it."""
-    learned = policy.split("+")[0] in ("gate", UNTRAINED)
-    if learned:
+    if policy.split("+")[0] in ("gate", UNTRAINED):
         model.set_adapter(UNTRAINED if policy.startswith(UNTRAINED) else "default")
-        policy = policy.replace(UNTRAINED, "gate")
-    resolved = resolve(policy, budget)
-    if isinstance(resolved.scorer, Gate) and isinstance(resolved.rule, Threshold):
-        cache = KVCache(model, policy, budget)
+    policy = resolve(_named(policy), budget)
+    if policy.width is not None:  # the budget is one of bytes, and thin keys leave room for more tokens
+        head_dim = undecided.evicting()[0].tail.keys.shape[-1]
+        budget = policy.width.token_share(budget, context.shape[1], head_dim)
+        if isinstance(policy.scorer, Full) and budget < 1:
+            raise ValueError("budget is unreachable: this policy drops channels, and no token.")
+    if not policy.scorer.streams:
+        options = {**options, "decode": "keep"}
+    if isinstance(policy.scorer, Gate) and isinstance(policy.rule, Threshold):
+        cache = KVCache(model, policy, budget, **options)
         model(context, past_key_values=cache, logits_to_keep=1)
         return cache
-    return undecided.decide(
-        policy, budget, decode="keep"
-    )  # as training-free policies do: the same bytes at the end too
+    return undecided.decide(policy, budget, **options)
 
 
 def _ask(model, cache: KVCache, asks: list) -> tuple[list[torch.Tensor], float]:
-    """Feed every (query, answer) to its own copy of a one-row cache; asks of equal length share a forward.
+    """Feed every (query, answer) to its own copy of a one-row cache, all in one forward.
 
-    Pads between context and question would shift the window, so unequal ones do not. Returns per ask the logits
-    [answer tokens, vocabulary] in float32, and the bytes ratio at the end of the first.
+    An answer's last token is not fed, so choices of one token share a row. Shorter rows get pads behind them, which
+    nothing before looks at. Returns per ask the logits [answer tokens, vocabulary] in float32, and the bytes ratio
+    when the longest ask's last token is chosen.
     """
-    answers: list = [None] * len(asks)
-    ratio = 0.0
-    for shape in sorted({(len(q), len(a)) for q, a in asks}):
-        members = [i for i, (q, a) in enumerate(asks) if (len(q), len(a)) == shape]
-        copies = cache.snapshot()
-        copies.batch_repeat_interleave(len(members))
-        ids = torch.tensor([asks[i][0] + asks[i][1] for i in members], device=model.device)
-        out = model(ids, past_key_values=copies, logits_to_keep=shape[1] + 1).logits[:, :-1].float()
-        for i, logits in zip(members, out):
-            answers[i] = logits
-        if 0 in members:
-            ratio = copies.memory()["ratio"]
-    return answers, ratio
+    fed = [tuple(query + answer[:-1]) for query, answer in asks]
+    rows = list(dict.fromkeys(fed))
+    copies = cache.snapshot()
+    copies.batch_repeat_interleave(len(rows))
+    longest = max(map(len, rows))
+    first = min(len(query) for query, _ in asks) - 1  # the earliest token whose logits are wanted
+    ids = torch.tensor([row + row[-1:] * (longest - len(row)) for row in rows], device=model.device)
+    logits = model(ids, past_key_values=copies, logits_to_keep=longest - first).logits
+    starts = [len(query) - 1 - first for query, _ in asks]
+    answers = [logits[rows.index(f), a : a + len(ask[1])].float() for f, a, ask in zip(fed, starts, asks)]
+    return answers, copies.memory()["ratio"]
 
 
 @torch.no_grad()
-def run_item(model, item: Item, task: str, cells: list[Cell]) -> None:
-    """Score every cell on one item. cells[0] must be the full cache: KL is taken against it."""
-    device = model.device
-    context = torch.tensor([item.context], device=device)
-    undecided = KVCache.undecided(model)
+def run_item(model, item: Item, cells: list[tuple[str, float]], **options) -> list[dict]:
+    """What each (policy, budget) does on one item, as the fields of a record; see `Records`.
+
+    cells[0] must be FULL: KL is taken against it. options: of `KVCache`: decode, sinks, window.
+    """
+    context = torch.tensor([item.context], device=model.device)
+    undecided = KVCache.undecided(model, queries=max(resolve(_named(policy), b).queries for policy, b in cells))
     model(context, past_key_values=undecided, logits_to_keep=1)
-    reference: list[torch.Tensor] = []
-    for cell in cells:
-        if cell.refused:
-            continue
+    answers = [answer for _, answer in item.asks]
+    full, found = None, []
+    for policy, budget in cells:
+        record = {"policy": policy, "budget": budget, "scores": [], "kls": [], "ratio": None, "ratio_end": None}
+        record |= {"place": item.place, "refused": None}
+        found.append(record)
         try:
-            cache = _compressed(model, undecided, context, cell.policy, cell.budget)
+            cache = _compressed(model, undecided, context, policy, budget, options)
         except ValueError as error:
-            cell.refused = str(error)
+            if full is None:
+                raise  # without the full cache there is nothing to compare with
+            record["refused"] = str(error)
             continue
-        cell.ratios.append(cache.memory()["ratio"])
-        answers, ratio_end = _ask(model, cache, item.asks)
-        scores, kls = [], []
-        for i, (logits, (_, answer)) in enumerate(zip(answers, item.asks)):
-            truth = torch.tensor(answer, device=device)
-            if task == "ppl":
-                log_p = logits.log_softmax(-1)
-                if cell is cells[0]:
-                    reference.append(log_p)
-                loss = -log_p.gather(-1, truth[:, None]).mean()
-                full = -reference[i].gather(-1, truth[:, None]).mean()
-                scores.append(float(loss - full))
-                kls.append(float((reference[i].exp() * (reference[i] - log_p)).sum(-1).mean()))
-            else:
-                scores.append(float((logits.argmax(-1) == truth).all()))
-        cell.ratios_end.append(ratio_end)
-        cell.scores.append(scores)
-        cell.kls.append(kls)
+        record["ratio"] = cache.memory()["ratio"]
+        logits, record["ratio_end"] = _ask(model, cache, item.asks)
+        log_p = [x.log_softmax(-1) for x in logits]
+        full = log_p if full is None else full
+        record["scores"], record["kls"] = item.score(log_p, answers, full)
+    return found
 
 
 def evaluate(model, tokenizer, texts, policies: list[str], budgets: list[float], task: str, mode: str, n: int,
-             seed: int, tokens: int | None = None, progress: bool = True) -> list[Cell]:  # fmt: skip
-    """At least n scored answers per cell, over contexts of about `tokens` (None: the task's own length).
+             seed: int, records: Records, *, tokens: int | None = None, progress: bool = True, build=None,
+             **options) -> None:  # fmt: skip
+    """Score every policy at every budget on at least n questions; what `records` holds already is not done again.
 
-    Returns the cells, the full cache first.
+    Args:
+        records: gets a line per sample, policy and budget, as soon as a sample is through, and the full cache's.
+        tokens: about the length of contexts; None: the task's own. build: makes the items, instead of TASKS[task].
+        options: of `KVCache`: decode, sinks, window.
     """
+    cells = [FULL] + [(p, b) for p in policies if p != "full" for b in budgets]
+    build = build or TASKS[task]
     control = any(p.startswith(UNTRAINED) for p in policies)
     if control:
         add_untrained(model)
-    cells = [Cell("full", 1.0)] + [Cell(p, b) for p in policies if p != "full" for b in budgets]
     try:
         done, index = 0, 0
-        bar = tqdm(total=n, desc=f"{task} {mode}", disable=not progress)
-        while done < n:
-            item = TASKS[task](tokenizer, texts, mode, index, seed, tokens)
-            run_item(model, item, task, cells)
-            bar.update(min(len(item.asks), n - done))
-            done, index = done + len(item.asks), index + 1
-        bar.close()
+        with tqdm(total=n, desc=f"{task} {mode} seed {seed}", disable=not progress) as bar:
+            while done < n:
+                held = records.of(task, mode, seed, index)
+                missing = [cell for cell in cells if cell not in held]
+                if missing:
+                    item = build(tokenizer, texts, mode, index, seed, tokens)
+                    found = run_item(model, item, [FULL, *(c for c in missing if c != FULL)], **options)
+                    key = {"task": task, "mode": mode, "seed": seed, "index": index}
+                    records.append([key | r for r in found if (r["policy"], r["budget"]) in missing])
+                scored = len(records.of(task, mode, seed, index)[FULL]["scores"])
+                bar.update(min(scored, n - done))
+                done, index = done + scored, index + 1
     finally:
         if control:
             model.set_adapter("default")
             model.delete_adapter(UNTRAINED)
-    return cells
-
-
-def rows(cells: list[Cell], task: str, mode: str, seed: int) -> list[dict]:
-    """Rows of results.json; a refused cell has score null and says why."""
-    out = []
-    for c in cells:
-        row = {"policy": c.policy, "budget": c.budget, "task": task, "mode": mode, "seed": seed}
-        if c.refused:
-            out.append(row | {"score": None, "kl": None, "n": 0, "refused": c.refused})
-            continue
-        flat = [x for group in c.scores for x in group]
-        low, high = interval(c.scores)
-        kls = [x for group in c.kls for x in group]
-        row |= {"score": sum(flat) / len(flat), "kl": sum(kls) / len(kls) if kls else None, "n": len(flat)}
-        row |= {"bytes_ratio": sum(c.ratios) / len(c.ratios), "bytes_ratio_end": sum(c.ratios_end) / len(c.ratios_end)}
-        out.append(row | {"ci_low": low, "ci_high": high})
-    return out
-
-
-def comparisons(cells: list[Cell], task: str, mode: str) -> list[dict]:
-    """Best learned policy against the best training-free one at each budget, paired on the same samples."""
-    better = min if task == "ppl" else max
-    values = lambda c: c.kls if task == "ppl" else c.scores  # noqa: E731
-    mean = lambda c: sum(map(sum, values(c))) / sum(map(len, values(c)))  # noqa: E731
-    out = []
-    ran = [c for c in cells[1:] if not c.refused]
-    for budget in sorted({c.budget for c in ran}, reverse=True):
-        here = [c for c in ran if c.budget == budget]
-        learned = [c for c in here if c.policy.split("+")[0] == "gate"]
-        free = [c for c in here if c.policy.split("+")[0] not in ("gate", UNTRAINED)]
-        if learned and free:
-            a, b = better(learned, key=mean), better(free, key=mean)
-            difference, low, high = paired_interval(values(a), values(b))
-            entry = {"task": task, "mode": mode, "budget": budget, "learned": a.policy, "training_free": b.policy}
-            entry |= {"learned_value": mean(a), "training_free_value": mean(b), "full_value": mean(cells[0])}
-            out.append(entry | {"difference": difference, "ci_low": low, "ci_high": high})
-    return out

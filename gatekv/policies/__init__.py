@@ -67,6 +67,11 @@ class Policy:
     layers: Even | Pyramid = field(default_factory=Even)
     width: Channels | None = None
 
+    @property
+    def queries(self) -> int:
+        """How many of the prompt's last queries a decision at its end looks at."""
+        return max(self.scorer.queries, self.width.window if self.width else 0)
+
     def __str__(self) -> str:
         layers = None if isinstance(self.layers, Even) else self.layers
         return " x ".join(type(p).__name__ for p in (self.scorer, self.rule, layers, self.width) if p is not None)

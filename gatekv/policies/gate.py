@@ -15,8 +15,8 @@ NOTHING = 1e-6  # attention that counts as none
 class Gate(Scorer):
     """Scores are the adapter's gate logits (Attention-Gate, arXiv 2410.12876).
 
-    Where a prompt is ranked at its end, what its last queries attend to is known too, and a gate that reads one token at
-    a time cannot know it: score = log sigmoid(logit) + observed · log a, with a the most attention that the last 32
+    Where a prompt is ranked at its end, what its last queries attend to is known too, and a gate that reads one token
+    at a time cannot know it: score = log sigmoid(logit) + observed · log a, with a the most attention that the last 32
     queries give to the token or its neighbours (SnapKV's evidence, as a prior). Gates under a threshold or decay judge
     by their logits alone.
 

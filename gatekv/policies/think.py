@@ -46,7 +46,7 @@ class Channels:
         """Share of the tokens to keep for `ratio` of the bytes of a prompt of `length` tokens.
 
         Raises:
-            ValueError: when thin keys alone cannot save that much or little ("unreachable").
+            ValueError: where thin keys save more than that, or the window costs more ("unreachable").
         """
         saved = int(head_dim * self.prune) / head_dim / 2
         share = (ratio - self.window / length * saved) / (1 - saved)

@@ -33,6 +33,9 @@ def results_table(rows: list[dict]) -> str:
     """A Markdown table of results.json rows."""
     lines = ["| task | mode | policy | budget | bytes held | score | KL |", "|---|---|---|---|---|---|---|"]
     for r in rows:
+        if r["score"] is None:
+            lines.append(f"| {r['task']} | {r['mode']} | {r['policy']} | {r['budget']} | – | refused | |")
+            continue
         kl = "" if r["kl"] is None else f"{r['kl']:.4f}"
         lines.append(
             f"| {r['task']} | {r['mode']} | {r['policy']} | {r['budget']} | {r['bytes_ratio']:.3f} "

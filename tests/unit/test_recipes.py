@@ -49,6 +49,9 @@ def test_evaluate_checks_its_arguments_before_loading_anything(monkeypatch):
         (["--tasks", "pppl"], "Did you mean 'ppl'"),
         (["--mode", "blind"], "Known: agnostic, aware"),
         (["--n", "0"], "at least 1"),
+        (["--seeds", "0,x"], "whole numbers with commas"),
+        (["--decode", "drop"], "Known: keep, evict"),
+        (["--tasks", "classification", "--choices", "none.jsonl"], "is not a file"),
     ):
         with pytest.raises(ValueError, match=match):
             evaluate.main(argv)
@@ -63,8 +66,10 @@ def test_provenance_says_what_ran():
 
 def test_table_prints_refusals(capsys):
     row = {"task": "ppl", "mode": "agnostic", "policy": "l2", "budget": 0.1, "score": None, "refused": "below the 36"}
-    evaluate.print_table([row], [])
-    assert "refused: below the 36" in capsys.readouterr().out
+    whole = row | {"refused": "budget 0.1 is unreachable: 2 of 8 layers are left whole; skip fewer layers."}
+    evaluate.print_table([row, whole], [])
+    _, refused, unreachable = capsys.readouterr().out.splitlines()
+    assert refused.endswith("refused: below the 36") and unreachable.endswith(" unreachable")
 
 
 def test_timings_are_interleaved_medians_without_the_warm_up():

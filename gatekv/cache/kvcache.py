@@ -234,7 +234,7 @@ class KVCache(Cache):
     def __repr__(self) -> str:
         p = self.plan
         size = self.memory()
-        backend = next((layer.backend for layer in self.evicting() if layer.is_initialized), p.backend or "auto")
+        backend = next((layer.kept.backend for layer in self.evicting() if layer.is_initialized), p.backend or "auto")
         return (
             f"KVCache({p.policy}, budget={p.policy.ratio}, "
             f"prefill={'dense' if p.dense else 'sparse'}, sinks={p.sinks}, window={p.window}, "

@@ -14,13 +14,12 @@ from transformers.cache_utils import CacheLayerMixin
 from gatekv.attention import AttentionCall, live_mask, sink_tokens, valid_tokens
 from gatekv.cache.buffer import Buffer
 from gatekv.cache.judge import FOLD, ROLLBACK, Judge
+from gatekv.cache.kept import Kept
 from gatekv.cache.pages import Pages
 from gatekv.cache.plan import Plan
 from gatekv.cache.slots import Slots
 from gatekv.cache.tail import Tail
-from gatekv.cache.thin import Thin
-from gatekv.ops import backends, segments
-from gatekv.ops.paged_attention import paged_mass
+from gatekv.ops import segments
 from gatekv.policies import View
 from gatekv.policies.budgets import faded
 
@@ -47,15 +46,11 @@ class KVLayer(CacheLayerMixin):
     def clear(self) -> None:
         """Forget everything; the cache is as new."""
         self.tail: Tail | None = None
-        self.pages: Pages | None = None
-        self.paged_segment = None
+        self.kept: Kept | None = None
         self.seen, self.real, self.folded = 0, None, 0  # slots; real tokens [batch, 1]; slots that left the tail
         self.phase, self.base = Phase.PROMPT, 0  # base: the slot where the current prompt or turn begins
         self.first_call = None
         self.cut = None  # [batch, 1 or kv_heads, 1]: the logit that a later token must exceed, after an exact decision
-        self.buffer: Buffer | None = None  # of policies that evict at every step within a fixed size
-        self.thin: Thin | None = None  # old tokens whose keys have lost channels
-        self.slots: Slots | None = None  # sinks, where positions count places in the cache
         self.judge = Judge()
         self.queries = self.hidden = self.scaling = self.rotary = None  # only while a decision is ahead
         self.is_initialized = False
@@ -65,10 +60,9 @@ class KVLayer(CacheLayerMixin):
     def lazy_initialization(self, key_states, value_states) -> None:
         plan = self.plan
         self.tail = Tail(key_states, plan.ranks)
-        self.pages = Pages(key_states, plan.block_size, plan.trims or plan.decays or plan.streams)
+        scored = plan.trims or plan.decays or plan.streams
+        self.kept = Kept(key_states, plan.block_size, scored, plan.backend)
         self.real = torch.zeros(len(key_states), 1, dtype=torch.long, device=key_states.device)
-        self.backend = backends.choose(plan.backend, plan.block_size, key_states.device, key_states.dtype)
-        self.paged_segment = backends.load(self.backend)
         self.is_initialized = True
 
     def update(self, key_states, value_states, *args, **kwargs):
@@ -95,17 +89,12 @@ class KVLayer(CacheLayerMixin):
         if not self.is_initialized:
             return
         index = beam_idx.to(self.real.device)
-        batch, kv = len(self.real), self.tail.keys.shape[1]
+        batch = len(self.real)
         if len(index) == batch and torch.equal(index, torch.arange(batch, device=index.device)):
             return
-        rows = (index[:, None] * kv + torch.arange(kv, device=index.device)).flatten()
-        self.pages.select(rows)
+        self.kept.select(index)
         self.tail.select(index)
         self.judge.select(index)
-        for part in self._apart():
-            part.select(rows, index)
-        if self.buffer is not None:
-            self.buffer.select(index)
         for name in ("real", "cut", "queries", "hidden"):
             if (held := vars(self)[name]) is not None:
                 setattr(self, name, held.index_select(0, index))
@@ -221,26 +210,17 @@ class KVLayer(CacheLayerMixin):
         for i in range(q.shape[2]):
             new = slice(i, i + 1)
             flags = valid[:, None, new].expand(*k.shape[:2], 1)
-            self.pages.append(k[:, :, new], v[:, :, new], flags, self.seen, entering[..., new])
+            self.kept.pages.append(k[:, :, new], v[:, :, new], flags, self.seen, entering[..., new])
             self.seen, self.folded = self.seen + 1, self.folded + 1
-            if self.slots is not None:
-                self.slots.step(tuple(t[:, new] for t in call.rotary))
-            out, lse = segments.merge(self._far(q[:, :, new], scaling))
+            if self.kept.slots is not None:
+                self.kept.slots.step(tuple(t[:, new] for t in call.rotary))
+            out, lse = segments.merge(self.kept.segments(q[:, :, new], scaling))
             outs.append(out.to(q.dtype))
             if scorer.watches:
-                self._watch(q[:, :, new], lse, scaling)
-            self._trim()
+                self.kept.watch(scorer.observe, q[:, :, new], lse, scaling)
+            self.kept.trim(self._worth, self.seen)
         self.real = self.real + valid.sum(-1, keepdim=True)
         return torch.cat(outs, 2)
-
-    def _watch(self, q, lse, scaling: float) -> None:
-        """Let the scorer renew the scores of what is held, by the attention it just received."""
-        b, kv, _ = self.tail.flags.shape
-        for store, part in self._stores(q):
-            paid = store.unrolled(paged_mass(part, store.keys, store.table, lse, scaling).float())
-            old = store.unrolled(store.scores)
-            new = self.plan.policy.scorer.observe(*(t.view(b, kv, -1) for t in (old, paid))).flatten(0, 1)
-            store.scores = store.rolled(torch.where(old.isinf(), old, new))
 
     def _check_calls(self, n: int) -> None:
         if not self.plan.waits:
@@ -312,31 +292,19 @@ class KVLayer(CacheLayerMixin):
         n, tail = q.shape[2], len(self.tail)
         whole = self.phase is Phase.TURN or (self.phase is Phase.PROMPT and self.plan.dense)
         k, v = self.tail.keys, self.tail.values
-        if not self._apart() and not len(self.pages) and whole and mask is None and n == tail:
+        if self.kept.empty() and whole and mask is None and n == tail:
             gqa = q.shape[1] != k.shape[1]
             attend = torch.nn.functional.scaled_dot_product_attention
             return attend(q, k, v, is_causal=n > 1, scale=scaling, enable_gqa=gqa)
         visible = self._visible(n, mask, whole)
-        if len(self.pages) or self._apart():
+        if not self.kept.empty():
             near = segments.dense_segment(q, k, v, visible, scaling)
-            return segments.merge([*self._far(q, scaling), near])[0].to(q.dtype)
+            return segments.merge([*self.kept.segments(q, scaling), near])[0].to(q.dtype)
         groups = q.shape[1] // k.shape[1]
         k, v = (t.repeat_interleave(groups, 1) for t in (k, v))
         if visible is not None and visible.shape[1] > 1:
             visible = visible.repeat_interleave(groups, 1)
         return torch.nn.functional.scaled_dot_product_attention(q, k, v, attn_mask=visible, scale=scaling)
-
-    def _apart(self) -> list[Thin | Slots]:
-        """Kept tokens that stand apart from the pages, because they answer other queries than those asked."""
-        return [part for part in (self.thin, self.slots) if part is not None]
-
-    def _stores(self, q) -> list[tuple[Pages, torch.Tensor]]:
-        """What has left the tail, each part with the queries it can answer."""
-        return [(self.pages, q), *((part.pages, part.queries(q)) for part in self._apart())]
-
-    def _far(self, q, scaling: float) -> list[tuple[torch.Tensor, torch.Tensor]]:
-        """(output, log-sum-exp) of each of them."""
-        return [self.paged_segment(part, s.keys, s.values, s.table, scaling) for s, part in self._stores(q)]
 
     def _visible(self, n: int, mask, whole: bool) -> torch.Tensor | None:
         """[B, 1 or K, n, tail] bool: what the last n tokens may see of the tail; None = everything."""
@@ -410,7 +378,7 @@ class KVLayer(CacheLayerMixin):
             return self.plan.policy.scorer.score(self.view())
         b, kv, _ = self.tail.scores.shape
         scores = self.tail.scores.new_full((b, kv, self.seen), -torch.inf)
-        self.pages.scatter(scores, self.pages.scores)
+        self.kept.pages.scatter(scores, self.kept.pages.scores)
         scores[..., self.folded :] = self.tail.scores.masked_fill(~self.tail.flags, -torch.inf)
         return scores
 
@@ -435,15 +403,15 @@ class KVLayer(CacheLayerMixin):
             flags = torch.where(young, ((tail.scores > cut) & tail.valid[:, None]) | sinks, flags)
         self.cut, tail.flags = cut, flags
         if self.folded > self.base:
-            self.pages.filter(keep, self.base)
+            self.kept.pages.filter(keep, self.base)
         if self.plan.streams or (self.plan.decays and not self.plan.keep_later):
             sinks = sink_tokens(tail.valid, self.plan.sinks)[:, None]
             tail.scores = scores.float().masked_fill(sinks, torch.inf)  # they never leave
-            self.buffer = Buffer(
+            self.kept.buffer = Buffer(
                 keep.sum(-1) - max(self.plan.grace - 1, 0), recent if self.plan.streams else 0 * recent
             )
         else:
-            self.pages.scores = None
+            self.kept.pages.scores = None
             tail.scores = tail.scores if self.plan.turns else None
         self.settle()
 
@@ -462,22 +430,19 @@ class KVLayer(CacheLayerMixin):
         if self.plan.policy.width is not None:
             self._thin()
         if self.plan.streams and self.plan.policy.scorer.slots:
-            self.slots = Slots.of(self.pages, self.buffer.room[:, 0], self.real[:, 0], self.rotary)
+            room = self.kept.buffer.room[:, 0]
+            self.kept.slots = Slots.of(self.kept.pages, room, self.real[:, 0], self.rotary)
         self.queries = self.hidden = self.rotary = None
 
     def _thin(self) -> None:
         """Store what the prompt left, but for its last tokens, with the key channels that matter."""
-        width, last = self.plan.policy.width, self.seen - self.plan.policy.width.window
-        if self.thin is not None:
-            return self.thin.absorb(self.pages, last)
-        held = self.pages.keys.float().square() * self.pages.occupied()[..., None]
-        b, kv, _ = self.tail.flags.shape
-        energy = held.new_zeros(b * kv, held.shape[-1])
-        energy = energy.index_add_(0, self.pages.owners.clamp_min(0).long(), held.sum(1)).view(b, kv, -1)
-        near = self.tail.keys.float().square() * (self.tail.flags & self.tail.valid[:, None])[..., None]
-        asked = torch.arange(self.seen - self.queries.shape[2], self.seen, device=held.device)
-        channels = width.kept(self.queries, energy + near.sum(2), asked >= self.seen - self.real)
-        self.thin = Thin.of(self.pages, channels, last)
+        width, channels = self.plan.policy.width, None
+        if self.kept.thin is None:
+            near = self.tail.keys.float().square() * (self.tail.flags & self.tail.valid[:, None])[..., None]
+            asked = torch.arange(self.seen - self.queries.shape[2], self.seen, device=near.device)
+            energy = self.kept.energy() + near.sum(2)
+            channels = width.kept(self.queries, energy, asked >= self.seen - self.real)
+        self.kept.narrow(channels, self.seen - width.window)
 
     def fold(self, at_least: int = 1, rollback: int | None = None) -> None:
         """Move flagged tokens that have left the window from the tail to pages, if so many have; forget the others.
@@ -492,28 +457,23 @@ class KVLayer(CacheLayerMixin):
 
     def _fold(self, leave: int) -> None:
         t = self.tail
-        scores = None if self.pages.scores is None else t.scores[..., :leave]
-        self.pages.append(t.keys[:, :, :leave], t.values[:, :, :leave], t.flags[..., :leave], self.folded, scores)
+        pages = self.kept.pages
+        scores = None if pages.scores is None else t.scores[..., :leave]
+        pages.append(t.keys[:, :, :leave], t.values[:, :, :leave], t.flags[..., :leave], self.folded, scores)
         t.drop(front=leave)
         self.folded += leave
-        if self.buffer is not None:
-            self._trim()
+        self.kept.trim(self._worth, self.seen)
 
-    def _trim(self) -> None:
-        """Drop the least worthy tokens of each head until it holds no more than there is room for."""
-        stores = [self.pages, *(part.pages for part in self._apart())]
-        worth = [faded(s.scores, self.seen - s.positions) if self.plan.decays else s.scores for s in stores]
-        self.buffer.trim(stores, worth, self.seen)
+    def _worth(self, pages: Pages) -> torch.Tensor:
+        """[P, block_size]: by what a full buffer ranks its tokens."""
+        return faded(pages.scores, self.seen - pages.positions) if self.plan.decays else pages.scores
 
     def twin(self) -> "KVLayer":
         """An independent copy that shares storage until either side changes."""
         twin = copy.copy(self)
         twin.judge = self.judge.twin()
         if self.is_initialized:
-            twin.tail, twin.pages = self.tail.twin(), self.pages.twin()
-            for name in ("thin", "slots", "buffer"):
-                if (part := vars(self)[name]) is not None:
-                    setattr(twin, name, part.twin())
+            twin.tail, twin.kept = self.tail.twin(), self.kept.twin()
         return twin
 
     # -- accounting
@@ -523,8 +483,8 @@ class KVLayer(CacheLayerMixin):
         tail = self.tail
         b, kv, _ = tail.flags.shape
         held = torch.zeros(b, kv, self.seen, dtype=torch.bool, device=tail.flags.device)
-        for part in (self, *self._apart()):
-            part.pages.scatter(held, True)
+        for pages in self.kept.stores():
+            pages.scatter(held, True)
         slots = torch.arange(self.folded, self.seen, device=held.device)
         live = live_mask(slots.new_tensor([self.seen]), slots, tail.flags, self.plan.grace)[:, :, 0]
         whole = self.phase is Phase.TURN or (self.phase is Phase.PROMPT and self.plan.dense)
@@ -534,5 +494,5 @@ class KVLayer(CacheLayerMixin):
     def tensors(self) -> list[torch.Tensor]:
         """Every tensor that this layer holds."""
         side = (self.real, self.cut, self.queries, self.hidden)
-        parts = [self.judge, self.tail, self.pages, *self._apart(), *([] if self.buffer is None else [self.buffer])]
+        parts = (self.judge, self.tail, self.kept)
         return [t for t in side if t is not None] + [t for part in parts for t in part.tensors()]

@@ -42,18 +42,19 @@ def _tensors(layer) -> dict[str, torch.Tensor]:
     """Name -> tensor of everything that one layer must get back."""
     if not isinstance(layer, KVLayer):  # a sliding layer of transformers' own
         return {"keys": layer.keys, "values": layer.values}
+    kept = layer.kept
     named = {f"tail.{n}": getattr(layer.tail, n) for n in TAIL}
-    named |= {f"pages.{n}": getattr(layer.pages, n) for n in POOL}
+    named |= {f"pages.{n}": getattr(kept.pages, n) for n in POOL}
     named |= {n: getattr(layer, n) for n in SIDE}
     named |= {f"gate_state.{i}": t for i, t in enumerate(layer.judge.state or ())}
     named |= {"pending": layer.judge.pending}
-    if layer.thin is not None:
-        named |= {f"thin.{n}": getattr(layer.thin.pages, n) for n in POOL} | {"channels": layer.thin.channels}
-    if layer.slots is not None:
-        named |= {f"slots.{n}": getattr(layer.slots.pages, n) for n in POOL}
-        named |= dict(zip(("slot_cos", "slot_sin"), layer.slots.last or ()))
-    if layer.buffer is not None:
-        named |= {"room": layer.buffer.room, "recent": layer.buffer.recent}
+    if kept.thin is not None:
+        named |= {f"thin.{n}": getattr(kept.thin.pages, n) for n in POOL} | {"channels": kept.thin.channels}
+    if kept.slots is not None:
+        named |= {f"slots.{n}": getattr(kept.slots.pages, n) for n in POOL}
+        named |= dict(zip(("slot_cos", "slot_sin"), kept.slots.last or ()))
+    if kept.buffer is not None:
+        named |= {"room": kept.buffer.room, "recent": kept.buffer.recent}
     return {n: t for n, t in named.items() if t is not None}
 
 
@@ -151,17 +152,17 @@ def _fill(layer: KVLayer, mine: dict[str, torch.Tensor], state: dict) -> None:
         setattr(layer, name, state[name])
     layer.tail.scores = mine["tail.scores"][..., :0] if "tail.scores" in mine else None
     layer.tail.append(*(mine.get(f"tail.{n}") for n in TAIL))
-    layer.pages.restore({n: mine.get(f"pages.{n}") for n in POOL})
+    layer.kept.pages.restore({n: mine.get(f"pages.{n}") for n in POOL})
     for name in SIDE:
         setattr(layer, name, mine.get(name))
     apart = Pages(mine["tail.keys"][:, :, :0], layer.plan.block_size)
     if "channels" in mine:
         apart.restore({n: mine.get(f"thin.{n}") for n in POOL})
-        layer.thin = Thin(apart, mine["channels"])
+        layer.kept.thin = Thin(apart, mine["channels"])
     elif "slots.keys" in mine:
         apart.restore({n: mine.get(f"slots.{n}") for n in POOL})
-        layer.slots = Slots(apart, (mine["slot_cos"], mine["slot_sin"]) if "slot_cos" in mine else None)
+        layer.kept.slots = Slots(apart, (mine["slot_cos"], mine["slot_sin"]) if "slot_cos" in mine else None)
     if "room" in mine:
-        layer.buffer = Buffer(mine["room"], mine["recent"])
+        layer.kept.buffer = Buffer(mine["room"], mine["recent"])
     layer.judge.pending = mine.get("pending")
     layer.judge.state = tuple(mine[n] for n in sorted(mine) if n.startswith("gate_state.")) or None

@@ -87,7 +87,9 @@ def test_full_budget_is_the_plain_model(family, policy):
         input_ids=ids, attention_mask=mask, past_key_values=cache, max_new_tokens=24, do_sample=False
     )  # fmt: skip
     assert torch.equal(got, wanted)
-    assert type(cache.layers[0]).__name__ == "KVLayer" and len(cache.layers[0].pages) > 0, "it must take the same path"
+    assert type(cache.layers[0]).__name__ == "KVLayer" and len(cache.layers[0].kept.pages) > 0, (
+        "it must take the same path"
+    )
     full, mask_full = got, torch.cat([mask, torch.ones(2, 24, dtype=torch.long)], 1)
     logits = recurrent_logits(model, full, mask_full, gatekv.KVCache(model, policy, 1.0), [50, 51, 60])
     plain = plain_logits(model, full, mask_full)

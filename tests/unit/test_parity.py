@@ -54,7 +54,7 @@ def test_the_same_tokens_are_kept(name, ratio):
 def test_the_same_channels_go():
     for i, layer in enumerate(compressed(ThinK(window=32), None)):
         everything = set(range(peer.HEAD_DIM))
-        assert [sorted(everything - set(kept)) for kept in layer.thin.channels[0].tolist()] == \
+        assert [sorted(everything - set(kept)) for kept in layer.kept.thin.channels[0].tolist()] == \
             FOUND["pruned_channels"][str(i)]  # fmt: skip
 
 

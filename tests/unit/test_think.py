@@ -17,7 +17,12 @@ class ZeroedMemory:
     """Answers attention densely: later queries see what the layer held, old keys with the dropped channels at zero."""
 
     def __init__(self, layer, prompt, window):
-        self.held, self.channels, self.prompt, self.old = layer.held(), layer.thin.channels, prompt, prompt - window
+        self.held, self.channels, self.prompt, self.old = (
+            layer.held(),
+            layer.kept.thin.channels,
+            prompt,
+            prompt - window,
+        )
 
     def attend(self, call, q, k, v, mask, scaling):
         n, kv, d = k.shape[2], k.shape[1], k.shape[3]
@@ -91,8 +96,8 @@ def test_bytes_are_those_of_thinner_keys(prune):
     saved = int(64 * prune) / 64 / 2 * (480 - 32) / 480
     assert cache.memory()["ratio"] == pytest.approx(1 - saved, abs=0.03)
     for layer in cache.evicting():
-        assert layer.thin.pages.keys.shape[-1] == 64 - int(64 * prune)
-        assert len(layer.thin.pages) == (480 - 32) * layer.tail.keys.shape[1]
+        assert layer.kept.thin.pages.keys.shape[-1] == 64 - int(64 * prune)
+        assert len(layer.kept.thin.pages) == (480 - 32) * layer.tail.keys.shape[1]
         assert layer.held().all()
     both = gatekv.KVCache(model, "snapkv+think", 0.25)
     model(ids, past_key_values=both)
@@ -123,12 +128,12 @@ def test_turns_are_thinned_through_the_same_channels():
     ids = torch.randint(1, VOCAB, (1, 160), generator=torch.Generator().manual_seed(0))
     cache = gatekv.KVCache(model, "snapkv+think", 0.6, turns=True)
     model(ids[:, :80], past_key_values=cache)
-    first = [layer.thin.channels.clone() for layer in cache.evicting()]
+    first = [layer.kept.thin.channels.clone() for layer in cache.evicting()]
     model(ids[:, 80:], past_key_values=cache)
     cache.compress()
     for layer, channels in zip(cache.evicting(), first):
-        assert torch.equal(layer.thin.channels, channels)
-        thin = layer.thin.pages
+        assert torch.equal(layer.kept.thin.channels, channels)
+        thin = layer.kept.thin.pages
         assert int(thin.positions[thin.occupied()].max()) == 160 - 32 - 1
         assert layer.held().sum(-1).unique().tolist() == [48 + 48]
     assert torch.isfinite(model(ids[:, :3], past_key_values=cache).logits).all()

@@ -229,7 +229,7 @@ def test_a_ten_times_longer_stream_takes_no_more_than_its_budget():
         held[i + 1] = sum(int(f.sum()) for f in cache.flags())
     assert all(h <= 0.25 * n * 6 * 1.25 + 6 * 8 for n, h in held.items()), "the stream holds its share all along"
     assert all(len(layer.tail) <= 6 + 16 for layer in cache.evicting())
-    pages = [layer.pages for layer in cache.evicting()]
+    pages = [layer.kept.pages for layer in cache.evicting()]
     assert all(p.free <= max(6, len(p.owners) // 50) for p in pages), "and no page lies idle"
 
 

@@ -1,0 +1,117 @@
+"""What has left the tail and is still held: pages, and tokens that stand apart because they answer other queries."""
+
+import copy
+
+import torch
+
+from gatekv.cache.buffer import Buffer
+from gatekv.cache.pages import Pages
+from gatekv.cache.slots import Slots
+from gatekv.cache.thin import Thin
+from gatekv.ops import backends
+from gatekv.ops.paged_attention import paged_mass
+
+Tensor = torch.Tensor
+
+
+class Kept:
+    """Kept tokens of one layer.
+
+    Attributes:
+        pages: most of them. thin: old ones whose keys have lost channels, or None. slots: sinks whose positions count
+        places in the cache, or None. buffer: what a head may hold, for policies that evict at every step, or None.
+        backend: name of the paged attention that runs.
+    """
+
+    def __init__(self, like: Tensor, block_size: int, with_scores: bool, backend: str | None):
+        """`like` [batch, kv_heads, tokens, head_dim] gives shapes, dtype and device."""
+        self.batch, self.kv_heads = like.shape[:2]
+        self.pages = Pages(like, block_size, with_scores)
+        self.thin: Thin | None = None
+        self.slots: Slots | None = None
+        self.buffer: Buffer | None = None
+        self.backend = backends.choose(backend, block_size, like.device, like.dtype)
+        self.paged_segment = backends.load(self.backend)
+
+    def apart(self) -> list[Thin | Slots]:
+        """The parts beside the pages, where there are any."""
+        return [part for part in (self.thin, self.slots) if part is not None]
+
+    def empty(self) -> bool:
+        """Nothing was ever kept."""
+        return not len(self.pages) and not self.apart()
+
+    def stores(self) -> list[Pages]:
+        """The pages of every part."""
+        return [self.pages, *(part.pages for part in self.apart())]
+
+    def asked(self, q: Tensor) -> list[Tensor]:
+        """The queries that each store answers, where q [B, H, Q, D] are asked."""
+        return [q, *(part.queries(q) for part in self.apart())]
+
+    def segments(self, q: Tensor, scaling: float) -> list[tuple[Tensor, Tensor]]:
+        """(output, log-sum-exp) of each store; see `gatekv.ops.naive.paged_segment`."""
+        parts = zip(self.stores(), self.asked(q))
+        return [self.paged_segment(part, s.keys, s.values, s.table, scaling) for s, part in parts]
+
+    # -- eviction at every step
+
+    def watch(self, observe, q: Tensor, lse: Tensor, scaling: float) -> None:
+        """Renew the scores of what is held by the attention it just received: observe = `Scorer.observe`.
+
+        q: [B, H, 1, D]; lse: [B, H, 1], over everything that the query saw.
+        """
+        for store, part in zip(self.stores(), self.asked(q)):
+            paid = store.unrolled(paged_mass(part, store.keys, store.table, lse, scaling).float())
+            old = store.unrolled(store.scores)
+            new = observe(*(t.view(self.batch, self.kv_heads, -1) for t in (old, paid))).flatten(0, 1)
+            store.scores = store.rolled(torch.where(old.isinf(), old, new))
+
+    def trim(self, worth, seen: int) -> None:
+        """Drop the least worthy tokens of each head until it holds no more than its buffer has room for.
+
+        worth: (pages) -> [P, block_size]; seen: slots so far. Nothing happens without a buffer.
+        """
+        if self.buffer is not None:
+            self.buffer.trim(self.stores(), [worth(store) for store in self.stores()], seen)
+
+    # -- thin keys
+
+    def energy(self) -> Tensor:
+        """[batch, kv_heads, head_dim]: squares of the pages' keys, summed over their tokens."""
+        held = self.pages.keys.float().square() * self.pages.occupied()[..., None]
+        out = held.new_zeros(len(self.pages.lengths), held.shape[-1])
+        out.index_add_(0, self.pages.owners.clamp_min(0).long(), held.sum(1))
+        return out.view(self.batch, self.kv_heads, -1)
+
+    def narrow(self, channels: Tensor | None, last: int) -> None:
+        """Move tokens at slots < last to thin storage; channels [batch, kv_heads, kept], None once they are chosen."""
+        if self.thin is None:
+            self.thin = Thin.of(self.pages, channels, last)
+        else:
+            self.thin.absorb(self.pages, last)
+
+    # -- whole rows
+
+    def select(self, index: Tensor) -> None:
+        """Keep, reorder or repeat sequences: index [new_batch]."""
+        rows = (index[:, None] * self.kv_heads + torch.arange(self.kv_heads, device=index.device)).flatten()
+        self.batch = len(index)
+        self.pages.select(rows)
+        for part in self.apart():
+            part.select(rows, index)
+        if self.buffer is not None:
+            self.buffer.select(index)
+
+    def twin(self) -> "Kept":
+        """An independent copy that shares storage until either side changes."""
+        twin = copy.copy(self)
+        for name in ("pages", "thin", "slots", "buffer"):
+            if (part := vars(self)[name]) is not None:
+                setattr(twin, name, part.twin())
+        return twin
+
+    def tensors(self) -> list[Tensor]:
+        """Every tensor held."""
+        parts = [self.pages, *self.apart(), *([] if self.buffer is None else [self.buffer])]
+        return [t for part in parts for t in part.tensors()]

@@ -21,6 +21,8 @@ from gatekv.modules import base_model, wrappers
 
 CHUNKS = {"whole": [], "odd": [7, 30, 31], "fine": list(range(5, 40, 5)), "tokens": list(range(20, 60))}
 
+STREAMING = ("h2o", "tova", "streaming_llm")  # under decode="keep" they decide once, like the others
+
 
 @pytest.mark.parametrize("gate", ["linear", "mlp", "key_mlp", "attention"])
 @pytest.mark.parametrize("window", [1, 16, 33])
@@ -54,7 +56,9 @@ def test_float32(family):
 
 
 @pytest.mark.parametrize("policy,budget", [("gate", None), ("gate+global", 0.5), ("gate+ada", 0.5), ("snapkv+ada", 0.75),
-                                           ("keydiff", 0.5), ("random+global", 0.8), ("sinks_recent", 0.8)])  # fmt: skip
+                                           ("keydiff", 0.5), ("random+global", 0.8), ("sinks_recent", 0.8),
+                                           ("keydiff+ada+pyramid", 0.6), ("snapkv+pyramid", 0.9), ("h2o", 0.6),
+                                           ("tova", 0.6), ("streaming_llm", 0.6), ("snapkv+think", 0.8)])  # fmt: skip
 def test_each_padded_row_is_its_solo_run(family, policy, budget):
     model = gated(family, window=6, sinks=2)
     lengths = [60, 50, 45]
@@ -75,14 +79,15 @@ def test_each_padded_row_is_its_solo_run(family, policy, budget):
 
 
 @pytest.mark.parametrize("policy", ["full", "gate", "gate+global", "gate+ada", "snapkv", "snapkv+ada", "keydiff", "random+global",
-                                    "value_norm", "sinks_recent"])  # fmt: skip
+                                    "value_norm", "sinks_recent", "keydiff+pyramid", *STREAMING])  # fmt: skip
 def test_full_budget_is_the_plain_model(family, policy):
     model = gated(family, window=6)
     for w in wrappers(model):
         w.calibrations["default"] = Calibration([1.0], [0.0, 1.0], [[9.0, -9.0]])
     ids, mask = padded_batch([50, 20])
     wanted = base_model(model).generate(input_ids=ids, attention_mask=mask, max_new_tokens=24, do_sample=False)
-    cache = gatekv.KVCache(model, policy, 1.0)
+    decode = "keep" if policy in STREAMING else None
+    cache = gatekv.KVCache(model, policy, 1.0, decode=decode)
     got = model.generate(
         input_ids=ids, attention_mask=mask, past_key_values=cache, max_new_tokens=24, do_sample=False
     )  # fmt: skip
@@ -91,7 +96,8 @@ def test_full_budget_is_the_plain_model(family, policy):
         "it must take the same path"
     )
     full, mask_full = got, torch.cat([mask, torch.ones(2, 24, dtype=torch.long)], 1)
-    logits = recurrent_logits(model, full, mask_full, gatekv.KVCache(model, policy, 1.0), [50, 51, 60])
+    cache = gatekv.KVCache(model, policy, 1.0, decode=decode)
+    logits = recurrent_logits(model, full, mask_full, cache, [50, 51, 60])
     plain = plain_logits(model, full, mask_full)
     assert ((logits - plain)[mask_full.bool()].abs().max() / plain.abs().max()) <= 1e-12
 
@@ -104,14 +110,14 @@ def masked_reference(model, ids, flags, window, prompt):
     )
 
 
-@pytest.mark.parametrize(
-    "policy", ["snapkv", "snapkv+ada", "keydiff+global", "random", "value_norm+ada", "gate+global", "gate+ada"]
-)
+@pytest.mark.parametrize("policy", ["snapkv", "snapkv+ada", "keydiff+global", "random", "value_norm+ada", "gate+global",
+                                    "gate+ada", "keydiff+ada+pyramid", *STREAMING])  # fmt: skip
 def test_one_shot_policies_mask_the_prompt_for_later_queries(family, policy):
     model = gated(family, window=5, sinks=2)
     ids, mask = padded_batch([70])
     prompt = 50
-    cache = gatekv.KVCache(model, policy, 0.75)
+    decode = "keep" if policy in STREAMING else None
+    cache = gatekv.KVCache(model, policy, 0.75, decode=decode)
     recurrent_logits(model, ids[:, :prompt], mask[:, :prompt], cache, [])
     learned = policy.startswith("gate")
     flags = [torch.ones(1, 3, 70, dtype=torch.bool) for _ in range(2)]
@@ -125,7 +131,8 @@ def test_one_shot_policies_mask_the_prompt_for_later_queries(family, policy):
             held = layer.held()
             f[..., prompt - window + 1 :] = held[..., prompt - window + 1 :]
             f[..., 70 - window + 1 :] = True
-    got = recurrent_logits(model, ids, mask, gatekv.KVCache(model, policy, 0.75), [prompt, prompt + 1, prompt + 9])
+    cache = gatekv.KVCache(model, policy, 0.75, decode=decode)
+    got = recurrent_logits(model, ids, mask, cache, [prompt, prompt + 1, prompt + 9])
     wanted = masked_reference(model, ids, flags, 5 if learned else 0, prompt)
     assert_close(got, wanted, mask)
     assert (got - plain_logits(model, ids, mask))[mask.bool()].abs().max() > 1e-3

@@ -60,9 +60,9 @@ def one(name: str, args: argparse.Namespace) -> dict:
             config = str(Path(args.configs) / f"{name}.yaml")
             call("cpt.py", ["--config", config, "--output_dir", str(folder)], folder / "train.log", threads)
         spec = json.loads((folder / "adapter_config.json").read_text())
-        policy = "gate+decay" if spec["relaxation"] == "decay" else "gate+global"
-        untrained = ",untrained+global" if name == "default" else ""
-        options += ["--adapter", str(folder), "--policies", policy + untrained]
+        policy = "gate+decay" if spec["relaxation"] == "decay" else "gate_alone+global"
+        more = ",gate+global,untrained_alone+global" if name == "default" else ""
+        options += ["--adapter", str(folder), "--policies", policy + more]
     if not (scores / "results.json").is_file():
         scores.mkdir(exist_ok=True)
         call("evaluate.py", [*options, "--out", str(scores)], folder / "evaluate.log", threads)
@@ -86,7 +86,8 @@ def table(results: list[dict], budgets: list[float]) -> str:
                     row = next(r for r in result["rows"] if (r["policy"], r["budget"], r["task"]) == (policy, b, task))
                     cells += f" {row[key]:.3f} |" if row[key] is not None else " – |"
                     held += [row["bytes_ratio"]] if row[key] is not None else []
-            name = policy if result["name"] == "baselines" or "untrained" in policy else result["name"]
+            own = policy in ("gate_alone+global", "gate+decay")
+            name = result["name"] if own else f"{result['name']}, {policy}" if policy.startswith("gate") else policy
             took = f"{result['seconds'] / 60:.1f} min" if result["seconds"] and "untrained" not in policy else ""
             lines.append(f"| {name} |{cells} {max(held, default=0):.3f} | {took} |")
     return "\n".join(lines)

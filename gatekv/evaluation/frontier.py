@@ -37,7 +37,7 @@ def _named(policy: str) -> str:
 
 def _compressed(model, undecided: KVCache, context, policy: str, budget: float, options: dict) -> KVCache:
     """The context under one policy: from the shared prefill, or by a prefill of its own where flags act inside it."""
-    if policy.split("+")[0] in ("gate", UNTRAINED):
+    if policy.startswith(("gate", UNTRAINED)):
         model.set_adapter(UNTRAINED if policy.startswith(UNTRAINED) else "default")
     policy = resolve(_named(policy), budget)
     if policy.width is not None:  # the budget is one of bytes, and thin keys leave room for more tokens

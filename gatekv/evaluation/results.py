@@ -70,8 +70,8 @@ def comparisons(lines: list[dict]) -> list[dict]:
             here = {p: part for (p, b), part in cells.items() if b == budget}
             shared = sorted(set.intersection(set(full), *map(set, here.values())))
             picked = {p: [part[s][values] for s in shared] for p, part in here.items()}
-            learned = [p for p in here if p.split("+")[0] == "gate"]
-            free = [p for p in here if p.split("+")[0] not in ("gate", UNTRAINED)]
+            learned = [p for p in here if p.startswith("gate")]
+            free = [p for p in here if not p.startswith(("gate", UNTRAINED))]
             if not (learned and free and shared):
                 continue
             a, b = (better(names, key=lambda p: mean(picked[p])) for names in (learned, free))

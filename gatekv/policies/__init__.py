@@ -7,7 +7,7 @@ from gatekv.policies.adakv import Ada
 from gatekv.policies.budgets import Decay, Global, Threshold, Uniform
 from gatekv.policies.controls import Random, SinksRecent, ValueNorm
 from gatekv.policies.full import Full
-from gatekv.policies.gate import Gate
+from gatekv.policies.gate import Gate, GateAlone
 from gatekv.policies.h2o import H2O
 from gatekv.policies.keydiff import KeyDiff
 from gatekv.policies.l2 import L2Norm
@@ -31,6 +31,7 @@ SCORERS = {
     "h2o": H2O,
     "streaming_llm": StreamingLLM,
     "gate": Gate,
+    "gate_alone": GateAlone,
 }
 BUDGETS = {"threshold": Threshold, "uniform": Uniform, "ada": Ada, "global": Global, "decay": Decay}
 LAYERS = {"even": Even, "pyramid": Pyramid}

@@ -43,3 +43,10 @@ class Gate(Scorer):
         attention = window_attention(view, min(OBSERVED, view.queries.shape[2])).amax((2, 3))
         near = torch.nn.functional.max_pool1d(attention, 7, stride=1, padding=3)
         return torch.nn.functional.logsigmoid(logits.float()) + self.observed * (near + NOTHING).log()
+
+
+@dataclass
+class GateAlone(Gate):
+    """The gate's logits and nothing else: for measuring gates, and papers that know no evidence."""
+
+    observed: float = 0.0

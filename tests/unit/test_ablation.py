@@ -26,7 +26,7 @@ def cell(policy, budget, task, score, kl=None):
 
 def test_the_table():
     full = [cell("full", 1.0, "niah_multikey", 0.8), cell("full", 1.0, "ppl", 0.0, 0.0)]
-    rows = [cell("gate+global", 0.25, "niah_multikey", 0.75), cell("gate+global", 0.25, "ppl", 0.01, 0.033)]
+    rows = [cell("gate_alone+global", 0.25, "niah_multikey", 0.75), cell("gate_alone+global", 0.25, "ppl", 0.01, 0.033)]
     free = [cell("l2", 0.25, "niah_multikey", 0.1), cell("l2", 0.25, "ppl", None)]
     results = [
         {"name": "baselines", "rows": full + free, "seconds": None},
@@ -47,8 +47,8 @@ def test_what_is_done_is_not_done_again_and_failures_are_named(tmp_path, monkeyp
             (log.parent / "adapter_model.safetensors").touch()
             (log.parent / "adapter_config.json").write_text('{"relaxation": "ste"}')
             return
-        rows = [cell("full", 1.0, "niah_multikey", 0.8), cell("gate+global", 0.25, "niah_multikey", 0.7)]
-        rows.append(cell("gate+global", 0.25, "ppl", 0.1, 0.2))
+        rows = [cell("full", 1.0, "niah_multikey", 0.8), cell("gate_alone+global", 0.25, "niah_multikey", 0.7)]
+        rows.append(cell("gate_alone+global", 0.25, "ppl", 0.1, 0.2))
         folder = next(b for a, b in zip(options, options[1:]) if a == "--out")
         open(f"{folder}/results.json", "w").write(json.dumps({"rows": rows}))
 

@@ -327,6 +327,11 @@ class KVLayer(CacheLayerMixin):
         wanted = self.plan.queries
         if wanted:
             self.queries = torch.cat([*([] if self.queries is None else [self.queries]), q], 2)[:, :, -wanted:]
+        if self.plan.policy.scorer.slots and call.rotary is None:
+            raise ValueError(
+                "positions='slot' turns queries by RoPE, and this model's attention gets no `position_embeddings`: use "
+                "positions='original'."
+            )
         if self.plan.policy.scorer.slots or self.plan.defer:
             old, new = self.rotary, call.rotary
             self.rotary = new if old is None or new is None else tuple(torch.cat(pair, 1) for pair in zip(old, new))

@@ -103,6 +103,40 @@ def dense_segment(q, k, v, mask: Tensor, scale: float) -> tuple[Tensor, Tensor]:
     return out.reshape(b, h, n, d), lse.reshape(b, h, n)
 
 
+def normalised(total_value: Tensor, total: Tensor) -> tuple[Tensor, Tensor]:
+    """(Σ w v [..., D], Σ w [...]) with weights w >= 0 -> (output, log-sum-exp); a total of 0 gives (0, -inf).
+
+    Totals below the smallest normal number count as 0, so that gradients stay finite.
+    """
+    held = total > torch.finfo(total.dtype).tiny
+    total = torch.where(held, total, 1)
+    return torch.where(held[..., None], total_value / total[..., None], 0), torch.where(held, total.log(), -torch.inf)
+
+
+def remainder_segment(phi, psi, v, left, *, mask: Tensor | None = None) -> tuple[Tensor, Tensor]:
+    """Attention over the tokens that have left, with φ(q_i)·ψ(k_j) for e^{s_ij}: LESS (arXiv 2402.09398) in parallel.
+
+    Args:
+        phi: [B, H, Q, R], of the last Q of T tokens; psi: [B, K, T, R]; both >= 0. v: [B, K, T, D].
+        left: [B, K, T] int; query i, counted from 0 over the T tokens, finds key j in the remainder iff i >= left_j
+            (and i > j: no token leaves before it was attended to). T or more = never. Constants: no gradient.
+        mask: [B, 1, Q, T] bool, True = may attend; None = causal. Causal and pads, nothing else.
+
+    Returns:
+        out [B, H, Q, D] in the accumulation dtype and lse [B, H, Q]; a query that finds nothing gets (0, -inf).
+    """
+    b, kv, n, _ = psi.shape
+    acc, m = torch.promote_types(accumulation_dtype(v), phi.dtype), phi.shape[2]
+    i, j = torch.arange(n - m, n, device=v.device)[:, None], torch.arange(n, device=v.device)
+    gone = (i >= left[:, :, None]) & (i > j)
+    if mask is not None:
+        gone = gone & mask
+    weight = torch.einsum("bkgqr,bktr->bkgqt", group_queries(phi, kv).to(acc), psi.to(acc))
+    weight = torch.where(gone[:, :, None], weight, 0)
+    out, lse = normalised(torch.einsum("bkgqt,bktd->bkgqd", weight, v.to(acc)), weight.sum(-1))
+    return out.reshape(b, -1, m, v.shape[-1]), lse.reshape(b, -1, m)
+
+
 def paged_segment(q, keys, values, table, scale: float) -> tuple[Tensor, Tensor]:
     """Attention over a paged memory in which every (sequence, kv head) row has its own tokens.
 

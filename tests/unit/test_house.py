@@ -18,7 +18,7 @@ LEVELS = [
     ["cache"],
     ["modules", "fingerprint"],
     ["attention"],
-    ["policies", "gates", "presets"],
+    ["policies", "gates", "less", "presets"],
     ["ops", "config", "facts", "support", "version"],
 ]
 

@@ -1,0 +1,84 @@
+"""The low-rank state of one layer (LESS, arXiv 2402.09398, §3): what was evicted, in R·(D + 1) numbers a KV head."""
+
+import copy
+
+import torch
+
+from gatekv.ops.naive import accumulation_dtype, group_queries, normalised
+
+Tensor = torch.Tensor
+
+
+class State:
+    """Sums over the evicted tokens: a memory that answers queries with (output, lse).
+
+    No tensor is ever written in place, so twins share until one of them folds.
+
+    Attributes:
+        h: [batch, kv_heads, rank, head_dim], Σ ψ(k)ᵀ v. z: [batch, kv_heads, rank], Σ ψ(k). At least float32.
+    """
+
+    def __init__(self, like: Tensor, rank: int):
+        """An empty state; `like` [batch, kv_heads, tokens, head_dim], values, gives shapes, dtype and device.
+
+        Raises:
+            ValueError: when rank is below 1.
+        """
+        if rank < 1:
+            raise ValueError(f"rank must be at least 1 (the paper: 8), that of Phi and Psi; got {rank}.")
+        b, kv, _, d = like.shape
+        self.h = torch.zeros(b, kv, rank, d, dtype=accumulation_dtype(like), device=like.device)
+        self.z = self.h.new_zeros(b, kv, rank)
+
+    def fold(self, psi: Tensor, v: Tensor, gone: Tensor) -> None:
+        """Add the flagged tokens; nothing ever comes back, and the order in which tokens are folded means nothing.
+
+        psi: [batch, kv_heads, n, rank]; v: [batch, kv_heads, n, head_dim], finite everywhere; gone: bool [batch,
+        kv_heads, n].
+
+        Raises:
+            ValueError: when psi's heads or rank are not the state's.
+        """
+        self._check("psi", psi, "as Psi returns it for the model's keys")
+        if psi.shape[1] != self.h.shape[1]:
+            raise ValueError(
+                f"psi has {psi.shape[1]} heads, the state {self.h.shape[1]} KV heads: use Psi of this layer."
+            )
+        psi = psi.to(self.h.dtype).masked_fill(~gone[..., None], 0)
+        self.h = self.h + psi.transpose(-1, -2) @ v.to(self.h.dtype)
+        self.z = self.z + psi.sum(2)
+
+    def segment(self, phi: Tensor) -> tuple[Tensor, Tensor]:
+        """What the evicted tokens answer: phi [batch, heads, queries, rank] -> (out [batch, heads, queries, head_dim],
+        lse [batch, heads, queries]), (0, -inf) while nothing is folded; all queries see all of the state.
+
+        Raises:
+            ValueError: when phi's heads are no multiple of the KV heads, or its rank is not the state's.
+        """
+        self._check("phi", phi, "as Phi returns it for the model's queries")
+        (b, h, n, _), kv = phi.shape, self.h.shape[1]
+        if h % kv:
+            raise ValueError(f"phi has {h} heads, no multiple of the state's {kv} KV heads: use Phi of this layer.")
+        x = group_queries(phi.to(self.h.dtype), kv).flatten(2, 3)
+        out, lse = normalised(x @ self.h, (x @ self.z[..., None])[..., 0])
+        return out.view(b, h, n, -1), lse.view(b, h, n)
+
+    def _check(self, name: str, features: Tensor, cure: str) -> None:
+        batch, _, rank, _ = self.h.shape
+        if (features.shape[0], features.shape[3]) != (batch, rank):
+            raise ValueError(
+                f"{name} is for {features.shape[0]} sequences at rank {features.shape[3]}, the state for {batch} at "
+                f"rank {rank}: give it {cure}."
+            )
+
+    def select(self, index: Tensor) -> None:
+        """Keep, reorder or repeat sequences: index [new_batch]."""
+        self.h, self.z = self.h.index_select(0, index), self.z.index_select(0, index)
+
+    def twin(self) -> "State":
+        """A second owner of the same sums; whichever folds first has sums of its own from then on."""
+        return copy.copy(self)
+
+    def tensors(self) -> list[Tensor]:
+        """Every tensor held."""
+        return [self.h, self.z]

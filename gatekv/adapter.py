@@ -2,7 +2,7 @@
 
 `import gatekv` registers the type "GATEKV"; then get_peft_model, PeftModel.from_pretrained, AutoPeftModelForCausalLM,
 disable_adapter (= the teacher), save_pretrained and push_to_hub work. Where stock PEFT would warn and go on with random
-weights we raise. Tensors are named `gatekv_gate.*`, so that other parts can live in the same file later.
+weights we raise. Tensors are named `gatekv_gate.*` and `gatekv_less.*`.
 """
 
 import os
@@ -17,10 +17,11 @@ from safetensors.torch import load_file
 from torch import nn
 from transformers.utils import logging
 
-from gatekv.config import GateSpec, check_keys, strict
+from gatekv.config import GateSpec, LessSpec, check_keys, strict
 from gatekv.fingerprint import fingerprint, tensors_sha256
 from gatekv.gates import build_gate
 from gatekv.gates.calibration import Calibration
+from gatekv.less.features import LessMaps
 from gatekv.modules import ATTENTION_NAME, GatedAttention, attention_layers, use_attention
 from gatekv.support import kv_heads
 from gatekv.version import VERSION
@@ -41,8 +42,10 @@ GATEKV = _PeftType("GATEKV")
 
 @strict
 @dataclass
-class GateKVConfig(PeftConfig, GateSpec):
-    """Config of a gatekv adapter; `GateKVConfig()` is usable as it is. Gate fields: see `gatekv.config.GateSpec`.
+class GateKVConfig(PeftConfig, GateSpec, LessSpec):
+    """Config of a gatekv adapter: a gate, a low-rank remainder, or both; `GateKVConfig()` is usable as it is.
+
+    Fields: see also `gatekv.config.GateSpec` and `LessSpec`.
 
     Attributes:
         target_modules: names of the attention modules to wrap.
@@ -61,12 +64,18 @@ class GateKVConfig(PeftConfig, GateSpec):
     def __post_init__(self):
         PeftConfig.__post_init__(self)
         GateSpec.__post_init__(self)
+        LessSpec.__post_init__(self)
         self.peft_type = GATEKV
+        if self.gate == "none" and not self.less_rank:
+            raise ValueError("gate='none' leaves an adapter without anything in it: set less_rank, e.g. 8.")
         if self.calibration is not None:
             check_keys("calibration", self.calibration, {"ratios", "levels", "table"})
 
     def gate_spec(self) -> GateSpec:
         return GateSpec(**{f.name: vars(self)[f.name] for f in fields(GateSpec)})
+
+    def less_spec(self) -> LessSpec:
+        return LessSpec(**{f.name: vars(self)[f.name] for f in fields(LessSpec)})
 
     def save_pretrained(self, save_directory: str, **kwargs) -> None:
         """Also records the hash of the weights, which PEFT writes into the same folder just before."""
@@ -103,7 +112,7 @@ class GateKVConfig(PeftConfig, GateSpec):
 class GateLayer(GatedAttention, BaseTunerLayer):
     """The wrapper around self_attn, holding one gate per adapter under PEFT's rules of activation."""
 
-    adapter_layer_names = ("gatekv_gate",)
+    adapter_layer_names = ("gatekv_gate", "gatekv_less")
 
     def __init__(self, base_layer: nn.Module):
         super().__init__(base_layer)
@@ -114,16 +123,25 @@ class GateLayer(GatedAttention, BaseTunerLayer):
             return None
         return next((name for name in self.active_adapters if name in self.gatekv_gate), None)
 
+    def less(self) -> LessMaps | None:
+        if self.disable_adapters:
+            return None
+        return next((self.gatekv_less[name] for name in self.active_adapters if name in self.gatekv_less), None)
+
     def calibration(self) -> Calibration | None:
         return self.calibrations.get(self.active())
 
     def update_layer(self, adapter_name: str, config: GateKVConfig, shape) -> None:
-        """Add an adapter's gate, on the wrapped module's device. shape: the language model's config."""
-        self.specs[adapter_name] = config.gate_spec()
+        """Add an adapter's parts, on the wrapped module's device. shape: the language model's config."""
+        device, head_dim = next(self.base_layer.parameters()).device, self.base_layer.head_dim
         self.calibrations[adapter_name] = Calibration(**config.calibration) if config.calibration else None
-        sizes = (shape.hidden_size, kv_heads(shape), self.base_layer.head_dim)
-        gate = build_gate(self.specs[adapter_name], *sizes)
-        self.gatekv_gate[adapter_name] = gate.to(next(self.base_layer.parameters()).device)
+        if config.gate != "none":
+            self.specs[adapter_name] = config.gate_spec()
+            gate = build_gate(self.specs[adapter_name], shape.hidden_size, kv_heads(shape), head_dim)
+            self.gatekv_gate[adapter_name] = gate.to(device)
+        if config.less_rank:
+            maps = LessMaps(config.less_spec(), shape.num_attention_heads, kv_heads(shape), head_dim)
+            self.gatekv_less[adapter_name] = maps.to(device)
         self.set_adapter(self.active_adapters)
 
 
@@ -164,7 +182,9 @@ class GateKVModel(BaseTuner):
             self._replace_module(parent, target_name, layer, target)
         layer.update_layer(adapter_name, config, shape)
         if adapter_name not in self.active_adapters:
-            layer.gatekv_gate[adapter_name].requires_grad_(False)
+            for parts in (layer.gatekv_gate, layer.gatekv_less):
+                if adapter_name in parts:
+                    parts[adapter_name].requires_grad_(False)
 
     def _replace_module(self, parent, child_name, new_module, child):
         setattr(parent, child_name, new_module)
@@ -173,8 +193,8 @@ class GateKVModel(BaseTuner):
     def _remap_adapter_state_dict_for_load(cls, model, config, adapter_name, state_dict):
         """Strict: every tensor of the file has its place, shape and hash, and no gate is left without one."""
         mapped = super()._remap_adapter_state_dict_for_load(model, config, adapter_name, state_dict)
-        mark = f".gatekv_gate.{adapter_name}."
-        expected = {k: v for k, v in model.state_dict().items() if mark in k}
+        marks = (f".gatekv_gate.{adapter_name}.", f".gatekv_less.{adapter_name}.")
+        expected = {k: v for k, v in model.state_dict().items() if any(mark in k for mark in marks)}
         cure = "the file belongs to another config or was edited: load the folder as it was saved."
         if stray := sorted(set(mapped) - set(expected)):
             raise ValueError(f"stray tensor '{stray[0]}' ({len(stray)} in all) in the adapter file: {cure}")

@@ -56,6 +56,7 @@ class AttentionCall:
         gate: the active gate module or None; spec: its GateSpec; form: a relaxation's name or "hard" for the parallel
         form, applied to logits - threshold; "listen" = plain attention, the gate only judges.
         split: the prompt's length, for flags that act after it (one-shot); None = they act as tokens leave the window.
+        less: the low-rank maps in force, or None.
         documents: of packed rows, which are judged one by one.
         seed: of this layer's noise, for the gumbel relaxation.
         received: measure the attention that tokens receive.
@@ -75,6 +76,7 @@ class AttentionCall:
     split: int | None = None
     documents: Documents | None = None
     seed: int | None = None
+    less: torch.nn.Module | None = None
     received: bool = True
     local: object = None
     record: object = None

@@ -39,7 +39,7 @@ def strict(cls):
     return cls
 
 
-GATES = ("linear", "mlp", "key_mlp", "attention")
+GATES = ("linear", "mlp", "key_mlp", "attention", "none")
 RELAXATIONS = ("log", "ste", "gumbel", "decay")
 
 
@@ -50,7 +50,7 @@ class GateSpec:
 
     Attributes:
         gate: form: `linear` or `mlp` (token-wise, from the layer's input), `key_mlp` (from each head's own key),
-            `attention` (the paper's reduced multi-head attention).
+            `attention` (the paper's reduced multi-head attention), `none` (an adapter of low-rank maps alone).
         context: `causal`: judged as tokens come (`attention`: over a short ring); `prompt`: the paper's `attention`
             gate, which reads the whole prompt before it judges any of it.
         mask_prompt: with context="prompt": flags also act for the prompt's own queries (the paper).
@@ -97,3 +97,27 @@ class GateSpec:
         for name in ("hidden", "heads", "head_dim", "context_window"):
             if getattr(self, name) < 1:
                 raise ValueError(f"{name} must be at least 1, not {getattr(self, name)}.")
+
+
+@strict
+@dataclass
+class LessSpec:
+    """The low-rank remainder beside a gate or alone (LESS, arXiv 2402.09398).
+
+    Attributes:
+        less_rank: R, numbers that stand for a key; 0 = no remainder (paper: 8).
+        less_hidden: width of the feature maps (paper: 512). less_dropout: in training (paper: .3).
+        less_policy, less_budget: what the maps were trained under; another one works, with a warning.
+    """
+
+    less_rank: int = 0
+    less_hidden: int = 512
+    less_dropout: float = 0.3
+    less_policy: str | None = None
+    less_budget: float | None = None
+
+    def __post_init__(self):
+        if self.less_rank < 0 or self.less_hidden < 1:
+            raise ValueError(f"less_rank and less_hidden are sizes, got {self.less_rank} and {self.less_hidden}.")
+        if not 0 <= self.less_dropout < 1:
+            raise ValueError(f"less_dropout is a share, at least 0 and below 1; got {self.less_dropout}.")

@@ -32,6 +32,7 @@ class GatedAttention(nn.Module):
         self.base_layer = base_layer
         self.layer_idx = base_layer.layer_idx
         self.gatekv_gate = nn.ModuleDict()  # adapter name -> gate
+        self.gatekv_less = nn.ModuleDict()  # adapter name -> low-rank maps
         self.specs: dict[str, GateSpec] = {}
         self.form: str | None = None  # what the parallel form applies outside training mode
         self.off: bool | str = False  # inside `gates_off`: the teacher
@@ -52,6 +53,10 @@ class GatedAttention(nn.Module):
         name = self.active()
         return self.gatekv_gate[name] if name else None
 
+    def less(self) -> nn.Module | None:
+        """The low-rank maps in force (`gatekv.less.features.LessMaps`), or None."""
+        return next(iter(self.gatekv_less.values()), None)
+
     def calibration(self):
         """Calibrated thresholds of the gate in force, or None."""
         return None
@@ -64,7 +69,7 @@ class GatedAttention(nn.Module):
         call = AttentionCall(
             hidden_states, self.layer_idx, rotary, gate=gate, spec=spec, split=self.split, documents=self.documents
         )
-        call.seed, call.received, call.local = self.seed, self.received, self.local
+        call.seed, call.received, call.local, call.less = self.seed, self.received, self.local, self.less()
         memory = None
         if isinstance(past_key_values, Cache) and self.layer_idx < len(past_key_values.layers):
             memory = past_key_values.layers[self.layer_idx]

@@ -94,3 +94,13 @@ class Psi(_FeatureMap):
         s1, w3, s2 = (w.to(x.dtype) for w in (self.s1[:, None], self.w3, self.s2[:, None]))
         g = s1.abs() * x
         return (g + s2 * (g @ w3)).abs()
+
+
+class LessMaps(nn.Module):
+    """Both maps of one layer, as `spec` (`gatekv.config.LessSpec`) says."""
+
+    def __init__(self, spec, heads: int, kv_heads: int, head_dim: int):
+        super().__init__()
+        sizes = (head_dim, spec.less_rank, spec.less_hidden, spec.less_dropout)
+        self.spec = spec
+        self.phi, self.psi = Phi(heads, *sizes), Psi(kv_heads, *sizes)

@@ -72,6 +72,8 @@ class CPTConfig:
 
     def __post_init__(self):
         check_choice("preset", self.preset, PRESETS)
+        if self.spec.gate == "none":
+            raise ValueError("gate='none' leaves nothing to train here: choose a gate.")
         check_choice("objective", self.objective, OBJECTIVES)
         check_choice("prefill", self.prefill, ("sparse", "dense"))
         check_choice("sparsity", self.sparsity, SPARSITIES)

@@ -57,7 +57,7 @@ def gated(family: str = "llama", dtype=torch.float64, seed: int = 0, model=None,
     peft = get_peft_model(model, GateKVConfig(**spec)).to(dtype)
     generator = torch.Generator().manual_seed(seed + 1)
     for w in wrappers(peft):
-        for name, p in w.gatekv_gate["default"].named_parameters():
+        for name, p in w.gatekv_gate["default"].named_parameters() if w.active() else ():
             if name in ("out.weight", "out_weight", "distance"):
                 with torch.no_grad():
                     p.copy_(torch.randn(p.shape, generator=generator))

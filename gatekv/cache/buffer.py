@@ -18,14 +18,15 @@ class Buffer:
     room: torch.Tensor
     recent: torch.Tensor
 
-    def trim(self, stores: list[Pages], worths: list[torch.Tensor], seen: int) -> None:
-        """Drop the tokens of lowest worth [P, block_size] until every head's stores fit; ties: the earlier goes.
+    def excess(self, stores: list[Pages], worths: list[torch.Tensor], seen: int) -> list[torch.Tensor]:
+        """[P, block_size] bool of each store: the tokens of lowest worth that must go until every head fits.
 
-        stores: share the head's room. seen: slots so far.
+        stores: share the head's room. worths: [P, block_size] of each; ties: the earlier goes. seen: slots so far.
+        Returns [] where all fit.
         """
         excess = sum(store.lengths for store in stores) - self.room.flatten()
         if not bool((excess > 0).any()):
-            return
+            return []
         young = self.recent.repeat_interleave(self.room.shape[1])
         parts = []
         for store, worth in zip(stores, worths):
@@ -37,8 +38,7 @@ class Buffer:
             -1, order, torch.arange(order.shape[-1], device=order.device).expand_as(order)
         )
         gone = (rank < excess[:, None]).split([part.shape[-1] for part in parts], -1)
-        for store, part in zip(stores, gone):
-            store.evict(store.rolled(part))
+        return [store.rolled(part) for store, part in zip(stores, gone)]
 
     def select(self, index: torch.Tensor) -> None:
         """Keep, reorder or repeat sequences: index [new_batch]."""

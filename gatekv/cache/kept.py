@@ -8,6 +8,7 @@ from gatekv.cache.buffer import Buffer
 from gatekv.cache.pages import Pages
 from gatekv.cache.slots import Slots
 from gatekv.cache.thin import Thin
+from gatekv.less.state import State
 from gatekv.ops import backends
 from gatekv.ops.paged_attention import paged_mass
 
@@ -20,6 +21,7 @@ class Kept:
     Attributes:
         pages: most of them. thin: old ones whose keys have lost channels, or None. slots: sinks whose positions count
         places in the cache, or None. buffer: what a head may hold, for policies that evict at every step, or None.
+        state: what of the evicted is not forgotten (LESS), or None; maps: `LessMaps` in force, with it.
         backend: name of the paged attention that runs.
     """
 
@@ -30,6 +32,8 @@ class Kept:
         self.thin: Thin | None = None
         self.slots: Slots | None = None
         self.buffer: Buffer | None = None
+        self.state: State | None = None
+        self.maps = None
         self.backend = backends.choose(backend, block_size, like.device, like.dtype)
         self.paged_segment = backends.load(self.backend)
 
@@ -54,7 +58,24 @@ class Kept:
         parts = zip(self.stores(), self.asked(q))
         return [self.paged_segment(part, s.keys, s.values, s.table, scaling) for s, part in parts]
 
-    # -- eviction at every step
+    def remembered(self, q: Tensor) -> list[tuple[Tensor, Tensor]]:
+        """(output, log-sum-exp) of what was evicted, where there is a state."""
+        return [] if self.state is None else [self.state.segment(self.maps.phi(q))]
+
+    # -- eviction
+
+    def evict(self, store: Pages, gone: Tensor) -> None:
+        """Drop the tokens flagged in gone [P, block_size] from one of the stores; a state takes them first."""
+        if self.state is not None and bool(gone.any()):
+            keys, values, held = (t.unflatten(0, (self.batch, -1)) for t in store.taken(gone))
+            self.state.fold(self.maps.psi(keys), values, held)
+        store.evict(gone)
+
+    def filter(self, keep: Tensor, base: int) -> None:
+        """Hold of the pages' tokens at slots >= base those that keep [batch, kv_heads, slots - base] flags."""
+        self.pages.scores = None
+        self.evict(self.pages, self.pages.unwanted(keep, base))
+        self.pages.shrink()
 
     def watch(self, observe, q: Tensor, lse: Tensor, scaling: float) -> None:
         """Renew the scores of what is held by the attention it just received: observe = `Scorer.observe`.
@@ -73,7 +94,9 @@ class Kept:
         worth: (pages) -> [P, block_size]; seen: slots so far. Nothing happens without a buffer.
         """
         if self.buffer is not None:
-            self.buffer.trim(self.stores(), [worth(store) for store in self.stores()], seen)
+            gone = self.buffer.excess(self.stores(), [worth(store) for store in self.stores()], seen)
+            for store, part in zip(self.stores(), gone):
+                self.evict(store, part)
 
     # -- thin keys
 
@@ -100,18 +123,19 @@ class Kept:
         self.pages.select(rows)
         for part in self.apart():
             part.select(rows, index)
-        if self.buffer is not None:
-            self.buffer.select(index)
+        for part in (self.buffer, self.state):
+            if part is not None:
+                part.select(index)
 
     def twin(self) -> "Kept":
         """An independent copy that shares storage until either side changes."""
         twin = copy.copy(self)
-        for name in ("pages", "thin", "slots", "buffer"):
+        for name in ("pages", "thin", "slots", "buffer", "state"):
             if (part := vars(self)[name]) is not None:
                 setattr(twin, name, part.twin())
         return twin
 
     def tensors(self) -> list[Tensor]:
         """Every tensor held."""
-        parts = [self.pages, *self.apart(), *([] if self.buffer is None else [self.buffer])]
+        parts = [self.pages, *self.apart(), *(part for part in (self.buffer, self.state) if part is not None)]
         return [t for part in parts for t in part.tensors()]

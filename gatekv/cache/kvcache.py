@@ -108,6 +108,14 @@ class KVCache(Cache):
             raise ValueError("budget rule 'decay' is for gates, and decides while decoding: leave turns out.")
         if policy.scorer.slots and policy.width is not None:
             raise ValueError("positions='slot' and thin keys are not made for each other: leave think out.")
+        if policy.remainder is not None:
+            if not any(w.less() for w in wrappers(model)):
+                raise ValueError(
+                    "remainder 'less' needs low-rank maps, and no adapter in force has any: train one with "
+                    "GateKVConfig(less_rank=8), or leave less out of the policy."
+                )
+            if policy.width is not None and policy.scorer.streams and (decode == "evict" and not learned):
+                raise ValueError("thin keys cannot be folded later: leave think or less out, or use decode='keep'.")
         calibration = active[0].calibration() if active else None
         if learned and policy.ratio is not None and (streaming or prefill == "sparse") and calibration is None:
             raise ValueError(
@@ -160,9 +168,9 @@ class KVCache(Cache):
         wanted = cache.plan.queries
         if min(wanted, self.get_seq_length()) > self.plan.policy.scorer.queries:
             raise ValueError(f"this policy looks at {wanted} queries: use KVCache.undecided(model, queries={wanted}).")
-        gates = {w.layer_idx: w.gate() for w in wrappers(self.model)}
+        parts = {w.layer_idx: (w.gate(), w.less()) for w in wrappers(self.model)}
         for mine, theirs in zip(cache.evicting(), self.evicting()):
-            mine.adopt(theirs, gates[mine.layer_idx])
+            mine.adopt(theirs, *parts[mine.layer_idx])
         for i, layer in enumerate(self.layers):
             if not isinstance(layer, KVLayer):
                 cache.layers[i] = copy.copy(layer)

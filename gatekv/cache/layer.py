@@ -19,7 +19,9 @@ from gatekv.cache.pages import Pages
 from gatekv.cache.plan import Plan
 from gatekv.cache.slots import Slots
 from gatekv.cache.tail import Tail
-from gatekv.ops import segments
+from gatekv.less.state import State
+from gatekv.ops import naive, segments
+from gatekv.ops.remainder import left_of, remainder_segment
 from gatekv.policies import View
 from gatekv.policies.budgets import faded
 
@@ -176,16 +178,20 @@ class KVLayer(CacheLayerMixin):
     def _attend(self, call: AttentionCall, q, k, v, mask, scaling: float) -> torch.Tensor:
         b, _, n, _ = q.shape
         valid = valid_tokens(mask, b, n, q.device)
+        if self.plan.remembers:
+            self._remember(call.less)
         if self.plan.streams and self.phase is Phase.LATER:
             return self._stream(call, q, k, v, valid, scaling)
         flags, logits = self._judge(call, k, valid)
         whole = self.phase is Phase.PROMPT and self.plan.dense
-        outs = []
+        leaves = self.plan.remembers and (self.phase is not Phase.LATER or self.plan.later_leave)
+        psi, outs = self.kept.maps.psi(k) if leaves else None, []
         for a in range(0, n, n if whole else PIECE):
             c = min(n, n if whole else a + PIECE)
             piece = (k[:, :, a:c], v[:, :, a:c], flags[..., a:c], valid[:, a:c])
             slack = 0 if self.phase is Phase.PROMPT else FOLD
-            self.tail.append(*piece, None if logits is None else logits[..., a:c], slack=slack)
+            side = (None if logits is None else logits[..., a:c], None if psi is None else psi[:, :, a:c])
+            self.tail.append(*piece, *side, slack=slack)
             self.seen += c - a
             outs.append(self._answer(q[:, :, a:c], None if mask is None else mask[:, :, a:c, : self.seen], scaling))
             if not whole and self.phase is not Phase.TURN and not (self.plan.whole and self.phase is Phase.PROMPT):
@@ -214,10 +220,10 @@ class KVLayer(CacheLayerMixin):
             self.seen, self.folded = self.seen + 1, self.folded + 1
             if self.kept.slots is not None:
                 self.kept.slots.step(tuple(t[:, new] for t in call.rotary))
-            out, lse = segments.merge(self.kept.segments(q[:, :, new], scaling))
-            outs.append(out.to(q.dtype))
-            if scorer.watches:
-                self.kept.watch(scorer.observe, q[:, :, new], lse, scaling)
+            kept = segments.merge(self.kept.segments(q[:, :, new], scaling))
+            outs.append(segments.merge([kept, *self.kept.remembered(q[:, :, new])])[0].to(q.dtype))
+            if scorer.watches:  # attention among the kept alone: a policy decides the same with a remainder or without
+                self.kept.watch(scorer.observe, q[:, :, new], kept[1], scaling)
             self.kept.trim(self._worth, self.seen)
         self.real = self.real + valid.sum(-1, keepdim=True)
         return torch.cat(outs, 2)
@@ -297,14 +303,35 @@ class KVLayer(CacheLayerMixin):
             attend = torch.nn.functional.scaled_dot_product_attention
             return attend(q, k, v, is_causal=n > 1, scale=scaling, enable_gqa=gqa)
         visible = self._visible(n, mask, whole)
-        if not self.kept.empty():
+        remembers = self.plan.remembers and not whole
+        if remembers or not self.kept.empty():
             near = segments.dense_segment(q, k, v, visible, scaling)
-            return segments.merge([*self.kept.segments(q, scaling), near])[0].to(q.dtype)
+            parts = [*self.kept.segments(q, scaling), near]
+            if self.plan.remembers:
+                parts += self.kept.remembered(q)
+            if remembers and self.tail.psi is not None:
+                parts.append(self._dead(q, mask))
+            return segments.merge(parts)[0].to(q.dtype)
         groups = q.shape[1] // k.shape[1]
         k, v = (t.repeat_interleave(groups, 1) for t in (k, v))
         if visible is not None and visible.shape[1] > 1:
             visible = visible.repeat_interleave(groups, 1)
         return torch.nn.functional.scaled_dot_product_attention(q, k, v, attn_mask=visible, scale=scaling)
+
+    def _dead(self, q, mask) -> tuple[torch.Tensor, torch.Tensor]:
+        """(output, log-sum-exp) of what is in the tail still and evicted already: it waits to be folded."""
+        left = left_of(self.tail.flags, self.plan.grace)
+        mask = None if mask is None else mask[..., self.folded :]
+        answer = naive.remainder_segment if q.shape[2] == 1 else remainder_segment  # a lone query is a row, not a chunk
+        return answer(self.kept.maps.phi(q), self.tail.psi, self.tail.values, left, mask=mask)
+
+    def _remember(self, maps) -> None:
+        """Use the adapter's low-rank maps; an empty state, if there is none yet."""
+        if maps is None:
+            raise ValueError("the adapter was disabled or unloaded while this cache was in use; enable it again.")
+        self.kept.maps = maps
+        if self.kept.state is None:
+            self.kept.state = State(self.tail.values, maps.spec.less_rank)
 
     def _visible(self, n: int, mask, whole: bool) -> torch.Tensor | None:
         """[B, 1 or K, n, tail] bool: what the last n tokens may see of the tail; None = everything."""
@@ -338,13 +365,17 @@ class KVLayer(CacheLayerMixin):
         if self.plan.defer:
             self.hidden = torch.cat([*([] if self.hidden is None else [self.hidden]), call.hidden], 1)
 
-    def adopt(self, other: "KVLayer", gate) -> None:
-        """Take over an undecided layer's whole prompt, sharing its tensors; gate judges it from here on."""
+    def adopt(self, other: "KVLayer", gate, maps) -> None:
+        """Take over an undecided layer's whole prompt, sharing its tensors; gate judges it from here on, and maps
+        remember it."""
         self.lazy_initialization(other.tail.keys[:, :, :0], None)
         self.tail = other.tail.twin()
         for name in ("seen", "real", "folded", "queries", "hidden", "scaling", "rotary"):
             setattr(self, name, vars(other)[name])
         self.judge.gate = gate
+        if self.plan.remembers:
+            self._remember(maps)
+            self.tail.psi = maps.psi(self.tail.keys)
 
     def end_prompt(self) -> None:
         """The prompt or turn is whole: let the plan's rule decide what stays."""
@@ -408,7 +439,7 @@ class KVLayer(CacheLayerMixin):
             flags = torch.where(young, ((tail.scores > cut) & tail.valid[:, None]) | sinks, flags)
         self.cut, tail.flags = cut, flags
         if self.folded > self.base:
-            self.kept.pages.filter(keep, self.base)
+            self.kept.filter(keep, self.base)
         if self.plan.streams or (self.plan.decays and not self.plan.keep_later):
             sinks = sink_tokens(tail.valid, self.plan.sinks)[:, None]
             tail.scores = scores.float().masked_fill(sinks, torch.inf)  # they never leave
@@ -437,6 +468,8 @@ class KVLayer(CacheLayerMixin):
         if self.plan.streams and self.plan.policy.scorer.slots:
             room = self.kept.buffer.room[:, 0]
             self.kept.slots = Slots.of(self.kept.pages, room, self.real[:, 0], self.rotary)
+        if not self.plan.later_leave:
+            self.tail.psi = None
         self.queries = self.hidden = self.rotary = None
 
     def _thin(self) -> None:
@@ -464,6 +497,9 @@ class KVLayer(CacheLayerMixin):
         t = self.tail
         pages = self.kept.pages
         scores = None if pages.scores is None else t.scores[..., :leave]
+        if t.psi is not None:
+            gone = ~t.flags[..., :leave] & t.valid[:, None, :leave]
+            self.kept.state.fold(t.psi[:, :, :leave], t.values[:, :, :leave], gone)
         pages.append(t.keys[:, :, :leave], t.values[:, :, :leave], t.flags[..., :leave], self.folded, scores)
         t.drop(front=leave)
         self.folded += leave

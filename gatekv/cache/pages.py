@@ -187,14 +187,27 @@ class Pages:
         index = channels[self.owners.clamp_min(0).long()][:, None].expand(-1, self.block_size, -1)
         self.keys = self.keys.gather(-1, index)
 
-    def filter(self, keep: Tensor, base: int = 0) -> None:
-        """Drop tokens at slots >= base that keep [batch, kv_heads, slots - base] does not flag, and the scores."""
-        self.scores = None
+    def taken(self, gone: Tensor) -> tuple[Tensor, Tensor, Tensor]:
+        """The flagged tokens, row by row: keys, values [rows, most, width] and held [rows, most] bool."""
+        gone = gone & self.occupied()
+        rows = self._held()[0].expand_as(gone)[gone]
+        order = rows.argsort(stable=True)
+        counts = torch.bincount(rows, minlength=len(self.lengths))
+        place = torch.arange(len(rows), device=rows.device) - (counts.cumsum(0) - counts)[rows[order]]
+        held = torch.arange(int(counts.max()), device=rows.device) < counts[:, None]
+        found = []
+        for pool in (self.keys, self.values):
+            out = pool.new_zeros(*held.shape, pool.shape[-1])
+            out[rows[order], place] = pool[gone][order]
+            found.append(out)
+        return *found, held
+
+    def unwanted(self, keep: Tensor, base: int = 0) -> Tensor:
+        """[P, block_size] bool: tokens at slots >= base that keep [batch, kv_heads, slots - base] does not flag."""
         slots = self.positions.long() - base
         rows, _ = self._held()
         kept = keep.flatten(0, 1)[rows.expand_as(slots), slots.clamp_min(0)] if keep.shape[-1] else slots < 0
-        self.evict((slots >= 0) & ~kept)
-        self.shrink()
+        return (slots >= 0) & ~kept & self.occupied()
 
     def shrink(self) -> None:
         """Give free pages back to the allocator; afterwards pages stand in the order of the table."""

@@ -63,6 +63,16 @@ class Plan:
         return not self.learned and self.policy.scorer.streams and not (self.keep_later or self.turns)
 
     @property
+    def remembers(self) -> bool:
+        """Evicted tokens go into a low-rank state."""
+        return self.policy.remainder is not None
+
+    @property
+    def later_leave(self) -> bool:
+        """Tokens that come after the prompt can be evicted from the tail."""
+        return self.turns or (self.learned and not self.keep_later)
+
+    @property
     def queries(self) -> int:
         """How many of the prompt's last queries are needed at its end."""
         ranks = not (self.streaming or self.decays) and (self.dense or self.turns)

@@ -15,15 +15,16 @@ from gatekv.cache.pages import Pages
 from gatekv.cache.slots import Slots
 from gatekv.cache.thin import Thin
 from gatekv.fingerprint import fingerprint, gates_sha256
-from gatekv.policies import BUDGETS, LAYERS, SCORERS, WIDTHS, Policy
+from gatekv.less.state import State
+from gatekv.policies import PARTS, SCORERS, Policy
 from gatekv.version import VERSION
 
 KEY = "gatekv_cache"
 COUNTERS = ("seen", "folded", "base", "first_call")
 POOL = ("keys", "values", "positions", "owners", "ordinals", "lengths", "scores")
-TAIL = ("keys", "values", "flags", "valid", "scores")
+TAIL = ("keys", "values", "flags", "valid", "scores", "psi")
 SIDE = ("real", "cut", "queries")
-PARTS = {"scorer": SCORERS, "rule": BUDGETS, "layers": LAYERS, "width": WIDTHS}  # of a policy
+ANSWERS = {"scorer": SCORERS, **PARTS}  # of a policy, one to each question
 
 
 def _describe(part, known: dict, what: str) -> dict | None:
@@ -48,6 +49,8 @@ def _tensors(layer) -> dict[str, torch.Tensor]:
     named |= {n: getattr(layer, n) for n in SIDE}
     named |= {f"gate_state.{i}": t for i, t in enumerate(layer.judge.state or ())}
     named |= {"pending": layer.judge.pending}
+    if kept.state is not None:
+        named |= {"state.h": kept.state.h, "state.z": kept.state.z}
     if kept.thin is not None:
         named |= {f"thin.{n}": getattr(kept.thin.pages, n) for n in POOL} | {"channels": kept.thin.channels}
     if kept.slots is not None:
@@ -71,7 +74,7 @@ def save(cache, path: str) -> None:
         "version": VERSION,
         "base": fingerprint(cache.model),
         "gates": gates_sha256(cache.model) if plan.learned else None,
-        "policy": {part: _describe(vars(plan.policy)[part], known, part) for part, known in PARTS.items()},
+        "policy": {part: _describe(vars(plan.policy)[part], known, part) for part, known in ANSWERS.items()},
         "budget": plan.policy.ratio,
         "options": {
             "prefill": "dense" if plan.dense else "sparse", "decode": "keep" if plan.keep_later else "evict",
@@ -128,7 +131,7 @@ def load(cls, path: str, model, backend: str | None):
     header, tensors = _read(path, weight.device)
     _check(path, header, model)
     said = {part: d for part, d in header["policy"].items() if d is not None}
-    parts = {part: PARTS[part][d["name"]](**d["fields"]) for part, d in said.items()}
+    parts = {part: ANSWERS[part][d["name"]](**d["fields"]) for part, d in said.items()}
     policy = Policy(ratio=header["budget"], **parts)
     cache = cls(model, policy, header["budget"], backend=backend, **header["options"])
     for i, (layer, state) in enumerate(zip(cache.layers, header["layers"])):
@@ -151,7 +154,11 @@ def _fill(layer: KVLayer, mine: dict[str, torch.Tensor], state: dict) -> None:
     for name in COUNTERS:
         setattr(layer, name, state[name])
     layer.tail.scores = mine["tail.scores"][..., :0] if "tail.scores" in mine else None
+    layer.tail.psi = mine["tail.psi"][:, :, :0] if "tail.psi" in mine else None
     layer.tail.append(*(mine.get(f"tail.{n}") for n in TAIL))
+    if "state.h" in mine:
+        layer.kept.state = State(mine["tail.values"], mine["state.z"].shape[-1])
+        layer.kept.state.h, layer.kept.state.z = mine["state.h"], mine["state.z"]
     layer.kept.pages.restore({n: mine.get(f"pages.{n}") for n in POOL})
     for name in SIDE:
         setattr(layer, name, mine.get(name))

@@ -15,6 +15,7 @@ class Tail:
     Attributes:
         keys, values: [batch, kv_heads, n, head_dim]. flags: [batch, kv_heads, n] bool, what each token's fate is once
         it leaves the window. valid: [batch, n] bool, False at pads. scores: [batch, kv_heads, n] float32 or None.
+        psi: [batch, kv_heads, n, rank], what a low-rank state takes of each token, or None.
     """
 
     def __init__(self, like: Tensor, with_scores: bool):
@@ -24,6 +25,7 @@ class Tail:
         self.flags = torch.ones(b, kv, 0, dtype=torch.bool, device=like.device)
         self.valid = self.flags[:, 0]
         self.scores = self.flags.float() if with_scores else None
+        self.psi: Tensor | None = None
         self.shared = False
 
     def __len__(self) -> int:
@@ -39,9 +41,9 @@ class Tail:
 
     def tensors(self) -> list[Tensor]:
         """Every tensor held, slack included."""
-        return [*self._buffers, self.flags, self.valid, *([] if self.scores is None else [self.scores])]
+        return [*self._buffers, self.flags, self.valid, *(t for t in (self.scores, self.psi) if t is not None)]
 
-    def append(self, keys, values, flags, valid, scores=None, slack: int = 0) -> None:
+    def append(self, keys, values, flags, valid, scores=None, psi=None, slack: int = 0) -> None:
         """Add n tokens (shapes as the attributes'); a new buffer, when one is due, leaves room for `slack` more."""
         old, new = len(self), keys.shape[2]
         if old == 0 and slack == 0:
@@ -53,6 +55,7 @@ class Tail:
                 buffer[:, :, old : old + new] = piece
         self.flags, self.valid = torch.cat([self.flags, flags], -1), torch.cat([self.valid, valid], -1)
         self.scores = None if self.scores is None else torch.cat([self.scores, scores.float()], -1)
+        self.psi = psi if self.psi is None else torch.cat([self.psi, psi], 2)
         self.shared = False
 
     def rewrite(self, flags: Tensor, scores: Tensor) -> None:
@@ -70,6 +73,7 @@ class Tail:
             self.shared = False
         self.flags, self.valid = self.flags[..., front:end].clone(), self.valid[:, front:end].clone()
         self.scores = None if self.scores is None else self.scores[..., front:end].clone()
+        self.psi = None if self.psi is None else self.psi[:, :, front:end].clone()
 
     @staticmethod
     def _moved(buffer: Tensor, start: int, end: int, room: int) -> Tensor:
@@ -82,7 +86,7 @@ class Tail:
         """Keep, reorder or repeat sequences: index [new_batch]."""
         self._buffers = [b.index_select(0, index) for b in self._buffers]
         self.flags, self.valid = self.flags.index_select(0, index), self.valid.index_select(0, index)
-        self.scores = None if self.scores is None else self.scores.index_select(0, index)
+        self.scores, self.psi = (None if t is None else t.index_select(0, index) for t in (self.scores, self.psi))
         self.shared = False
 
     def twin(self) -> "Tail":

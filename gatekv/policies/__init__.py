@@ -12,6 +12,7 @@ from gatekv.policies.h2o import H2O
 from gatekv.policies.keydiff import KeyDiff
 from gatekv.policies.l2 import L2Norm
 from gatekv.policies.layers import Even
+from gatekv.policies.less import Less
 from gatekv.policies.pyramidkv import Pyramid
 from gatekv.policies.scorer import Scorer, View
 from gatekv.policies.snapkv import SnapKV
@@ -36,20 +37,12 @@ SCORERS = {
 BUDGETS = {"threshold": Threshold, "uniform": Uniform, "ada": Ada, "global": Global, "decay": Decay}
 LAYERS = {"even": Even, "pyramid": Pyramid}
 WIDTHS = {"think": Channels}
+REMAINDERS = {"less": Less}
+PARTS = {"rule": BUDGETS, "layers": LAYERS, "width": WIDTHS, "remainder": REMAINDERS}  # of a policy, beside its scorer
 
-__all__ = ["AdaKV", "BUDGETS", "Gate", "H2O", "KeyDiff", "L2Norm", "LAYERS", "Policy", "PyramidKV", "Random", "SCORERS"]
-__all__ += [
-    "Scorer",
-    "SinksRecent",
-    "SnapKV",
-    "StreamingLLM",
-    "TOVA",
-    "ThinK",
-    "ValueNorm",
-    "View",
-    "WIDTHS",
-    "resolve",
-]
+__all__ = ["AdaKV", "BUDGETS", "Gate", "H2O", "KeyDiff", "L2Norm", "LAYERS", "PARTS", "Policy", "PyramidKV", "Random"]
+__all__ += ["REMAINDERS", "SCORERS", "Scorer", "SinksRecent", "SnapKV", "StreamingLLM", "TOVA", "ThinK", "ValueNorm"]
+__all__ += ["View", "WIDTHS", "resolve"]
 
 
 @dataclass
@@ -60,6 +53,7 @@ class Policy:
         scorer: which tokens matter. rule: how heads share a layer's room (None: threshold for a gate, else uniform).
         ratio: the share to hold (None: the threshold decides, or everything is kept).
         layers: how layers share the model's room. width: how wide old keys are stored (None: whole).
+        remainder: what becomes of evicted tokens (None: nothing).
     """
 
     scorer: Scorer
@@ -67,6 +61,7 @@ class Policy:
     ratio: float | None = None
     layers: Even | Pyramid = field(default_factory=Even)
     width: Channels | None = None
+    remainder: Less | None = None
 
     @property
     def queries(self) -> int:
@@ -75,7 +70,9 @@ class Policy:
 
     def __str__(self) -> str:
         layers = None if isinstance(self.layers, Even) else self.layers
-        return " x ".join(type(p).__name__ for p in (self.scorer, self.rule, layers, self.width) if p is not None)
+        return " x ".join(
+            type(p).__name__ for p in (self.scorer, self.rule, layers, self.width, self.remainder) if p is not None
+        )
 
 
 def _over(policy, default: Scorer, **parts) -> Policy:
@@ -100,15 +97,15 @@ def ThinK(policy=None, *, prune: float = 0.4, window: int = 32) -> Policy:
 
 
 def _parse(name: str) -> Policy:
-    """ "scorer+part+part" -> Policy; a part is a budget rule, a way to share among layers, or a width."""
+    """ "scorer+part+part" -> Policy; a part is a budget rule, a way to share among layers, a width or a remainder."""
     first, *parts = name.split("+")
     if first in WIDTHS:  # a width alone: every token stays
         first, parts = "full", [first, *parts]
     check_choice("policy", first, {**SCORERS, **WIDTHS})
     found: dict = {}
     for part in parts:
-        check_choice("policy part", part, {**BUDGETS, **LAYERS, **WIDTHS})
-        field, kind = next((f, k) for f, k in (("rule", BUDGETS), ("layers", LAYERS), ("width", WIDTHS)) if part in k)
+        check_choice("policy part", part, {name: 0 for known in PARTS.values() for name in known})
+        field, kind = next((field, known) for field, known in PARTS.items() if part in known)
         if field in found:
             raise ValueError(f"policy {name!r} names two of {', '.join(kind)}: give one.")
         found[field] = kind[part]()

@@ -102,7 +102,13 @@ def test_the_annotated_tree_in_the_readme_is_true():
 
 def test_the_method_table_lists_every_policy():
     readme = (ROOT / "README.md").read_text()
-    names = (gatekv.policies.SCORERS, gatekv.policies.BUDGETS, gatekv.policies.LAYERS, gatekv.policies.WIDTHS)
+    names = (
+        gatekv.policies.SCORERS,
+        gatekv.policies.BUDGETS,
+        gatekv.policies.LAYERS,
+        gatekv.policies.WIDTHS,
+        gatekv.policies.REMAINDERS,
+    )
     for name in (n for known in names for n in known):
         assert f"`{name}`" in readme, name
 

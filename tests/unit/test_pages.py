@@ -80,7 +80,11 @@ def test_any_sequence_of_operations_equals_plain_lists(operations, seed, block):
         elif name == "crop":
             model.next = max(0, model.next - a)
             model.rows = [[t for t in r if t[0] < model.next] for r in model.rows]
-            pages.filter(torch.zeros(batch, KV, 64, dtype=torch.bool), base=model.next)
+            gone = pages.unwanted(torch.zeros(batch, KV, 64, dtype=torch.bool), base=model.next)
+            keys, values, held = pages.taken(gone)
+            assert held.sum() == gone.sum() and not keys[~held].any() and not values[~held].any()
+            pages.evict(gone)
+            pages.shrink()
         elif name == "select":
             index = torch.tensor([i % batch for i in a])
             rows = (index[:, None] * KV + torch.arange(KV)).flatten()

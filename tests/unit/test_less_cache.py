@@ -1,0 +1,193 @@
+"""LESS in the cache: tokens that leave are folded, and the answer is that of the parallel form."""
+
+import pytest
+import torch
+from conftest import VOCAB, gated, padded_batch, recurrent_logits, tiny
+
+import gatekv
+from gatekv.attention import AttentionCall, live_mask
+from gatekv.modules import base_model, wrappers
+from gatekv.ops import naive
+from gatekv.ops.remainder import left_of
+
+LESS = dict(less_rank=3, less_hidden=12)
+
+
+def loud(model):
+    """Maps whose remainder weighs as much as what is kept: an error in it would show."""
+    for w in wrappers(model):
+        for name, p in w.less().named_parameters():
+            torch.nn.init.normal_(p, std=0.4, generator=torch.Generator().manual_seed(len(name) + w.layer_idx))
+    return model.eval()
+
+
+class Reference:
+    """One layer answered densely: softmax over what is live, linear attention over what is not."""
+
+    def __init__(self, live, left, maps):
+        self.live, self.left, self.maps = live, left, maps
+
+    def attend(self, call, q, k, v, mask, scaling):
+        causal = naive.causal_mask(q.shape[2], k.shape[2])
+        near = naive.dense_segment(q, k, v, self.live & causal, scaling)
+        far = naive.remainder_segment(self.maps.phi(q), self.maps.psi(k), v, self.left)
+        return naive.merge([near, far])[0]
+
+
+@torch.no_grad()
+def reference_logits(model, ids, flags, window, start):
+    n = torch.arange(ids.shape[1])
+    for w, f in zip(wrappers(model), flags):
+        live = live_mask(n, n, f, window) | (n[:, None] < start)
+        memory = Reference(live, left_of(f, window, start), w.less())
+
+        def forward(hidden_states, w=w, memory=memory, **kwargs):
+            return w.base_layer(
+                hidden_states, gatekv=AttentionCall(hidden_states, w.layer_idx, memory=memory), **kwargs
+            )
+
+        w.forward = forward
+    try:
+        return base_model(model)(ids, use_cache=False).logits
+    finally:
+        for w in wrappers(model):
+            del w.forward
+
+
+def all_flags(model, ids, policy, budget, window, prompt, **options):
+    """The flags of every token, in its window or out of it."""
+    cache = gatekv.KVCache(model, policy, budget, **options)
+    recurrent_logits(model, ids, torch.ones_like(ids), cache, [prompt])
+    flags = [layer.held() for layer in cache.evicting()]
+    for f in flags:
+        f[..., ids.shape[1] - max(window, 1) + 1 :] = True  # what is young is live whatever its flag
+    return flags
+
+
+@torch.no_grad()
+@pytest.mark.parametrize("cuts", [[50], [50, 51, 52, 60], [50, 57]])
+@pytest.mark.parametrize("policy", ["snapkv+less", "keydiff+ada+less", "random+global+less", "h2o+less"])
+def test_one_shot_policies_remember_what_the_prompt_lost(policy, cuts, family):
+    model = loud(gated(family, gate="none", **LESS))
+    ids, mask = padded_batch([70])
+    decode = {"decode": "keep"} if "h2o" in policy else {}
+    got = recurrent_logits(model, ids, mask, gatekv.KVCache(model, policy, 0.75, **decode), cuts)
+    flags = all_flags(model, ids, policy, 0.75, 0, 50, **decode)
+    wanted = reference_logits(model, ids, flags, 0, 50)
+    torch.testing.assert_close(got, wanted, rtol=1e-9, atol=1e-9 * wanted.abs().max().item())
+
+
+@torch.no_grad()
+@pytest.mark.parametrize("cuts", [[50], [3, 4, 5, 31, 60], list(range(1, 70))])
+@pytest.mark.parametrize("gate", ["mlp", "attention"])
+def test_a_streaming_gate_remembers_what_it_evicts(gate, cuts, family):
+    model = loud(gated(family, window=6, sinks=2, gate=gate, **LESS))
+    ids, mask = padded_batch([70])
+    flags = all_flags(model, ids, "gate+less", None, 6, 40)
+    assert any((~f).any() for f in flags)
+    got = recurrent_logits(model, ids, mask, gatekv.KVCache(model, "gate+less"), cuts)
+    wanted = reference_logits(model, ids, flags, 6, 0)
+    torch.testing.assert_close(got, wanted, rtol=1e-9, atol=1e-9 * wanted.abs().max().item())
+
+
+@torch.no_grad()
+@pytest.mark.parametrize("policy,budget", [("gate+less", None), ("gate+global+less", 0.5), ("snapkv+less", 0.75), ("h2o+less", 0.5),
+                                           ("tova+less", 0.5), ("streaming_llm+less", 0.5), ("snapkv+think+less", 0.75)])  # fmt: skip
+def test_padded_rows_are_solo_rows(policy, budget):
+    model = loud(gated(window=6, sinks=2, **LESS))
+    ids, mask = padded_batch([70, 61])
+    together = recurrent_logits(model, ids, mask, gatekv.KVCache(model, policy, budget), [60, 61, 65])
+    for row, n in enumerate((70, 61)):
+        cuts = [60 - (70 - n), 61 - (70 - n)]
+        alone = recurrent_logits(model, ids[row : row + 1, 70 - n :], mask[row : row + 1, 70 - n :],
+                                 gatekv.KVCache(model, policy, budget), cuts)  # fmt: skip
+        torch.testing.assert_close(together[row : row + 1, 70 - n :], alone, rtol=1e-9, atol=1e-7)
+
+
+@torch.no_grad()
+@pytest.mark.parametrize(
+    "policy", ["h2o+less", "tova+less", "streaming_llm+less", "gate+global+less", "snapkv+ada+less"]
+)
+def test_the_state_is_the_sum_over_what_is_not_held(policy):
+    model = loud(gated(window=6, sinks=2, **LESS))
+    ids = torch.randint(1, VOCAB, (2, 90), generator=torch.Generator().manual_seed(0))
+    seen = {}
+    cache = gatekv.KVCache(model, policy, 0.75 if "snapkv" in policy else 0.5)
+    layers = cache.evicting()
+    for layer in layers:
+        attend = layer.attend
+
+        def spy(call, q, k, v, mask, scaling, layer=layer, attend=attend):
+            seen.setdefault(layer.layer_idx, []).append((k, v))
+            return attend(call, q, k, v, mask, scaling)
+
+        layer.attend = spy
+    for a, b in ((0, 60), (60, 61), (61, 75), (75, 90)):
+        model(ids[:, a:b], past_key_values=cache)
+    for layer, w in zip(layers, wrappers(model)):
+        k, v = (torch.cat(part, 2) for part in zip(*seen[layer.layer_idx]))
+        folded = torch.arange(90) < layer.folded
+        gone = ~layer.held() & folded
+        psi = w.less().psi(k) * gone[..., None]
+        torch.testing.assert_close(layer.kept.state.h, psi.transpose(-1, -2) @ v, rtol=1e-9, atol=1e-12)
+        torch.testing.assert_close(layer.kept.state.z, psi.sum(2), rtol=1e-9, atol=1e-12)
+
+
+@torch.no_grad()
+def test_nothing_folded_and_untrained_maps_change_next_to_nothing():
+    model = gated(window=6, sinks=2, **LESS)
+    ids, mask = padded_batch([70, 50])
+    full = recurrent_logits(model, ids, mask, gatekv.KVCache(model, "snapkv+less", 1.0), [60])
+    plain = recurrent_logits(model, ids, mask, gatekv.KVCache(model, "snapkv", 1.0), [60])
+    assert torch.isfinite(full).all() and torch.equal(full[mask.bool()], plain[mask.bool()])
+    some, alone = (
+        recurrent_logits(model, ids, mask, gatekv.KVCache(model, p, 0.9), [60]) for p in ("snapkv+less", "snapkv")
+    )
+    p, q = alone.log_softmax(-1), some.log_softmax(-1)
+    assert 0 < (p.exp() * (p - q)).sum(-1)[mask.bool()].mean() < 1e-3
+
+
+@torch.no_grad()
+@pytest.mark.parametrize("policy,budget", [("gate+less", None), ("snapkv+ada+less", 0.75), ("h2o+less", 0.5)])
+def test_copies_files_beams_and_bytes(policy, budget, tmp_path):
+    model = loud(gated(window=6, sinks=2, **LESS))
+    ids = torch.randint(1, VOCAB, (2, 60), generator=torch.Generator().manual_seed(0))
+    later = torch.randint(1, VOCAB, (2, 12), generator=torch.Generator().manual_seed(2))
+    cache = gatekv.KVCache(model, policy, budget)
+    model(ids, past_key_values=cache)
+    model(later[:, :1], past_key_values=cache)
+    cache.save(tmp_path / "less.safetensors")
+    twin, loaded = cache.snapshot(), gatekv.KVCache.load(tmp_path / "less.safetensors", model)
+    swapped = cache.snapshot()
+    swapped.reorder_cache(torch.tensor([1, 0]))
+    assert loaded.memory()["bytes"] <= cache.memory()["bytes"]
+    state = sum(t.nbytes for layer in cache.evicting() for t in layer.kept.state.tensors())
+    assert state == 2 * 2 * 3 * 3 * (8 + 1) * 8 and cache.memory()["bytes"] > state
+    wanted = model(later, past_key_values=cache).logits
+    for other in (twin, loaded):
+        torch.testing.assert_close(model(later, past_key_values=other).logits, wanted)
+    torch.testing.assert_close(model(later.flip(0), past_key_values=swapped).logits.flip(0), wanted)
+
+
+@torch.no_grad()
+@pytest.mark.parametrize("policy,budget", [("snapkv+less", 0.75), ("gate+global+less", 0.5)])
+def test_a_shared_prefill_decides_as_one_of_its_own(policy, budget):
+    model = loud(gated(window=6, sinks=2, **LESS))
+    ids = torch.randint(1, VOCAB, (2, 60), generator=torch.Generator().manual_seed(0))
+    later = torch.randint(1, VOCAB, (2, 12), generator=torch.Generator().manual_seed(2))
+    undecided, own = gatekv.KVCache.undecided(model), gatekv.KVCache(model, policy, budget)
+    model(ids, past_key_values=undecided)
+    model(ids, past_key_values=own)
+    shared = undecided.decide(policy, budget)
+    torch.testing.assert_close(model(later, past_key_values=shared).logits, model(later, past_key_values=own).logits)
+
+
+def test_what_cannot_be_is_refused():
+    with pytest.raises(ValueError, match="no adapter in force has any.*GateKVConfig.less_rank=8"):
+        gatekv.KVCache(tiny(), "snapkv+less", 0.5)
+    with pytest.raises(ValueError, match="set less_rank"):
+        gatekv.GateKVConfig(gate="none")
+    with pytest.raises(ValueError, match="thin keys cannot be folded later"):
+        gatekv.KVCache(gated(**LESS), "h2o+think+less", 0.5)
+    with pytest.raises(ValueError, match="policy 'gate' needs an adapter with gates"):
+        gatekv.KVCache(gated(gate="none", **LESS), "gate", 0.5)

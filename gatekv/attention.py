@@ -16,7 +16,10 @@ from transformers.modeling_utils import ALL_ATTENTION_FUNCTIONS
 from gatekv.gates.documents import Documents
 from gatekv.gates.key_mlp import key_features
 from gatekv.gates.relaxations import relax
+from gatekv.ops import segments
 from gatekv.ops.gated_attention import gated_attention, received_attention
+from gatekv.ops.naive import causal_mask
+from gatekv.ops.remainder import left_of, remainder_segment
 from gatekv.support import check_call, refuse, visible_keys
 
 NAMES = {"sdpa": "gatekv", "eager": "gatekv_eager"}
@@ -45,6 +48,13 @@ class Judged(NamedTuple):
     error: torch.Tensor | None = None
 
 
+class Lesson(NamedTuple):
+    """How far evicting moves a layer's output, with a low-rank remainder and without: shares of the output's square."""
+
+    error: torch.Tensor
+    alone: torch.Tensor
+
+
 @dataclass
 class AttentionCall:
     """What the wrapper around self_attn hands to the attention function, beside q, k, v.
@@ -57,6 +67,8 @@ class AttentionCall:
         form, applied to logits - threshold; "listen" = plain attention, the gate only judges.
         split: the prompt's length, for flags that act after it (one-shot); None = they act as tokens leave the window.
         less: the low-rank maps in force, or None.
+        lesson: [batch, kv_heads, prompt] bool, what is kept of the cached prompt that the maps learn to do without; the
+        new tokens follow it. None = there is no lesson.
         documents: of packed rows, which are judged one by one.
         seed: of this layer's noise, for the gumbel relaxation.
         received: measure the attention that tokens receive.
@@ -77,6 +89,7 @@ class AttentionCall:
     documents: Documents | None = None
     seed: int | None = None
     less: torch.nn.Module | None = None
+    lesson: torch.Tensor | None = None
     received: bool = True
     local: object = None
     record: object = None
@@ -120,6 +133,25 @@ class AttentionCall:
                 real = valid if self.documents is None else self.documents.real
                 error = output_error(module, out, plain[:, asking], real[:, asking])
         self.record(Judged(logits, judged, received, error))
+
+    def learn(self, module, q, k, v, mask, scaling: float, plain: torch.Tensor) -> None:
+        """Leave the plain output alone; record the layer's own error under the lesson's flags (LESS, §3.2).
+
+        q: [B, H, Q, D] of the tokens behind the prompt; k, v: [B, K, prompt + Q, D]; plain: [B, Q, H, D]. Gradients
+        reach the low-rank maps and nothing else.
+        """
+        prompt, n = self.lesson.shape[-1], k.shape[2]
+        flags = torch.nn.functional.pad(self.lesson, (0, n - prompt), value=True)
+        seen = causal_mask(q.shape[2], n, q.device)[None, None] if mask is None else mask
+        valid = valid_tokens(mask, q.shape[0], q.shape[2], q.device)
+        with torch.no_grad():
+            kept = segments.dense_segment(q, k, v, flags[:, :, None] & seen, scaling)
+            alone = output_error(module, kept[0].transpose(1, 2), plain, valid)
+        with torch.enable_grad():
+            phi, psi = self.less.phi(q.detach()), self.less.psi(k.detach())
+            far = remainder_segment(phi, psi, v.detach(), left_of(flags, 0, prompt), mask=mask)
+            error = output_error(module, segments.merge([kept, far])[0].transpose(1, 2), plain, valid)
+        self.record(Lesson(error, alone))
 
     def parallel(self, q, k, v, mask, scaling: float) -> torch.Tensor:
         """One pass over whole sequences with the gates as weights: the form that is trained."""
@@ -214,7 +246,8 @@ def _forward(base: str):
             plain = ALL_ATTENTION_FUNCTIONS.get(base) or sys.modules[type(module).__module__].eager_attention_forward
             out, weights = plain(module, q, k, v, mask, scaling=scaling, **kwargs)
             if gatekv is not None:
-                gatekv.listen(module, q, k, v, visible_keys(module, mask), scaling, out)
+                hear = gatekv.listen if gatekv.lesson is None else gatekv.learn
+                hear(module, q, k, v, visible_keys(module, mask), scaling, out)
             return out, weights
         mask = visible_keys(module, mask)
         if gatekv.memory is not None:

@@ -7,7 +7,7 @@ from torch import nn
 from transformers import Cache, PreTrainedModel
 
 from gatekv import attention
-from gatekv.attention import AttentionCall, Judged, Memory
+from gatekv.attention import AttentionCall, Judged, Lesson, Memory
 from gatekv.config import GateSpec
 from gatekv.gates.documents import Documents
 from gatekv.gates.relaxations import logit_of
@@ -42,7 +42,8 @@ class GatedAttention(nn.Module):
         self.seed: int | None = None  # of the gumbel relaxation's noise
         self.received = True  # whether listening measures the attention that tokens receive
         self.local = None  # (logits, valid) -> threshold, where the layer's own error is wanted
-        self.recorded: Judged | None = None
+        self.lesson: torch.Tensor | None = None  # what is kept of a prompt, while low-rank maps learn
+        self.recorded: Judged | Lesson | None = None
 
     def active(self) -> str | None:
         """Name of the gate in force; a model without an adapter has none."""
@@ -75,8 +76,8 @@ class GatedAttention(nn.Module):
             memory = past_key_values.layers[self.layer_idx]
         if isinstance(memory, Memory):
             call.memory = memory
-        elif gate is not None and self.off == "listen":
-            call.form, call.record = "listen", self._record
+        elif self.off == "listen" and (gate is not None or self.lesson is not None):
+            call.form, call.record, call.lesson = "listen", self._record, self.lesson
         elif gate is not None and past_key_values is None and (self.training or self.form) and not self.off:
             call.form, call.record = self.form or spec.relaxation, self._record
             call.threshold = logit_of(spec.threshold) if self.threshold is None else self.threshold
@@ -87,7 +88,7 @@ class GatedAttention(nn.Module):
             raise ValueError(NO_INTERFACE.format(type(self.base_layer).__name__))
         return out
 
-    def _record(self, judged: Judged) -> None:
+    def _record(self, judged: Judged | Lesson) -> None:
         self.recorded = judged
 
 

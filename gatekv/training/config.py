@@ -128,8 +128,9 @@ def load_config(argv: list[str], cls=CPTConfig) -> CPTConfig:
     Raises:
         TypeError, ValueError: with the key and the cure.
     """
-    kinds = typing.get_type_hints(cls) | typing.get_type_hints(GateSpec)
-    del kinds["spec"]
+    kinds = typing.get_type_hints(cls)
+    if kinds.pop("spec", None):
+        kinds |= typing.get_type_hints(GateSpec)
     given, settings = {}, {}
     rest = list(argv)
     while rest:
@@ -151,5 +152,5 @@ def load_config(argv: list[str], cls=CPTConfig) -> CPTConfig:
             check_keys(value, settings, kinds)
         else:
             given[name] = _parse(name, value, kinds[name])
-    base = preset(given.get("preset", settings.get("preset", cls.preset)))
+    base = preset(given.get("preset", settings.get("preset", cls.preset))) if "preset" in kinds else {}
     return cls.from_options({**base, **settings, **given})

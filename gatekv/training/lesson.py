@@ -1,0 +1,115 @@
+"""LESS's objective, layer by layer in one pass: every layer learns to say what it would have said (2402.09398, §3.2).
+
+The paper stores each layer's inputs for a corpus and trains layer after layer. Here the dense pass runs on as it is,
+and each layer's branch adds its own error beside it: nothing is stored, no gradient crosses a layer, and all layers
+learn at once at a little more than the cost of a forward.
+"""
+
+import torch
+from peft import PeftModel, get_peft_model
+from torch import nn
+from transformers import DynamicCache
+
+from gatekv.adapter import GateKVConfig
+from gatekv.cache.kvcache import KVCache
+from gatekv.cache.layer import KVLayer
+from gatekv.modules import base_model, detach, gates_off, wrappers
+from gatekv.policies import resolve
+
+
+class LessObjective(nn.Module):
+    """Mean over layers of how far each layer's output is off behind a compressed prompt.
+
+    Args:
+        model: PEFT model with low-rank maps; its base, and its gates if it has any, are frozen.
+        policy: whose decisions the maps learn to live with, as for `KVCache`, without the remainder.
+
+    Raises:
+        ValueError: an adapter without low-rank maps, a policy that does not exist.
+    """
+
+    def __init__(self, model, policy: str):
+        super().__init__()
+        self.model, self.policy = model, policy
+        if any(w.less() is None for w in wrappers(model)):
+            raise ValueError("this adapter has no low-rank maps to train: create it with GateKVConfig(less_rank=8).")
+        resolve(policy, 1.0)
+        self.register_buffer("multiplier", torch.zeros(1))  # part of every objective's checkpoint
+
+    @torch.no_grad()
+    def _lesson(self, batch, split: int, budget: float) -> tuple[DynamicCache, list[torch.Tensor]]:
+        """(the dense prompt's keys and values, what the policy keeps of it per layer [batch, kv_heads, split])."""
+        ids, mask = batch["input_ids"][:, :split], batch["attention_mask"][:, :split]
+        prompt = KVCache.undecided(self.model, queries=resolve(self.policy, budget).queries)
+        positions = (mask.cumsum(-1) - 1).clamp_min(0)
+        base_model(self.model)(
+            input_ids=ids, attention_mask=mask, position_ids=positions, past_key_values=prompt, logits_to_keep=1
+        )
+        kept = prompt.decide(self.policy, budget, decode="keep").flags()
+        past = DynamicCache()  # without a config: sliding layers hand over what they hold
+        for i, layer in enumerate(prompt.layers):
+            held = layer.tail if isinstance(layer, KVLayer) else layer
+            past.update(held.keys, held.values, i)
+        return past, kept
+
+    def forward(
+        self, batch: dict[str, torch.Tensor], target: float, warm: bool = False, seed: int | None = None
+    ) -> dict:
+        """batch: input_ids, attention_mask [batch, tokens], split [batch], one value for all rows; target: the budget.
+
+        Returns {"loss", "task", "alone" (the policy's own error), "sparsity", "keep", "gap"} as the loop takes it.
+        """
+        split = int(batch["split"][0])
+        past, kept = self._lesson(batch, split, target)
+        layers, mask = wrappers(self.model), batch["attention_mask"]
+        for w, flags in zip(layers, kept):
+            w.lesson = flags
+        try:
+            with torch.no_grad(), gates_off(self.model, listen=True):
+                base_model(self.model).base_model(
+                    input_ids=batch["input_ids"][:, split:], attention_mask=mask, past_key_values=past, use_cache=True,
+                    position_ids=(mask.cumsum(-1) - 1).clamp_min(0)[:, split:],
+                )  # fmt: skip
+            lessons = [w.recorded for w in layers]
+        finally:
+            for w in layers:
+                w.lesson = w.recorded = None
+        loss = torch.stack([lesson.error for lesson in lessons]).mean()
+        alone, real = torch.stack([lesson.alone for lesson in lessons]).mean(), mask[:, None, :split].bool()
+        keep = torch.stack([(f & real).sum() / (real.sum() * f.shape[1]) for f in kept]).mean()
+        zero = torch.zeros((), device=loss.device)
+        return {"loss": loss, "task": loss.detach(), "alone": alone, "sparsity": zero, "keep": keep, "gap": zero[None]}
+
+    def move_multipliers(self, gap: torch.Tensor) -> None:
+        """Nothing to move."""
+
+    @torch.no_grad()
+    def soft_hard(self, batch, target: float) -> dict[str, float]:
+        """The error on a row kept apart, beside the policy's own, and the share of that which is closed."""
+        training = self.model.training
+        self.model.eval()
+        out = self(batch, target)
+        self.model.train(training)
+        error, alone = float(out["loss"]), float(out["alone"])
+        return {"error": error, "alone": alone, "closed": 1 - error / alone, "soft_hard_gap": error - alone}
+
+
+def with_maps(model, adapter: str, **less):
+    """A PEFT model with fresh low-rank maps: alone, or beside the gates of a trained adapter, which stay as they are.
+
+    adapter: folder or Hub name, or empty. less: fields of `gatekv.config.LessSpec`. Only the maps learn.
+    """
+    if not adapter:
+        return get_peft_model(model, GateKVConfig(task_type="CAUSAL_LM", gate="none", **less))
+    trained = PeftModel.from_pretrained(model, adapter)
+    old = trained.peft_config["default"]
+    gates = {w.layer_idx: w.gate().state_dict() for w in wrappers(trained)}
+    config = GateKVConfig(
+        task_type="CAUSAL_LM", calibration=old.calibration, base_fingerprint=old.base_fingerprint,
+        **vars(old.gate_spec()), **less,
+    )  # fmt: skip
+    both = get_peft_model(detach(trained), config)
+    for w in wrappers(both):
+        w.gate().load_state_dict(gates[w.layer_idx])
+        w.gate().requires_grad_(False)
+    return both

@@ -8,7 +8,9 @@ from gatekv.adapter import GateKVConfig
 from gatekv.cache.kvcache import KVCache
 from gatekv.evaluation.records import Records
 from gatekv.evaluation.tasks import TASKS, Item
-from gatekv.policies import Full, Gate, resolve
+from gatekv.modules import wrappers
+from gatekv.ops.naive import accumulation_dtype
+from gatekv.policies import Full, Gate, Policy, resolve
 from gatekv.policies.budgets import Threshold
 
 UNTRAINED = "untrained"
@@ -35,16 +37,37 @@ def _named(policy: str) -> str:
     return policy.replace(UNTRAINED, "gate")
 
 
+def _token_share(model, undecided: KVCache, policy: Policy, budget: float) -> float:
+    """Share of the tokens to keep for a share of the bytes: a state costs tokens, thin keys leave room for more.
+
+    So a policy without its remainder, at the same budget, is LESS's control with the state's bytes as extra tokens.
+
+    Raises:
+        ValueError: a budget below the state alone, or that thin keys cannot meet ("unreachable").
+    """
+    keys = undecided.evicting()[0].tail.keys
+    length, head_dim = keys.shape[2], keys.shape[3]
+    if policy.remainder is not None:
+        maps = next((w.less() for w in wrappers(model) if w.less()), None)
+        if maps is None:
+            raise ValueError("this adapter has no low-rank maps: leave less out of --policies, or load one that has.")
+        numbers = maps.spec.less_rank * (head_dim + 1) * accumulation_dtype(keys).itemsize
+        budget -= numbers / (2 * head_dim * keys.element_size()) / length
+        if budget <= 0:
+            raise ValueError(f"budget is unreachable: the low-rank state alone costs more than {length} tokens' share.")
+    if policy.width is not None:
+        budget = policy.width.token_share(budget, length, head_dim)
+        if isinstance(policy.scorer, Full) and budget < 1:
+            raise ValueError("budget is unreachable: this policy drops channels, and no token.")
+    return budget
+
+
 def _compressed(model, undecided: KVCache, context, policy: str, budget: float, options: dict) -> KVCache:
     """The context under one policy: from the shared prefill, or by a prefill of its own where flags act inside it."""
     if policy.startswith(("gate", UNTRAINED)):
         model.set_adapter(UNTRAINED if policy.startswith(UNTRAINED) else "default")
     policy = resolve(_named(policy), budget)
-    if policy.width is not None:  # the budget is one of bytes, and thin keys leave room for more tokens
-        head_dim = undecided.evicting()[0].tail.keys.shape[-1]
-        budget = policy.width.token_share(budget, context.shape[1], head_dim)
-        if isinstance(policy.scorer, Full) and budget < 1:
-            raise ValueError("budget is unreachable: this policy drops channels, and no token.")
+    budget = _token_share(model, undecided, policy, budget)
     if not policy.scorer.streams:
         options = {**options, "decode": "keep"}
     if isinstance(policy.scorer, Gate) and isinstance(policy.rule, Threshold):

@@ -191,3 +191,16 @@ def test_what_cannot_be_is_refused():
         gatekv.KVCache(gated(**LESS), "h2o+think+less", 0.5)
     with pytest.raises(ValueError, match="policy 'gate' needs an adapter with gates"):
         gatekv.KVCache(gated(gate="none", **LESS), "gate", 0.5)
+
+
+@torch.no_grad()
+def test_evaluation_pays_for_the_state_in_tokens():
+    from gatekv.evaluation import frontier
+    from gatekv.evaluation.tasks import Item
+
+    model = loud(gated(gate="none", dtype=torch.float32, **LESS))
+    ids = torch.randint(1, VOCAB, (400,), generator=torch.Generator().manual_seed(0)).tolist()
+    item = Item(ids, [([5], [6, 7])], lambda log_p, answers, full: ([0.0], [0.0]))
+    cells = [frontier.FULL, ("snapkv", 0.5), ("snapkv+less", 0.5), ("snapkv+less", 0.004)]
+    full, alone, less, small = frontier.run_item(model, item, cells, decode="keep", sinks=None, window=None)
+    assert less["ratio"] == pytest.approx(alone["ratio"], abs=0.02) and "is unreachable" in small["refused"]

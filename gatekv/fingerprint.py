@@ -37,7 +37,7 @@ def fingerprint(model: nn.Module) -> dict:
 
 
 def gates_sha256(model: nn.Module) -> str | None:
-    """Hash of the gates in force, or None for a model without."""
-    gates = {w.layer_idx: w.gate() for w in wrappers(model) if w.active()}
-    tensors = {f"{i}.{name}": t for i, gate in gates.items() for name, t in gate.state_dict().items()}
+    """Hash of the gates and low-rank maps in force, or None for a model without."""
+    parts = [(w.layer_idx, part) for w in wrappers(model) for part in (w.gate(), w.less()) if part is not None]
+    tensors = {f"{i}.{name}": t for i, part in parts for name, t in part.state_dict().items()}
     return tensors_sha256(tensors) if tensors else None

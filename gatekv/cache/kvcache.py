@@ -1,9 +1,11 @@
 """`KVCache`: a transformers cache from which tokens really leave."""
 
 import copy
+from dataclasses import replace
 
 import torch
 from transformers import Cache, DynamicCache
+from transformers.utils import logging
 
 from gatekv.cache import storage
 from gatekv.cache.decision import Decision
@@ -18,11 +20,24 @@ from gatekv.policies.budgets import Decay, Threshold
 from gatekv.policies.scorer import ALL
 
 DEFAULT = GateSpec()
+logger = logging.get_logger(__name__)
 
 
 def distinct_bytes(tensors: list[torch.Tensor]) -> int:
     """Bytes of the storages behind tensors, each storage once, whole even where a tensor views a part of it."""
     return sum({t.untyped_storage().data_ptr(): t.untyped_storage().nbytes() for t in tensors if t.numel()}.values())
+
+
+def _warn_of_other_training(spec, policy) -> None:
+    """Low-rank maps work under any policy; they were trained for one."""
+    if spec.less_policy is None:
+        return
+    trained, used = resolve(spec.less_policy, spec.less_budget), replace(policy, remainder=None)
+    if str(trained) != str(used) or trained.ratio != used.ratio:
+        logger.warning_once(
+            f"gatekv: these low-rank maps were trained for {trained} at budget {trained.ratio}, not for {used} at "
+            f"{used.ratio}; measure before relying on it."
+        )
 
 
 class KVCache(Cache):
@@ -109,13 +124,15 @@ class KVCache(Cache):
         if policy.scorer.slots and policy.width is not None:
             raise ValueError("positions='slot' and thin keys are not made for each other: leave think out.")
         if policy.remainder is not None:
-            if not any(w.less() for w in wrappers(model)):
+            maps = next((w.less() for w in wrappers(model) if w.less()), None)
+            if maps is None:
                 raise ValueError(
                     "remainder 'less' needs low-rank maps, and no adapter in force has any: train one with "
                     "GateKVConfig(less_rank=8), or leave less out of the policy."
                 )
             if policy.width is not None and policy.scorer.streams and (decode == "evict" and not learned):
                 raise ValueError("thin keys cannot be folded later: leave think or less out, or use decode='keep'.")
+            _warn_of_other_training(maps.spec, policy)
         calibration = active[0].calibration() if active else None
         if learned and policy.ratio is not None and (streaming or prefill == "sparse") and calibration is None:
             raise ValueError(

@@ -73,7 +73,7 @@ def save(cache, path: str) -> None:
     header = {
         "version": VERSION,
         "base": fingerprint(cache.model),
-        "gates": gates_sha256(cache.model) if plan.learned else None,
+        "gates": gates_sha256(cache.model) if plan.learned or plan.remembers else None,
         "policy": {part: _describe(vars(plan.policy)[part], known, part) for part, known in ANSWERS.items()},
         "budget": plan.policy.ratio,
         "options": {
@@ -122,7 +122,9 @@ def _check(path: str, header: dict, model) -> None:
                 "that wrote it, or compress the prompt again."
             )
     if header["gates"] is not None and gates_sha256(model) != header["gates"]:
-        raise ValueError(f"{path} was compressed by other gates: load the adapter that wrote it, or compress again.")
+        raise ValueError(
+            f"{path} was compressed by other gates or maps: load the adapter that wrote it, or compress again."
+        )
 
 
 def load(cls, path: str, model, backend: str | None):

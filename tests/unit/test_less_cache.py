@@ -204,3 +204,29 @@ def test_evaluation_pays_for_the_state_in_tokens():
     cells = [frontier.FULL, ("snapkv", 0.5), ("snapkv+less", 0.5), ("snapkv+less", 0.004)]
     full, alone, less, small = frontier.run_item(model, item, cells, decode="keep", sinks=None, window=None)
     assert less["ratio"] == pytest.approx(alone["ratio"], abs=0.02) and "is unreachable" in small["refused"]
+
+
+def test_maps_know_what_they_were_trained_for(monkeypatch):
+    """Another policy or budget works, and says so once."""
+    from gatekv.cache import kvcache
+
+    said = []
+    monkeypatch.setattr(kvcache.logger, "warning_once", said.append)
+    model = gated(gate="none", less_policy="snapkv+ada", less_budget=0.5, **LESS)
+    gatekv.KVCache(model, "snapkv+ada+less", 0.5)
+    assert not said
+    gatekv.KVCache(model, "snapkv+less", 0.5)
+    gatekv.KVCache(model, "snapkv+ada+less", 0.25)
+    assert len(said) == 2 and "trained for SnapKV x Ada at budget 0.5, not for SnapKV x Uniform at 0.5" in said[0]
+
+
+@torch.no_grad()
+def test_a_file_of_other_maps_is_refused(tmp_path):
+    model = loud(gated(gate="none", **LESS))
+    cache = gatekv.KVCache(model, "snapkv+less", 0.75)
+    model(torch.randint(1, VOCAB, (1, 60)), past_key_values=cache)
+    cache.save(tmp_path / "less.safetensors")
+    with torch.no_grad():
+        wrappers(model)[0].less().phi.w1.add_(1)
+    with pytest.raises(ValueError, match="compressed by other gates"):
+        gatekv.KVCache.load(tmp_path / "less.safetensors", model)

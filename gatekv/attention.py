@@ -18,7 +18,7 @@ from gatekv.gates.key_mlp import key_features
 from gatekv.gates.relaxations import relax
 from gatekv.ops import segments
 from gatekv.ops.gated_attention import gated_attention, received_attention
-from gatekv.ops.naive import causal_mask
+from gatekv.ops.naive import causal_mask, dense_segment
 from gatekv.ops.remainder import left_of, remainder_segment
 from gatekv.support import check_call, refuse, visible_keys
 
@@ -64,7 +64,7 @@ class AttentionCall:
         layer_idx: of the layer. rotary: (cos, sin) of the new tokens, or None.
         memory: the gatekv cache layer, or None for the parallel form.
         gate: the active gate module or None; spec: its GateSpec; form: a relaxation's name or "hard" for the parallel
-        form, applied to logits - threshold; "listen" = plain attention, the gate only judges.
+        form, applied to logits - threshold; "listen" = plain attention, the gate only judges; "lesson": see lesson.
         split: the prompt's length, for flags that act after it (one-shot); None = they act as tokens leave the window.
         less: the low-rank maps in force, or None.
         lesson: [batch, kv_heads, prompt] bool, what is kept of the cached prompt that the maps learn to do without; the
@@ -137,21 +137,28 @@ class AttentionCall:
     def learn(self, module, q, k, v, mask, scaling: float, plain: torch.Tensor) -> None:
         """Leave the plain output alone; record the layer's own error under the lesson's flags (LESS, §3.2).
 
-        q: [B, H, Q, D] of the tokens behind the prompt; k, v: [B, K, prompt + Q, D]; plain: [B, Q, H, D]. Gradients
-        reach the low-rank maps and nothing else.
+        Shapes as in `remember`; plain: [B, Q, H, D]. Gradients reach the low-rank maps and nothing else.
+        """
+        valid = valid_tokens(mask, q.shape[0], q.shape[2], q.device)
+        with torch.enable_grad():
+            kept, far = self.remember(q.detach(), k.detach(), v.detach(), mask, scaling)
+            error = output_error(module, segments.merge([kept, far])[0].transpose(1, 2), plain, valid)
+        self.record(Lesson(error, output_error(module, kept[0].transpose(1, 2), plain, valid)))
+
+    def remember(self, q, k, v, mask, scaling: float) -> list[tuple[torch.Tensor, torch.Tensor]]:
+        """[what is kept, the remainder], each (output, log-sum-exp), under the lesson's flags; differentiable.
+
+        q: [B, H, Q, D] of the tokens behind the prompt; k, v: [B, K, prompt + Q, D]; mask: [B, 1, Q, prompt + Q] or
+        None = causal.
         """
         prompt, n = self.lesson.shape[-1], k.shape[2]
         flags = torch.nn.functional.pad(self.lesson, (0, n - prompt), value=True)
         seen = causal_mask(q.shape[2], n, q.device)[None, None] if mask is None else mask
-        valid = valid_tokens(mask, q.shape[0], q.shape[2], q.device)
-        with torch.no_grad():
-            kept = segments.dense_segment(q, k, v, flags[:, :, None] & seen, scaling)
-            alone = output_error(module, kept[0].transpose(1, 2), plain, valid)
-        with torch.enable_grad():
-            phi, psi = self.less.phi(q.detach()), self.less.psi(k.detach())
-            far = remainder_segment(phi, psi, v.detach(), left_of(flags, 0, prompt), mask=mask)
-            error = output_error(module, segments.merge([kept, far])[0].transpose(1, 2), plain, valid)
-        self.record(Lesson(error, alone))
+        # Fast segments write in place, which autograd cannot follow; behind a prompt there are few queries.
+        segment = dense_segment if q.requires_grad else segments.dense_segment
+        kept = segment(q, k, v, flags[:, :, None] & seen, scaling)
+        left = left_of(flags, 0, prompt)
+        return [kept, remainder_segment(self.less.phi(q), self.less.psi(k), v, left, mask=mask)]
 
     def parallel(self, q, k, v, mask, scaling: float) -> torch.Tensor:
         """One pass over whole sequences with the gates as weights: the form that is trained."""
@@ -250,7 +257,9 @@ def _forward(base: str):
                 hear(module, q, k, v, visible_keys(module, mask), scaling, out)
             return out, weights
         mask = visible_keys(module, mask)
-        if gatekv.memory is not None:
+        if gatekv.form == "lesson":
+            out = segments.merge(gatekv.remember(q, k, v, mask, scaling))[0].to(q.dtype)
+        elif gatekv.memory is not None:
             out = gatekv.memory.attend(gatekv, q, k, v, mask, scaling)
         else:
             out = gatekv.parallel(q, k, v, mask, scaling)

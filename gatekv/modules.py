@@ -78,6 +78,8 @@ class GatedAttention(nn.Module):
             call.memory = memory
         elif self.off == "listen" and (gate is not None or self.lesson is not None):
             call.form, call.record, call.lesson = "listen", self._record, self.lesson
+        elif self.lesson is not None and not self.off:
+            call.form, call.lesson = "lesson", self.lesson
         elif gate is not None and past_key_values is None and (self.training or self.form) and not self.off:
             call.form, call.record = self.form or spec.relaxation, self._record
             call.threshold = logit_of(spec.threshold) if self.threshold is None else self.threshold

@@ -42,7 +42,7 @@ def main(argv: list[str]) -> None:
         model.print_trainable_parameters()
     accelerator.init_trackers("gatekv", config=config.options() | {"data": ",".join(config.data)})
 
-    objective = LessObjective(model, config.policy)
+    objective = LessObjective(model, config.policy, config.objective)
     start = time.monotonic()
     records = train(objective, data, config, accelerator)
     seconds = round(time.monotonic() - start, 1)

@@ -4,6 +4,7 @@ from dataclasses import dataclass, field
 
 from gatekv.config import check_choice, strict
 from gatekv.policies import resolve
+from gatekv.training.lesson import KINDS
 
 
 @strict
@@ -18,6 +19,7 @@ class LessConfig:
         adapter: a trained gate to build on, folder or Hub name; it stays as it is. Empty: low-rank maps alone.
         policy: whose evictions the maps learn; gates need an adapter. target_keep: the budget; budget_spread: each step
             draws one from target_keep / spread … · spread (1: fixed).
+        objective: attention_mse (layer by layer, the paper's) or kl (end to end): see gatekv.training.lesson.
         rank, hidden, dropout: of the maps (paper: 8, 512, .3).
     """
 
@@ -27,6 +29,7 @@ class LessConfig:
     policy: str = "snapkv"
     target_keep: float = 0.125
     budget_spread: float = 1.0
+    objective: str = "attention_mse"
     rank: int = 8
     hidden: int = 512
     dropout: float = 0.3
@@ -61,6 +64,7 @@ class LessConfig:
                 f"target_keep={self.target_keep} and budget_spread={self.budget_spread} must span budgets above 0 and "
                 "at most 1, and the spread be at least 1."
             )
+        check_choice("objective", self.objective, KINDS)
         if resolve(self.policy, self.target_keep).remainder is not None:
             raise ValueError(f"policy {self.policy!r}: leave +less out, the remainder is what is trained.")
         if self.policy.startswith("gate") and not self.adapter:

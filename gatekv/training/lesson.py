@@ -2,8 +2,11 @@
 
 The paper stores each layer's inputs for a corpus and trains layer after layer. Here the dense pass runs on as it is,
 and each layer's branch adds its own error beside it: nothing is stored, no gradient crosses a layer, and all layers
-learn at once at a little more than the cost of a forward.
+learn at once at a little more than the cost of a forward. End to end is offered too: the model with its remainder is
+distilled from the model with its whole cache.
 """
+
+import copy
 
 import torch
 from peft import PeftModel, get_peft_model
@@ -13,44 +16,61 @@ from transformers import DynamicCache
 from gatekv.adapter import GateKVConfig
 from gatekv.cache.kvcache import KVCache
 from gatekv.cache.layer import KVLayer
+from gatekv.config import check_choice
 from gatekv.modules import base_model, detach, gates_off, wrappers
 from gatekv.policies import resolve
+from gatekv.training.losses import distillation_loss
+
+KINDS = ("attention_mse", "kl")
 
 
 class LessObjective(nn.Module):
-    """Mean over layers of how far each layer's output is off behind a compressed prompt.
+    """How far the model is off behind a compressed prompt: layer by layer, or at its end.
 
     Args:
         model: PEFT model with low-rank maps; its base, and its gates if it has any, are frozen.
         policy: whose decisions the maps learn to live with, as for `KVCache`, without the remainder.
+        objective: "attention_mse": mean over layers of the squared error of the layer's output, as a share of its
+            square (the paper's, layer-local); "kl": to the same model with its whole cache, through all layers.
 
     Raises:
         ValueError: an adapter without low-rank maps, a policy that does not exist.
     """
 
-    def __init__(self, model, policy: str):
+    def __init__(self, model, policy: str, objective: str = "attention_mse"):
         super().__init__()
-        self.model, self.policy = model, policy
+        check_choice("objective", objective, KINDS)
+        self.model, self.policy, self.objective = model, policy, objective
         if any(w.less() is None for w in wrappers(model)):
             raise ValueError("this adapter has no low-rank maps to train: create it with GateKVConfig(less_rank=8).")
         resolve(policy, 1.0)
         self.register_buffer("multiplier", torch.zeros(1))  # part of every objective's checkpoint
 
     @torch.no_grad()
-    def _lesson(self, batch, split: int, budget: float) -> tuple[DynamicCache, list[torch.Tensor]]:
-        """(the dense prompt's keys and values, what the policy keeps of it per layer [batch, kv_heads, split])."""
+    def _lesson(self, batch, split: int, budget: float) -> tuple[KVCache, list[torch.Tensor]]:
+        """(the whole prompt's cache, what the policy keeps of it per layer [batch, kv_heads, split])."""
         ids, mask = batch["input_ids"][:, :split], batch["attention_mask"][:, :split]
-        prompt = KVCache.undecided(self.model, queries=resolve(self.policy, budget).queries)
+        cache = KVCache.undecided(self.model, queries=resolve(self.policy, budget).queries)
         positions = (mask.cumsum(-1) - 1).clamp_min(0)
         base_model(self.model)(
-            input_ids=ids, attention_mask=mask, position_ids=positions, past_key_values=prompt, logits_to_keep=1
+            input_ids=ids, attention_mask=mask, position_ids=positions, past_key_values=cache, logits_to_keep=1
         )
-        kept = prompt.decide(self.policy, budget, decode="keep").flags()
-        past = DynamicCache()  # without a config: sliding layers hand over what they hold
+        kept = cache.decide(self.policy, budget, decode="keep").flags()
+        return cache, kept
+
+    def _behind(self, batch, split: int, prompt: KVCache) -> torch.Tensor:
+        """Last hidden states of the tokens behind the prompt, given its cache, which stays as it is."""
+        past = DynamicCache(config=base_model(self.model).config.get_text_config(decoder=True))
         for i, layer in enumerate(prompt.layers):
-            held = layer.tail if isinstance(layer, KVLayer) else layer
-            past.update(held.keys, held.values, i)
-        return past, kept
+            if isinstance(layer, KVLayer):
+                past.update(layer.tail.keys, layer.tail.values, i)
+            else:  # a sliding layer holds what its window sees
+                past.layers[i] = copy.copy(layer)
+        positions = (batch["attention_mask"].cumsum(-1) - 1).clamp_min(0)
+        return base_model(self.model).base_model(
+            input_ids=batch["input_ids"][:, split:], attention_mask=batch["attention_mask"], past_key_values=past,
+            position_ids=positions[:, split:], use_cache=True,
+        ).last_hidden_state  # fmt: skip
 
     def forward(
         self, batch: dict[str, torch.Tensor], target: float, warm: bool = False, seed: int | None = None
@@ -60,21 +80,21 @@ class LessObjective(nn.Module):
         Returns {"loss", "task", "alone" (the policy's own error), "sparsity", "keep", "gap"} as the loop takes it.
         """
         split = int(batch["split"][0])
-        past, kept = self._lesson(batch, split, target)
+        prompt, kept = self._lesson(batch, split, target)
         layers, mask = wrappers(self.model), batch["attention_mask"]
         for w, flags in zip(layers, kept):
             w.lesson = flags
         try:
             with torch.no_grad(), gates_off(self.model, listen=True):
-                base_model(self.model).base_model(
-                    input_ids=batch["input_ids"][:, split:], attention_mask=mask, past_key_values=past, use_cache=True,
-                    position_ids=(mask.cumsum(-1) - 1).clamp_min(0)[:, split:],
-                )  # fmt: skip
+                teacher = self._behind(batch, split, prompt)
             lessons = [w.recorded for w in layers]
+            loss = torch.stack([lesson.error for lesson in lessons]).mean()
+            if self.objective == "kl":
+                head, weights = base_model(self.model).get_output_embeddings(), batch["weights"][:, split:].float()
+                loss = distillation_loss(self._behind(batch, split, prompt), teacher, head, weights)
         finally:
             for w in layers:
                 w.lesson = w.recorded = None
-        loss = torch.stack([lesson.error for lesson in lessons]).mean()
         alone, real = torch.stack([lesson.alone for lesson in lessons]).mean(), mask[:, None, :split].bool()
         keep = torch.stack([(f & real).sum() / (real.sum() * f.shape[1]) for f in kept]).mean()
         zero = torch.zeros((), device=loss.device)
@@ -90,6 +110,8 @@ class LessObjective(nn.Module):
         self.model.eval()
         out = self(batch, target)
         self.model.train(training)
+        if self.objective == "kl":
+            return {"error": float(out["loss"]), "soft_hard_gap": float("nan")}
         error, alone = float(out["loss"]), float(out["alone"])
         return {"error": error, "alone": alone, "closed": 1 - error / alone, "soft_hard_gap": error - alone}
 

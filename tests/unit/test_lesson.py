@@ -77,6 +77,32 @@ def test_only_the_maps_learn_and_all_of_them_do():
         assert torch.equal(p, before[name]) != ("gatekv_less" in name), name
 
 
+def test_end_to_end_is_the_deployed_models_divergence():
+    """The student of "kl" is the cache's own answer, and all maps get a gradient through all layers."""
+    model = loud(gated(window=6, sinks=2, **LESS))
+    for w in wrappers(model):
+        w.gate().requires_grad_(False)
+    batch = batch_of([80, 70], 60)
+    batch["weights"] = torch.ones_like(batch["input_ids"]).float()
+    batch["weights"][:, -1] = 0
+    loss = LessObjective(model, "snapkv", "kl")(batch, 0.75)["loss"]
+    positions = (batch["attention_mask"].cumsum(-1) - 1).clamp_min(0)
+    logits = {}
+    for name in ("full", "snapkv+less"):
+        cache = gatekv.KVCache(model, name, 0.75)
+        with torch.no_grad():
+            for part, mask in (
+                (slice(0, 60), batch["attention_mask"][:, :60]),
+                (slice(60, 80), batch["attention_mask"]),
+            ):
+                logits[name] = model(batch["input_ids"][:, part], attention_mask=mask, position_ids=positions[:, part],
+                                     past_key_values=cache).logits  # fmt: skip
+    p, q = logits["full"].log_softmax(-1)[:, :-1], logits["snapkv+less"].log_softmax(-1)[:, :-1]
+    assert loss.item() == pytest.approx((p.exp() * (p - q)).sum(-1).mean().item(), rel=1e-4)
+    loss.backward()
+    assert all(p.grad is not None and p.grad.abs().sum() > 0 for w in wrappers(model) for p in w.less().parameters())
+
+
 def test_no_gradient_crosses_a_layer():
     model = loud(gated(gate="none", **LESS))
     objective = LessObjective(model, "snapkv")

@@ -2,7 +2,7 @@
 
 import pytest
 import torch
-from conftest import VOCAB, gated, padded_batch, recurrent_logits, tiny
+from conftest import KINDS, VOCAB, gated, padded_batch, recurrent_logits, tiny
 
 import gatekv
 from gatekv.attention import AttentionCall, live_mask
@@ -75,6 +75,12 @@ def test_one_shot_policies_remember_what_the_prompt_lost(policy, cuts, family):
     flags = all_flags(model, ids, policy, 0.75, 0, 50, **decode)
     wanted = reference_logits(model, ids, flags, 0, 50)
     torch.testing.assert_close(got, wanted, rtol=1e-9, atol=1e-9 * wanted.abs().max().item())
+
+
+@pytest.mark.parametrize("kind", KINDS)
+def test_every_family_remembers(kind):
+    test_one_shot_policies_remember_what_the_prompt_lost("keydiff+ada+less", [50, 51, 60], kind)
+    test_a_streaming_gate_remembers_what_it_evicts("mlp", [3, 4, 31, 60], kind)
 
 
 @torch.no_grad()

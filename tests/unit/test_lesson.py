@@ -18,9 +18,14 @@ def batch_of(lengths, split):
     return {"input_ids": ids, "attention_mask": mask, "split": torch.full((len(lengths),), split)}
 
 
+@pytest.mark.parametrize("kind", ["ministral", "gemma3", "qwen3_moe"])
+def test_sliding_layers_and_experts_do_not_disturb_a_lesson(kind):
+    test_the_first_layers_error_is_what_the_cache_makes("keydiff+ada", kind)
+
+
 @pytest.mark.parametrize("policy", ["snapkv", "keydiff+ada+pyramid", "random+global", "h2o", "gate+global"])
 def test_the_first_layers_error_is_what_the_cache_makes(policy, family):
-    """Layer 0 sees the same input with and without eviction, so its trained and deployed errors can be compared."""
+    """The first full layer sees the same input with and without eviction, so its trained and deployed errors can be compared."""
     model = loud(gated(family, window=6, sinks=2, **LESS))
     batch = batch_of([80, 70], 60)
     outs = {}

@@ -1,7 +1,7 @@
 """Draw a results.json, and show on a text which tokens the policies keep: pictures and one page for a browser.
 
     python recipes/report.py                                     # the committed results; training-free policies
-    python recipes/report.py --adapter checkpoints/demo --results checkpoints/demo/results.json --budget .25,.125
+    python recipes/report.py --adapter checkpoints/demo --results checkpoints/demo/results.json --budgets .25,.125
     python recipes/report.py --results "" --text notes.txt --policies snapkv,snapkv+ada,l2      # only the text
 
 Writes report.html, frontier.png, keep.png and, where the results have needle cells, needle.png to --out.

@@ -10,6 +10,7 @@ README = (ROOT / "README.md").read_text() if (ROOT / "README.md").exists() else 
 
 def test_commands_name_real_recipes_and_options():
     from gatekv.training.config import load_config
+    from gatekv.training.less_config import LessConfig
 
     commands = [line for block in re.findall(r"```(?:bash|sh)\n(.*?)```", README, re.S) for line in block.splitlines()]
     recipes = [c for c in commands if "recipes/" in c]
@@ -21,6 +22,8 @@ def test_commands_name_real_recipes_and_options():
         options = words[words.index(script) + 1 :]
         if script.endswith("cpt.py"):
             load_config(options)
+        elif script.endswith("less.py"):
+            load_config(options, LessConfig)
         else:
             for option in options:
                 assert not option.startswith("--") or f'"{option}"' in source, f"{script} has no {option}"

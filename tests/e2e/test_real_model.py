@@ -113,6 +113,34 @@ def test_resume_continues(adapter):
     assert [s["step"] for s in json.loads((adapter / "training.json").read_text())["steps"]] == [4]
 
 
+def test_low_rank_maps_train_beside_a_gate_resume_and_are_evaluated(adapter, tmp_path):
+    options = [
+        "--sequence_length",
+        "320",
+        "--target_keep",
+        ".25",
+        "--output_dir",
+        str(tmp_path),
+        "--adapter",
+        str(adapter),
+    ]
+    run("recipes/less.py", "--max_steps", "3", "--policy", "gate+global", *options)
+    run("recipes/less.py", "--max_steps", "4", "--policy", "gate+global", "--resume", *options)
+    log = json.loads((tmp_path / "training.json").read_text())
+    assert [s["step"] for s in log["steps"]] == [3] and {"error", "alone", "closed"} <= set(log["soft_hard"])
+    run("recipes/evaluate.py", "--adapter", str(tmp_path), "--n", "1", "--n_ppl", "1", "--budgets", ".25", "--policies",
+        "gate+global,gate+global+less,snapkv+less", "--tasks", "ppl,recall")  # fmt: skip
+    rows = json.loads((tmp_path / "results.json").read_text())["rows"]
+    ratios = {r["policy"]: r["bytes_ratio"] for r in rows if r["task"] == "ppl"}
+    assert ratios["gate+global+less"] == pytest.approx(ratios["gate+global"], abs=0.01)
+
+
+def test_report_is_one_page(adapter, tmp_path):
+    run("recipes/report.py", "--adapter", str(adapter), "--policies", "gate+global,snapkv", "--out", str(tmp_path))
+    page = (tmp_path / "report.html").read_text()
+    assert "gate+global" in page and "https://" not in page.replace("https://www.w3.org", "")
+
+
 @pytest.mark.parametrize("what", ["decode", "cache", "train"])
 def test_benchmark_ends_in_json(what):
     out = run("recipes/benchmark.py", what, "--quick")
@@ -129,10 +157,11 @@ def test_benchmark_ends_in_json(what):
     (["recipes/evaluate.py", "--policies", "snapvk"], "Did you mean 'snapkv'"),
     (["recipes/evaluate.py", "--tasks", "niah"], "Known: ppl"),
     (["recipes/evaluate.py", "--adapter", "nowhere"], "error"),
+    (["recipes/less.py", "--policy", "gate+global"], "name its adapter with --adapter"),
     (["recipes/generate.py", "--policy", "random", "--budget", ".05", "--prompt", "short"], "below the"),
 ])  # fmt: skip
 def test_bad_input_is_one_line_and_a_failing_exit(command, match, tmp_path):
-    extra = ["--output_dir", str(tmp_path / "out")] if "cpt" in command[0] else []
+    extra = ["--output_dir", str(tmp_path / "out")] if "cpt" in command[0] or "less" in command[0] else []
     out = run(*command, *extra, expect=1)
     assert match in out and "Traceback" not in out
     assert not (tmp_path / "out").exists(), "nothing half-written"

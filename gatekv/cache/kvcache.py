@@ -130,7 +130,8 @@ class KVCache(Cache):
                     "remainder 'less' needs low-rank maps, and no adapter in force has any: train one with "
                     "GateKVConfig(less_rank=8), or leave less out of the policy."
                 )
-            if policy.width is not None and policy.scorer.streams and (decode == "evict" and not learned):
+            later = isinstance(policy.rule, Decay) if learned else policy.scorer.streams
+            if policy.width is not None and later and decode == "evict":
                 raise ValueError("thin keys cannot be folded later: leave think or less out, or use decode='keep'.")
             _warn_of_other_training(maps.spec, policy)
         calibration = active[0].calibration() if active else None

@@ -1,43 +1,23 @@
 """`KVCache`: a transformers cache from which tokens really leave."""
 
 import copy
-from dataclasses import replace
 
 import torch
 from transformers import Cache, DynamicCache
-from transformers.utils import logging
 
 from gatekv.cache import storage
 from gatekv.cache.decision import Decision
 from gatekv.cache.layer import KVLayer, Phase
 from gatekv.cache.plan import Plan
-from gatekv.config import GateSpec, check_choice
-from gatekv.gates.relaxations import logit_of
-from gatekv.modules import attach, base_model, gate_spec, wrappers
-from gatekv.ops.backends import BACKENDS
-from gatekv.policies import Full, Gate, resolve
-from gatekv.policies.budgets import Decay, Threshold
+from gatekv.cache.settings import plan_of
+from gatekv.modules import attach, base_model, wrappers
+from gatekv.policies import Full
 from gatekv.policies.scorer import ALL
-
-DEFAULT = GateSpec()
-logger = logging.get_logger(__name__)
 
 
 def distinct_bytes(tensors: list[torch.Tensor]) -> int:
     """Bytes of the storages behind tensors, each storage once, whole even where a tensor views a part of it."""
     return sum({t.untyped_storage().data_ptr(): t.untyped_storage().nbytes() for t in tensors if t.numel()}.values())
-
-
-def _warn_of_other_training(spec, policy) -> None:
-    """Low-rank maps work under any policy; they were trained for one."""
-    if spec.less_policy is None:
-        return
-    trained, used = resolve(spec.less_policy, spec.less_budget), replace(policy, remainder=None)
-    if str(trained) != str(used) or trained.ratio != used.ratio:
-        logger.warning_once(
-            f"gatekv: these low-rank maps were trained for {trained} at budget {trained.ratio}, not for {used} at "
-            f"{used.ratio}; measure before relying on it."
-        )
 
 
 class KVCache(Cache):
@@ -81,83 +61,12 @@ class KVCache(Cache):
     ):
         attach(model)
         self.model = model
-        active = [w for w in wrappers(model) if w.active()]
-        spec = gate_spec(model) or DEFAULT
-        policy = resolve(policy if policy is not None else ("gate" if active else "full"), budget)
-        learned, streaming = isinstance(policy.scorer, Gate), isinstance(policy.rule, Threshold)
-        if learned and not active:
-            raise ValueError("policy 'gate' needs an adapter with gates: load one with peft.PeftModel.from_pretrained.")
-        whole = learned and spec.context == "prompt"
-        if whole:  # everything was judged when the prompt ended; what follows stays
-            decode = decode or "keep"
-            prefill = prefill or ("sparse" if streaming and spec.mask_prompt else "dense")
-        prefill = prefill or ("sparse" if streaming else "dense")
-        check_choice("prefill", prefill, ("dense", "sparse"))
-        decode = decode or policy.scorer.decode
-        check_choice("decode", decode, ("evict", "keep"))
-        if decode == "evict" and (whole or not policy.scorer.streams):
-            what = "a gate that reads the whole prompt" if whole else type(policy.scorer).__name__
-            raise ValueError(f"decode='evict': {what} decides once, at the prompt's end; leave decode out.")
-        if block_size < 1:
-            raise ValueError(f"block_size is the number of tokens in a page, at least 1; got {block_size}.")
-        if backend is not None:
-            check_choice("backend", backend, BACKENDS)
-        if turns and streaming:
-            raise ValueError("turns=True has nothing to do for a threshold gate: it evicts as it goes. Leave it out.")
-        if prefill == "sparse" and not learned:
-            raise ValueError(
-                f"prefill='sparse' needs a causal gate; {type(policy.scorer).__name__} decides after the prompt."
+        self._build(
+            plan_of(
+                model, policy, budget, prefill=prefill, decode=decode, sinks=sinks, window=window,
+                prompt_tokens=prompt_tokens, turns=turns, block_size=block_size, backend=backend,
             )
-        if whole and prefill == "sparse" and (policy.ratio is not None or not streaming):
-            raise ValueError(
-                "a gate that reads the whole prompt masks the prompt's own queries at its threshold only: leave budget "
-                "and rule out, or use prefill='dense'."
-            )
-        fades = spec.relaxation == "decay"
-        if learned and fades != isinstance(policy.rule, Decay):
-            raise ValueError(
-                "gates whose tokens fade (relaxation='decay') and the budget rule 'decay' belong together: "
-                + ("use policy='gate+decay' with a budget." if fades else "this adapter's gates do not fade.")
-            )
-        if isinstance(policy.rule, Decay) and (turns or not learned):
-            raise ValueError("budget rule 'decay' is for gates, and decides while decoding: leave turns out.")
-        if policy.scorer.slots and policy.width is not None:
-            raise ValueError("positions='slot' and thin keys are not made for each other: leave think out.")
-        if policy.remainder is not None:
-            maps = next((w.less() for w in wrappers(model) if w.less()), None)
-            if maps is None:
-                raise ValueError(
-                    "remainder 'less' needs low-rank maps, and no adapter in force has any: train one with "
-                    "GateKVConfig(less_rank=8), or leave less out of the policy."
-                )
-            later = isinstance(policy.rule, Decay) if learned else policy.scorer.streams
-            if policy.width is not None and later and decode == "evict":
-                raise ValueError("thin keys cannot be folded later: leave think or less out, or use decode='keep'.")
-            _warn_of_other_training(maps.spec, policy)
-        calibration = active[0].calibration() if active else None
-        if learned and policy.ratio is not None and (streaming or prefill == "sparse") and calibration is None:
-            raise ValueError(
-                "a number as budget streams through calibrated thresholds, and this adapter has none: run "
-                "gatekv.training.calibrate, leave budget=None, or use prefill='dense' with uniform, ada or global."
-            )
-        own_sinks = spec.sinks if policy.scorer.sinks is None else policy.scorer.sinks
-        own_window = spec.window if policy.scorer.window is None else policy.scorer.window
-        plan = Plan(
-            policy=policy,
-            sinks=own_sinks if sinks is None else sinks,
-            window=own_window if window is None else window,
-            dense=prefill == "dense",
-            keep_later=decode == "keep",
-            prompt_tokens=prompt_tokens,
-            threshold=logit_of(spec.threshold),
-            turns=turns,
-            block_size=block_size,
-            backend=backend,
-            whole=whole,
-        )
-        if calibration is not None:
-            plan.thresholds = calibration.thresholds(plan.sinks, plan.window)
-        self._build(plan)
+        )  # fmt: skip
 
     def _build(self, plan: Plan) -> None:
         """Our layers where the model has full attention; transformers' own where a sliding window bounds them."""

@@ -214,10 +214,10 @@ def test_evaluation_pays_for_the_state_in_tokens():
 
 def test_maps_know_what_they_were_trained_for(monkeypatch):
     """Another policy or budget works, and says so once."""
-    from gatekv.cache import kvcache
+    from gatekv.cache import settings
 
     said = []
-    monkeypatch.setattr(kvcache.logger, "warning_once", said.append)
+    monkeypatch.setattr(settings.logger, "warning_once", said.append)
     model = gated(gate="none", less_policy="snapkv+ada", less_budget=0.5, **LESS)
     gatekv.KVCache(model, "snapkv+ada+less", 0.5)
     assert not said

@@ -1,5 +1,6 @@
 """From what a user asks of a cache to the plan its layers follow: defaults, and what cannot be."""
 
+import math
 from dataclasses import replace
 
 from transformers.utils import logging
@@ -119,7 +120,7 @@ def _warn_of_other_training(spec, policy) -> None:
     if spec.less_policy is None:
         return
     trained, used = resolve(spec.less_policy, spec.less_budget), replace(policy, remainder=None)
-    if str(trained) != str(used) or trained.ratio != used.ratio:
+    if str(trained) != str(used) or not math.isclose(trained.ratio, used.ratio or 0, rel_tol=0.2):
         logger.warning_once(
             f"gatekv: these low-rank maps were trained for {trained} at budget {trained.ratio}, not for {used} at "
             f"{used.ratio}; measure before relying on it."

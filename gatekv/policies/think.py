@@ -43,15 +43,13 @@ class Channels:
         return scores.topk(d - int(d * self.prune), dim=-1).indices.sort(-1).values
 
     def token_share(self, ratio: float, length: int, head_dim: int) -> float:
-        """Share of the tokens to keep for `ratio` of the bytes of a prompt of `length` tokens.
+        """Share of the tokens to keep for `ratio` of the bytes of a prompt of `length` tokens; 1 where they leave room.
 
         Raises:
-            ValueError: where thin keys save more than that, or the window costs more ("unreachable").
+            ValueError: where the window alone, at full width, costs more ("unreachable").
         """
         saved = int(head_dim * self.prune) / head_dim / 2
         share = (ratio - self.window / length * saved) / (1 - saved)
-        if not 0 < share <= 1 + 1e-9:
-            raise ValueError(
-                f"budget {ratio} is unreachable: keys without {self.prune:.0%} of their channels save {saved:.0%}."
-            )
+        if share <= 0:
+            raise ValueError(f"budget {ratio} is unreachable: {self.window} of {length} tokens keep their full width.")
         return min(share, 1.0)

@@ -143,8 +143,9 @@ def test_shares_of_bytes_and_errors():
     channels = Channels(prune=0.5, window=32)
     share = channels.token_share(0.25, 640, 64)
     assert (share * 640 - 32) * 0.75 + 32 == pytest.approx(0.25 * 640)
+    assert channels.token_share(0.9, 640, 64) == 1.0
     with pytest.raises(ValueError, match="unreachable"):
-        channels.token_share(0.9, 640, 64)
+        channels.token_share(0.01, 640, 64)
     with pytest.raises(ValueError, match="prune is the share"):
         Channels(prune=1.0)
     with pytest.raises(ValueError, match="window counts"):

@@ -18,7 +18,7 @@ from pathlib import Path
 from common import ROOT, run
 
 CONFIGS = ROOT / "recipes" / "configs" / "ablation"
-BASELINES = "snapkv+ada,snapkv,l2,sinks_recent,random"
+BASELINES = "snapkv+ada,snapkv,h2o,l2,sinks_recent,random"
 
 
 def parse(argv: list[str]) -> argparse.Namespace:

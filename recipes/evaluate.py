@@ -19,7 +19,7 @@ from pathlib import Path
 
 from common import ROOT, load_model, run
 
-POLICIES = "gate+global,gate,snapkv,snapkv+ada,l2,value_norm,sinks_recent,random,untrained+global"
+POLICIES = "gate+global,gate,snapkv,snapkv+ada,h2o,l2,value_norm,sinks_recent,random,untrained_alone+global"
 
 
 def parse(argv: list[str]) -> argparse.Namespace:

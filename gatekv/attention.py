@@ -17,7 +17,7 @@ from gatekv.gates.documents import Documents
 from gatekv.gates.key_mlp import key_features
 from gatekv.gates.relaxations import relax
 from gatekv.ops import segments
-from gatekv.ops.gated_attention import gated_attention, received_attention
+from gatekv.ops.gated_attention import BLOCK, gated_attention, received_attention
 from gatekv.ops.naive import causal_mask, dense_segment
 from gatekv.ops.remainder import left_of, remainder_segment
 from gatekv.support import check_call, refuse, visible_keys
@@ -154,9 +154,10 @@ class AttentionCall:
         prompt, n = self.lesson.shape[-1], k.shape[2]
         flags = torch.nn.functional.pad(self.lesson, (0, n - prompt), value=True)
         seen = causal_mask(q.shape[2], n, q.device)[None, None] if mask is None else mask
-        # Fast segments write in place, which autograd cannot follow; behind a prompt there are few queries.
-        segment = dense_segment if q.requires_grad else segments.dense_segment
-        kept = segment(q, k, v, flags[:, :, None] & seen, scaling)
+        segment = dense_segment if q.requires_grad else segments.dense_segment  # the fast one writes in place
+        blocks = [slice(a, a + BLOCK) for a in range(0, q.shape[2], BLOCK)]  # never all queries by all keys at once
+        answers = [segment(q[:, :, i], k, v, flags[:, :, None] & seen[:, :, i], scaling) for i in blocks]
+        kept = tuple(torch.cat(part, 2) for part in zip(*answers))
         left = left_of(flags, 0, prompt)
         return [kept, remainder_segment(self.less.phi(q), self.less.psi(k), v, left, mask=mask)]
 

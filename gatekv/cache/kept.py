@@ -58,10 +58,6 @@ class Kept:
         parts = zip(self.stores(), self.asked(q))
         return [self.paged_segment(part, s.keys, s.values, s.table, scaling) for s, part in parts]
 
-    def remembered(self, q: Tensor) -> list[tuple[Tensor, Tensor]]:
-        """(output, log-sum-exp) of what was evicted, where there is a state."""
-        return [] if self.state is None else [self.state.segment(self.maps.phi(q))]
-
     # -- eviction
 
     def evict(self, store: Pages, gone: Tensor) -> None:

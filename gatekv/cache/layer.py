@@ -212,6 +212,7 @@ class KVLayer(CacheLayerMixin):
                 "use KVCache(…, decode='keep') with it."
             )
         scorer, outs = self.plan.policy.scorer, []
+        phi = self.kept.maps.phi(q) if self.plan.remembers else None
         entering = scorer.enter(k, self.real + valid.long().cumsum(-1) - 1)
         for i in range(q.shape[2]):
             new = slice(i, i + 1)
@@ -221,7 +222,8 @@ class KVLayer(CacheLayerMixin):
             if self.kept.slots is not None:
                 self.kept.slots.step(tuple(t[:, new] for t in call.rotary))
             kept = segments.merge(self.kept.segments(q[:, :, new], scaling))
-            outs.append(segments.merge([kept, *self.kept.remembered(q[:, :, new])])[0].to(q.dtype))
+            gone = [self.kept.state.segment(phi[:, :, new])] if self.plan.remembers else []
+            outs.append(segments.merge([kept, *gone])[0].to(q.dtype))
             if scorer.watches:  # attention among the kept alone: a policy decides the same with a remainder or without
                 self.kept.watch(scorer.observe, q[:, :, new], kept[1], scaling)
             self.kept.trim(self._worth, self.seen)
@@ -303,14 +305,11 @@ class KVLayer(CacheLayerMixin):
             attend = torch.nn.functional.scaled_dot_product_attention
             return attend(q, k, v, is_causal=n > 1, scale=scaling, enable_gqa=gqa)
         visible = self._visible(n, mask, whole)
-        remembers = self.plan.remembers and not whole
-        if remembers or not self.kept.empty():
+        if (self.plan.remembers and not whole) or not self.kept.empty():
             near = segments.dense_segment(q, k, v, visible, scaling)
             parts = [*self.kept.segments(q, scaling), near]
             if self.plan.remembers:
-                parts += self.kept.remembered(q)
-            if remembers and self.tail.psi is not None:
-                parts.append(self._dead(q, mask))
+                parts += self._gone(q, mask, waiting=not whole and self.tail.psi is not None)
             return segments.merge(parts)[0].to(q.dtype)
         groups = q.shape[1] // k.shape[1]
         k, v = (t.repeat_interleave(groups, 1) for t in (k, v))
@@ -318,12 +317,16 @@ class KVLayer(CacheLayerMixin):
             visible = visible.repeat_interleave(groups, 1)
         return torch.nn.functional.scaled_dot_product_attention(q, k, v, attn_mask=visible, scale=scaling)
 
-    def _dead(self, q, mask) -> tuple[torch.Tensor, torch.Tensor]:
-        """(output, log-sum-exp) of what is in the tail still and evicted already: it waits to be folded."""
-        left = left_of(self.tail.flags, self.plan.grace)
-        mask = None if mask is None else mask[..., self.folded :]
-        answer = naive.remainder_segment if q.shape[2] == 1 else remainder_segment  # a lone query is a row, not a chunk
-        return answer(self.kept.maps.phi(q), self.tail.psi, self.tail.values, left, mask=mask)
+    def _gone(self, q, mask, waiting: bool) -> list[tuple[torch.Tensor, torch.Tensor]]:
+        """(output, log-sum-exp) of what was evicted: the state's, and of tokens in the tail that wait to be folded."""
+        phi = self.kept.maps.phi(q)
+        parts = [self.kept.state.segment(phi)]
+        if waiting:
+            left = left_of(self.tail.flags, self.plan.grace)
+            mask = None if mask is None else mask[..., self.folded :]
+            answer = naive.remainder_segment if q.shape[2] == 1 else remainder_segment  # a lone query is no chunk
+            parts.append(answer(phi, self.tail.psi, self.tail.values, left, mask=mask))
+        return parts
 
     def _remember(self, maps) -> None:
         """Use the adapter's low-rank maps; an empty state, if there is none yet."""

@@ -236,3 +236,20 @@ def test_a_file_of_other_maps_is_refused(tmp_path):
         wrappers(model)[0].less().phi.w1.add_(1)
     with pytest.raises(ValueError, match="compressed by other gates"):
         gatekv.KVCache.load(tmp_path / "less.safetensors", model)
+
+
+@torch.no_grad()
+def test_turns_are_remembered_too():
+    model = loud(gated(gate="none", **LESS))
+    ids = torch.randint(1, VOCAB, (2, 100), generator=torch.Generator().manual_seed(0))
+    cache, seen = gatekv.KVCache(model, "keydiff+less", 0.5, turns=True), []
+    layer, w = cache.evicting()[0], wrappers(model)[0]
+    attend = layer.attend
+    layer.attend = lambda call, q, k, v, *rest: (seen.append((k, v)), attend(call, q, k, v, *rest))[1]
+    for a, b in ((0, 50), (50, 80)):
+        model(ids[:, a:b], past_key_values=cache)
+    cache.compress()
+    assert torch.isfinite(model(ids[:, 80:], past_key_values=cache).logits).all()
+    k, v = (torch.cat(part, 2)[:, :, :80] for part in zip(*seen))
+    psi = w.less().psi(k) * ~layer.held()[..., :80, None]
+    torch.testing.assert_close(layer.kept.state.h, psi.transpose(-1, -2) @ v, rtol=1e-9, atol=1e-12)

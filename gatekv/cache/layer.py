@@ -55,6 +55,7 @@ class KVLayer(CacheLayerMixin):
         self.cut = None  # [batch, 1 or kv_heads, 1]: the logit that a later token must exceed, after an exact decision
         self.judge = Judge()
         self.queries = self.hidden = self.scaling = self.rotary = None  # only while a decision is ahead
+        self.known: dict | None = None  # of an undecided prompt: scores that some policy asked for already
         self.is_initialized = False
 
     # -- what transformers asks of a cache layer
@@ -97,6 +98,7 @@ class KVLayer(CacheLayerMixin):
         self.kept.select(index)
         self.tail.select(index)
         self.judge.select(index)
+        self.known = None if self.known is None else {}
         for name in ("real", "cut", "queries", "hidden"):
             if (held := vars(self)[name]) is not None:
                 setattr(self, name, held.index_select(0, index))
@@ -353,6 +355,7 @@ class KVLayer(CacheLayerMixin):
 
     def _observe(self, call: AttentionCall, q, scaling) -> None:
         """Keep what scorers will look at until the prompt ends."""
+        self.known = {} if self.plan.defer else None
         self.scaling, self.judge.gate = scaling, call.gate
         wanted = self.plan.queries
         if wanted:
@@ -373,7 +376,7 @@ class KVLayer(CacheLayerMixin):
         remember it."""
         self.lazy_initialization(other.tail.keys[:, :, :0], None)
         self.tail = other.tail.twin()
-        for name in ("seen", "real", "folded", "queries", "hidden", "scaling", "rotary"):
+        for name in ("seen", "real", "folded", "queries", "hidden", "scaling", "rotary", "known"):
             setattr(self, name, vars(other)[name])
         self.judge.gate = gate
         if self.plan.remembers:
@@ -414,12 +417,20 @@ class KVLayer(CacheLayerMixin):
         if self.plan.decays:
             return self._gate_logits()
         if not self.plan.trims or self.phase is Phase.TURN:
-            return self.plan.policy.scorer.score(self.view())
+            return self._scored(self.plan.policy.scorer)
         b, kv, _ = self.tail.scores.shape
         scores = self.tail.scores.new_full((b, kv, self.seen), -torch.inf)
         self.kept.pages.scatter(scores, self.kept.pages.scores)
         scores[..., self.folded :] = self.tail.scores.masked_fill(~self.tail.flags, -torch.inf)
         return scores
+
+    def _scored(self, scorer) -> torch.Tensor:
+        if self.known is None:
+            return scorer.score(self.view())
+        of = (repr(scorer), self.judge.gate)  # a dataclass's repr names all that its scores depend on
+        if of not in self.known:
+            self.known[of] = scorer.score(self.view())
+        return self.known[of]
 
     def all_logits(self) -> torch.Tensor:
         """As `all_scores`, of the gate alone: what later tokens are measured by."""

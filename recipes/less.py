@@ -35,7 +35,7 @@ def main(argv: list[str]) -> None:
     check_length(config.sequence_length, model.config)
     shares = {"retrieval_share": config.retrieval_share, "recite_share": config.recite_share, "answer_weight": 1.0}
     data = TrainingData(tokenizer, config.data, config.sequence_length, seed=config.seed, **shares)
-    maps = {"less_rank": config.rank, "less_hidden": config.hidden, "less_dropout": config.dropout}
+    maps = {f"less_{name}": getattr(config, name) for name in ("form", "rank", "hidden", "dropout")}
     model = with_maps(model, config.adapter, **maps, less_policy=config.policy, less_budget=config.target_keep)
     model.train()
     if accelerator.is_main_process:

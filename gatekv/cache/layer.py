@@ -19,9 +19,9 @@ from gatekv.cache.pages import Pages
 from gatekv.cache.plan import Plan
 from gatekv.cache.slots import Slots
 from gatekv.cache.tail import Tail
-from gatekv.less.state import State
-from gatekv.ops import naive, segments
-from gatekv.ops.remainder import left_of, remainder_segment
+from gatekv.less.maps import Waiting
+from gatekv.ops import segments
+from gatekv.ops.remainder import left_of
 from gatekv.policies import View
 from gatekv.policies.budgets import faded
 
@@ -214,7 +214,6 @@ class KVLayer(CacheLayerMixin):
                 "use KVCache(…, decode='keep') with it."
             )
         scorer, outs = self.plan.policy.scorer, []
-        phi = self.kept.maps.phi(q) if self.plan.remembers else None
         entering = scorer.enter(k, self.real + valid.long().cumsum(-1) - 1)
         for i in range(q.shape[2]):
             new = slice(i, i + 1)
@@ -224,7 +223,7 @@ class KVLayer(CacheLayerMixin):
             if self.kept.slots is not None:
                 self.kept.slots.step(tuple(t[:, new] for t in call.rotary))
             kept = segments.merge(self.kept.segments(q[:, :, new], scaling))
-            gone = [self.kept.state.segment(phi[:, :, new])] if self.plan.remembers else []
+            gone = self.kept.maps.answer(q[:, :, new], scaling, self.kept.state) if self.plan.remembers else []
             outs.append(segments.merge([kept, *gone])[0].to(q.dtype))
             if scorer.watches:  # attention among the kept alone: a policy decides the same with a remainder or without
                 self.kept.watch(scorer.observe, q[:, :, new], kept[1], scaling)
@@ -311,7 +310,7 @@ class KVLayer(CacheLayerMixin):
             near = segments.dense_segment(q, k, v, visible, scaling)
             parts = [*self.kept.segments(q, scaling), near]
             if self.plan.remembers:
-                parts += self._gone(q, mask, waiting=not whole and self.tail.psi is not None)
+                parts += self._gone(q, mask, scaling, waiting=not whole and self.tail.psi is not None)
             return segments.merge(parts)[0].to(q.dtype)
         groups = q.shape[1] // k.shape[1]
         k, v = (t.repeat_interleave(groups, 1) for t in (k, v))
@@ -319,16 +318,13 @@ class KVLayer(CacheLayerMixin):
             visible = visible.repeat_interleave(groups, 1)
         return torch.nn.functional.scaled_dot_product_attention(q, k, v, attn_mask=visible, scale=scaling)
 
-    def _gone(self, q, mask, waiting: bool) -> list[tuple[torch.Tensor, torch.Tensor]]:
+    def _gone(self, q, mask, scaling: float, waiting: bool) -> list[tuple[torch.Tensor, torch.Tensor]]:
         """(output, log-sum-exp) of what was evicted: the state's, and of tokens in the tail that wait to be folded."""
-        phi = self.kept.maps.phi(q)
-        parts = [self.kept.state.segment(phi)]
+        tail, left = self.tail, None
         if waiting:
-            left = left_of(self.tail.flags, self.plan.grace)
             mask = None if mask is None else mask[..., self.folded :]
-            answer = naive.remainder_segment if q.shape[2] == 1 else remainder_segment  # a lone query is no chunk
-            parts.append(answer(phi, self.tail.psi, self.tail.values, left, mask=mask))
-        return parts
+            left = Waiting(tail.psi, tail.keys, tail.values, left_of(tail.flags, self.plan.grace), mask)
+        return self.kept.maps.answer(q, scaling, self.kept.state, left)
 
     def _remember(self, maps) -> None:
         """Use the adapter's low-rank maps; an empty state, if there is none yet."""
@@ -336,7 +332,7 @@ class KVLayer(CacheLayerMixin):
             raise ValueError("the adapter was disabled or unloaded while this cache was in use; enable it again.")
         self.kept.maps = maps
         if self.kept.state is None:
-            self.kept.state = State(self.tail.values, maps.spec.less_rank)
+            self.kept.state = maps.state(self.tail.values)
 
     def _visible(self, n: int, mask, whole: bool) -> torch.Tensor | None:
         """[B, 1 or K, n, tail] bool: what the last n tokens may see of the tail; None = everything."""
@@ -513,7 +509,7 @@ class KVLayer(CacheLayerMixin):
         scores = None if pages.scores is None else t.scores[..., :leave]
         if t.psi is not None:
             gone = ~t.flags[..., :leave] & t.valid[:, None, :leave]
-            self.kept.state.fold(t.psi[:, :, :leave], t.values[:, :, :leave], gone)
+            self.kept.state.fold(t.psi[:, :, :leave], t.keys[:, :, :leave], t.values[:, :, :leave], gone)
         pages.append(t.keys[:, :, :leave], t.values[:, :, :leave], t.flags[..., :leave], self.folded, scores)
         t.drop(front=leave)
         self.folded += leave

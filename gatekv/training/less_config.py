@@ -20,7 +20,7 @@ class LessConfig:
         policy: whose evictions the maps learn; gates need an adapter. target_keep: the budget; budget_spread: each step
             draws one from target_keep / spread … · spread (1: fixed).
         objective: attention_mse (layer by layer, the paper's) or kl (end to end): see gatekv.training.lesson.
-        rank, hidden, dropout: of the maps (paper: 8, 512, .3).
+        form, rank, hidden, dropout: of the maps (paper: kernel, 8, 512, .3): see gatekv.config.LessSpec.
     """
 
     model: str = ""
@@ -30,6 +30,7 @@ class LessConfig:
     target_keep: float = 0.125
     budget_spread: float = 1.0
     objective: str = "attention_mse"
+    form: str = "kernel"
     rank: int = 8
     hidden: int = 512
     dropout: float = 0.3

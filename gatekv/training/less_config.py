@@ -16,7 +16,8 @@ class LessConfig:
         model, output_dir, data, sequence_length, batch_size, accumulation, max_steps, learning_rate, max_grad_norm,
         retrieval_share, recite_share, dtype, save_every, resume, log_with, seed: see
             gatekv.training.config.CPTConfig.
-        adapter: a trained gate to build on, folder or Hub name; it stays as it is. Empty: low-rank maps alone.
+        adapter: to build on, folder or Hub name: its gate stays as it is, its maps, if it has any, are where these
+            begin. Empty: low-rank maps alone.
         policy: whose evictions the maps learn; gates need an adapter. target_keep: the budget; budget_spread: each step
             draws one from target_keep / spread … · spread (1: fixed).
         objective: attention_mse (layer by layer, the paper's) or kl (end to end): see gatekv.training.lesson.

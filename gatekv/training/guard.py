@@ -1,10 +1,12 @@
-"""When to stop because the numbers are no good, and which rows to look at then."""
+"""When to stop because the numbers are no good, or a process is gone, and what to say then."""
 
 import math
 from collections import deque
+from contextlib import contextmanager
 from dataclasses import dataclass
 from statistics import median
 
+import torch
 from accelerate.utils import gather_object
 
 WINDOW, FEWEST = 50, 20  # losses the median is taken over, and below how many there is no judgement
@@ -64,3 +66,18 @@ def failure(verdict: str, step: int, batches: list[Fingerprint], last: str) -> F
         f"{verdict} at step {step}; worst: {worst}: lower learning_rate or sparsity_weight, or use dtype=float32"
         f"{exploded}. {kept}."
     )
+
+
+@contextmanager
+def peers_named():
+    """Inside, what the communication library raises when another process is gone becomes a ConnectionError."""
+    try:
+        yield
+    except RuntimeError as error:
+        # NCCL's errors have a type of their own; of gloo's torch makes plain ones, known by their place in its sources.
+        if not isinstance(error, torch.distributed.DistError) and "gloo/transport" not in str(error):
+            raise
+        raise ConnectionError(
+            "another process of this run is gone, or did not answer in time; look for its error first. Checkpoints are "
+            f"whole: the same command with --resume goes on. ({str(error).splitlines()[0]})"
+        ) from error

@@ -10,7 +10,7 @@ from tqdm import tqdm
 
 from gatekv.training import checkpoint, rotation
 from gatekv.training.data import TrainingData
-from gatekv.training.guard import Fingerprint, LossGuard, failure
+from gatekv.training.guard import Fingerprint, LossGuard, failure, peers_named
 from gatekv.training.objective import Objective
 from gatekv.training.options import RunConfig
 from gatekv.training.schedule import learning_rate_at, target_at
@@ -32,8 +32,8 @@ def train(objective: Objective, data: TrainingData, config: RunConfig, accelerat
 
     Raises:
         FloatingPointError: a loss or gradient that is not finite, or an exploding loss; the checkpoints stay as they
-            are. Stopped: SIGTERM or SIGINT came to any process; a checkpoint is saved. ValueError: nothing to resume,
-            or a checkpoint of another run.
+            are. Stopped: SIGTERM or SIGINT came to any process; a checkpoint is saved. ConnectionError: another process
+            is gone. ValueError: nothing to resume, or a checkpoint of another run.
     """
     output = Path(config.output_dir)
     parameters = list(checkpoint.trained(objective).values())
@@ -61,7 +61,7 @@ def train(objective: Objective, data: TrainingData, config: RunConfig, accelerat
     bar = tqdm(
         steps, initial=start, total=config.max_steps, disable=not accelerator.is_local_main_process, desc="train"
     )
-    with StopSignals() as signals:
+    with StopSignals() as signals, peers_named():
         for step in bar:
             lr, target = learning_rate_at(step, config), target_at(step, config)
             for group in optimizer.param_groups:

@@ -1,6 +1,7 @@
 """What several recipes need: the model, one-line errors, the frame of a training run."""
 
 import json
+import os
 import sys
 import time
 from pathlib import Path
@@ -22,6 +23,29 @@ def load_model(name: str, dtype: str):
         return model.eval(), AutoTokenizer.from_pretrained(path)
     except OSError as error:
         raise ValueError(f"model {path!r} cannot be loaded: {str(error).splitlines()[0]}") from error
+
+
+def predict(config, gated) -> dict:
+    """Print what a run of `config` will take, and return it; no weights are read. gated: puts the adapter on a model.
+
+    The result is `gatekv.training.dry_run.report`'s.
+    """
+    from transformers import AutoConfig
+
+    from checkpoints.fetch import fetch
+    from gatekv.training.data import check_length
+    from gatekv.training.dry_run import on_meta, report, text_of
+
+    path = config.model or str(fetch())
+    try:
+        shape = AutoConfig.from_pretrained(path)
+    except OSError as error:
+        raise ValueError(f"the config of model {path!r} cannot be read: {str(error).splitlines()[0]}") from error
+    check_length(config.sequence_length, shape)
+    found = report(on_meta(shape, config.dtype, gated), config)
+    if os.environ.get("RANK", "0") == "0":
+        print(text_of(found))
+    return found
 
 
 def begin(config):

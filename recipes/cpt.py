@@ -4,15 +4,17 @@
     accelerate launch recipes/cpt.py --max_steps 6 --output_dir checkpoints/try      # a two-minute trial
     accelerate launch recipes/cpt.py --config recipes/configs/paper.yaml --learning_rate 1e-3
     accelerate launch recipes/cpt.py --resume                          # go on from the newest checkpoint in output_dir
+    python recipes/cpt.py --dry_run                                    # memory, tokens, schedules; loads no weights
+    python recipes/cpt.py --config recipes/configs/llama-3.1-8b.yaml --dry_run fsdp2:8
 
 Options: gatekv.training.config.CPTConfig. Writes checkpoints, then the adapter, its card and training.json to
 output_dir. SIGTERM and Ctrl-C finish the step, save a checkpoint and exit with code 75: --resume goes on.
 """
 
-from common import begin, fit, judge, run, save
+from common import begin, fit, judge, predict, run, save
 
 
-def main(argv: list[str]) -> None:
+def main(argv: list[str]) -> dict | None:
     from peft import get_peft_model
 
     from gatekv import GateKVConfig
@@ -22,7 +24,12 @@ def main(argv: list[str]) -> None:
     from gatekv.training.objective import Objective
     from gatekv.training.options import load_config
 
+    def gated(model):
+        return get_peft_model(model, GateKVConfig(task_type="CAUSAL_LM", **vars(config.spec)))
+
     config = load_config(argv, CPTConfig)
+    if config.dry_run:
+        return predict(config, gated)
     accelerator, model, tokenizer = begin(config)
     data = TrainingData(
         tokenizer,
@@ -34,7 +41,7 @@ def main(argv: list[str]) -> None:
         seed=config.seed,
         pack=config.pack,
     )
-    model = get_peft_model(model, GateKVConfig(task_type="CAUSAL_LM", **vars(config.spec)))
+    model = gated(model)
     objective = Objective(
         model,
         objective=config.objective,

@@ -4,26 +4,32 @@
     accelerate launch recipes/less.py --policy sinks_recent --max_steps 20       # a short trial
     accelerate launch recipes/less.py --adapter checkpoints/demo --policy gate+global      # beside a trained gate
     accelerate launch recipes/less.py --resume                                   # go on from the newest checkpoint
+    python recipes/less.py --dry_run                                             # memory, tokens; loads no weights
 
 Options: gatekv.training.less_config.LessConfig. Writes the adapter (with the gate, if there is one), its card and
 training.json to output_dir, checkpoints before; use it as KVCache(model, "snapkv+less", 0.125).
 """
 
-from common import begin, fit, judge, run, save
+from common import begin, fit, judge, predict, run, save
 
 
-def main(argv: list[str]) -> None:
+def main(argv: list[str]) -> dict | None:
     from gatekv.training.data import TrainingData
     from gatekv.training.less_config import LessConfig
     from gatekv.training.lesson import LessObjective, with_maps
     from gatekv.training.options import load_config
 
+    def gated(model):
+        maps = {"less_rank": config.rank, "less_hidden": config.hidden, "less_dropout": config.dropout}
+        return with_maps(model, config.adapter, **maps, less_policy=config.policy, less_budget=config.target_keep)
+
     config = load_config(argv, LessConfig)
+    if config.dry_run:
+        return predict(config, gated)
     accelerator, model, tokenizer = begin(config)
     shares = {"retrieval_share": config.retrieval_share, "recite_share": config.recite_share, "answer_weight": 1.0}
     data = TrainingData(tokenizer, config.data, config.sequence_length, seed=config.seed, **shares)
-    maps = {"less_rank": config.rank, "less_hidden": config.hidden, "less_dropout": config.dropout}
-    model = with_maps(model, config.adapter, **maps, less_policy=config.policy, less_budget=config.target_keep)
+    model = gated(model)
     objective = LessObjective(model, config.policy, config.objective)
     records, seconds = fit(objective, data, config, accelerator)
     if accelerator.is_main_process:

@@ -96,6 +96,12 @@ def save(model, tokenizer, config, records: list[dict], seconds: float, found: d
     print(f"saved {output}  loss {records[-1]['loss']:.4f}  {json.dumps(found)}")
 
 
+def finish(accelerator) -> None:
+    """Leave the process group. The wrapped model goes first: as the group's last owner it could wait for ever."""
+    accelerator.free_memory()
+    accelerator.end_training()
+
+
 def run(main) -> None:
     """Call main(argv); expected errors become one line and exit code 1, a traceback means a bug.
 

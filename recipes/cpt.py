@@ -11,7 +11,7 @@ Options: gatekv.training.config.CPTConfig. Writes checkpoints, then the adapter,
 output_dir. SIGTERM and Ctrl-C finish the step, save a checkpoint and exit with code 75: --resume goes on.
 """
 
-from common import begin, fit, judge, predict, run, save
+from common import begin, finish, fit, judge, predict, run, save
 
 
 def main(argv: list[str]) -> dict | None:
@@ -60,7 +60,7 @@ def main(argv: list[str]) -> dict | None:
         data.pack = False  # thresholds are read off rows as they will be used
         calibrate(model, data, keep=keep)
         save(model, tokenizer, config, records, seconds, found)
-    accelerator.end_training()
+    finish(accelerator)
 
 
 if __name__ == "__main__":

@@ -10,7 +10,7 @@ Options: gatekv.training.less_config.LessConfig. Writes the adapter (with the ga
 training.json to output_dir, checkpoints before; use it as KVCache(model, "snapkv+less", 0.125).
 """
 
-from common import begin, fit, judge, predict, run, save
+from common import begin, finish, fit, judge, predict, run, save
 
 
 def main(argv: list[str]) -> dict | None:
@@ -34,7 +34,7 @@ def main(argv: list[str]) -> dict | None:
     records, seconds = fit(objective, data, config, accelerator)
     if accelerator.is_main_process:
         save(model, tokenizer, config, records, seconds, judge(objective, data, config, accelerator))
-    accelerator.end_training()
+    finish(accelerator)
 
 
 if __name__ == "__main__":

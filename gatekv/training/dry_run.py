@@ -4,9 +4,11 @@ The model is built on torch's meta device from its config alone, so a 70B shape 
 the whole run; activations, communication in flight and the allocator's own losses are not in it (see `Memory`).
 """
 
+import json
 import os
 import re
 from dataclasses import asdict, dataclass
+from pathlib import Path
 
 import torch
 from torch import nn
@@ -76,7 +78,11 @@ def plan_of(text: str, environment=os.environ) -> Plan:
         return Plan(match[1], int(match[2]))
     kind = "ddp"
     if environment.get("ACCELERATE_USE_DEEPSPEED", "false") == "true":
-        kind = "zero" + environment.get("ACCELERATE_DEEPSPEED_ZERO_STAGE", "2")
+        stage = environment.get("ACCELERATE_DEEPSPEED_ZERO_STAGE", "2")
+        file = Path(environment.get("ACCELERATE_DEEPSPEED_CONFIG_FILE", ""))
+        if file.is_file():
+            stage = json.loads(file.read_text()).get("zero_optimization", {}).get("stage", 0)
+        kind = f"zero{stage}" if int(stage) else "ddp"
     elif environment.get("ACCELERATE_USE_FSDP", "false") == "true":
         kind = "fsdp2"
     return Plan(kind, int(environment.get("WORLD_SIZE", "1")))
@@ -140,12 +146,11 @@ def text_of(found: dict) -> str:
     lines = [
         f"plan        {plan['kind']}, {plan['processes']} processes",
         f"parameters  {found['parameters']:,}, of which {found['trained']:,} learn ({found['trained_share']:.2%})",
-        f"memory      {held['total'] / 1e9:.2f} GB each process: " + ", ".join(
-            f"{name} {held[name] / 1e9:.2f}" for name in ("frozen", "trained", "gradients", "optimizer", "buckets")
-        ),
-        f"            not counted: {found['left_out']}; largest layer {held['largest_layer'] / 1e9:.2f} GB",
+        f"memory      {held['total'] / 1e6:,.0f} MB each process: "
+        + ", ".join(f"{k} {held[k] / 1e6:,.0f}" for k in ("frozen", "trained", "gradients", "optimizer", "buckets")),
+        f"            not counted: {found['left_out']}; largest layer {held['largest_layer'] / 1e6:,.0f} MB",
         f"tokens      {found['tokens_per_step']:,} a step at most, {found['tokens']:,} in all",
-    ]  # fmt: skip
+    ]
     for at in found["schedule"]:
         lines.append(f"step {at['step']:<6} learning rate {at['learning_rate']:.2e}  target {at['target']:.3f}")
     return "\n".join(lines)

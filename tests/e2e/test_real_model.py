@@ -135,7 +135,7 @@ def test_sigterm_saves_and_exits_with_75(tmp_path):
 @pytest.mark.parametrize("recipe", ["cpt", "less"])
 def test_dry_run_says_what_is_to_come(recipe, tmp_path):
     out = run(f"recipes/{recipe}.py", "--dry_run", "zero2:4", "--output_dir", str(tmp_path / "out"))
-    assert "zero2, 4 processes" in out and "GB each process" in out and not (tmp_path / "out").exists()
+    assert "zero2, 4 processes" in out and "MB each process" in out and not (tmp_path / "out").exists()
 
 
 def test_low_rank_maps_train_beside_a_gate_resume_and_are_evaluated(adapter, tmp_path):

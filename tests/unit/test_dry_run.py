@@ -87,6 +87,12 @@ def test_the_plan_is_named_or_the_launchs(text, environment, plan):
     assert plan_of(text, environment) == plan
 
 
+def test_a_deepspeed_file_names_the_stage(tmp_path):
+    (tmp_path / "ds.json").write_text('{"zero_optimization": {"stage": 1}}')
+    environment = {"ACCELERATE_USE_DEEPSPEED": "true", "ACCELERATE_DEEPSPEED_CONFIG_FILE": str(tmp_path / "ds.json")}
+    assert plan_of("auto", environment) == Plan("zero1", 1)
+
+
 @pytest.mark.parametrize(
     "text,match", [("zero3", "zero3:16"), ("zero4:2", "Did you mean 'zero"), ("ddp:0", "at least 1")]
 )

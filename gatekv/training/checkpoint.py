@@ -1,13 +1,17 @@
-"""Training state in safetensors: trained parameters, AdamW moments, multipliers, the step. Atomic; never the base."""
+"""What a checkpoint holds: trained parameters, AdamW moments, multipliers; never the base. And which run it is of."""
 
-import json
-import os
-import shutil
+import hashlib
 from pathlib import Path
 
 import torch
-from safetensors import SafetensorError
-from safetensors.torch import load_file, save_file
+from transformers.utils import logging
+
+from gatekv.training import rotation
+from gatekv.training.options import RunConfig
+
+logger = logging.get_logger(__name__)
+
+TEXT_ROWS = 4  # that are hashed: several, because rows come from several sources
 
 
 def trained(module: torch.nn.Module) -> dict[str, torch.nn.Parameter]:
@@ -15,41 +19,22 @@ def trained(module: torch.nn.Module) -> dict[str, torch.nn.Parameter]:
     return {name: p for name, p in module.named_parameters() if p.requires_grad}
 
 
-def save(folder: Path, module, optimizer, step: int) -> None:
-    """Write folder anew; a crash leaves the old one whole."""
+def tensors_of(module, optimizer) -> dict[str, torch.Tensor]:
+    """What is to be saved, on the CPU. Every process must call it, where parameters are sharded."""
     tensors = {"multiplier": module.multiplier.cpu()}
     for name, p in trained(module).items():
         tensors[f"param.{name}"] = p.detach().cpu()
         for key, value in optimizer.state.get(p, {}).items():
             tensors[f"adam.{key}.{name}"] = value.detach().cpu()
-    work = folder.with_name(folder.name + ".partial")
-    shutil.rmtree(work, ignore_errors=True)
-    work.mkdir(parents=True)
-    save_file({k: v.contiguous() for k, v in tensors.items()}, work / "state.safetensors")
-    (work / "state.json").write_text(json.dumps({"step": step}))
-    old = folder.with_name(folder.name + ".old")
-    if folder.exists():
-        os.replace(folder, old)
-    os.replace(work, folder)
-    shutil.rmtree(old, ignore_errors=True)
+    return {k: v.contiguous() for k, v in tensors.items()}
 
 
-def load(folder: Path, module, optimizer) -> int:
-    """Restore what `save` wrote; returns the step to go on from.
-
-    Raises:
-        ValueError: no checkpoint, a damaged one, or one of another run's shapes.
-    """
-    if not (folder / "state.json").is_file():
-        raise ValueError(f"nothing to resume: {folder} holds no checkpoint; leave out --resume or fix --output_dir.")
-    try:
-        tensors = load_file(folder / "state.safetensors")
-    except (SafetensorError, OSError) as error:
-        raise ValueError(f"the checkpoint in {folder} is damaged ({error}): delete it and start again.") from error
+def restore(tensors: dict[str, torch.Tensor], module, optimizer) -> None:
+    """Put back what `tensors_of` gave; ValueError when it is of other parameters."""
     parameters = trained(module)
     names = {k.removeprefix("param.") for k in tensors if k.startswith("param.")}
     if names != set(parameters) or any(tensors[f"param.{n}"].shape != p.shape for n, p in parameters.items()):
-        raise ValueError(f"the checkpoint in {folder} is of another gate: resume with the options it was started with.")
+        raise ValueError("the checkpoint is of another gate: resume with the options it was started with.")
     with torch.no_grad():
         module.multiplier.copy_(tensors["multiplier"])
         for name, p in parameters.items():
@@ -58,4 +43,68 @@ def load(folder: Path, module, optimizer) -> int:
             state = {k.split(".", 2)[1]: tensors[k].clone() for k in keys}
             if state:
                 optimizer.state[p] = {k: v if k == "step" else v.to(p.device) for k, v in state.items()}
-    return json.loads((folder / "state.json").read_text())["step"]
+
+
+def batch_sha256(batch: dict[str, torch.Tensor]) -> str:
+    """The first half of the sha256 of a batch's input_ids [rows, tokens]."""
+    return hashlib.sha256(batch["input_ids"].cpu().contiguous().numpy().tobytes()).hexdigest()[:32]
+
+
+def identity(config: RunConfig, processes: int) -> dict:
+    """What a run's result depends on beside its text: its options, and rows a step, however they are split."""
+    rows = config.batch_size * config.accumulation * processes
+    return {"options": config.decisive(), "rows_per_step": rows}
+
+
+def text_sha256(data, step: int, run: dict) -> str:
+    """Hash of the next rows that a run reads, which tells whether its text, tokenizer and order are still the same.
+
+    data: `gatekv.training.data.TrainingData`. run: what `identity` gave.
+    """
+    return batch_sha256(data.batch(step * run["rows_per_step"], TEXT_ROWS))
+
+
+def check_identity(saved: dict, mine: dict, folder: Path) -> None:
+    """ValueError, naming what differs, when a checkpoint belongs to a run with another result.
+
+    saved, mine: {"identity": of `identity`, "text": of `text_sha256`}.
+    """
+    cure = f"resume {folder} with what it was started with, or start anew without --resume."
+    was, now = saved["identity"], mine["identity"]
+    for name in sorted(was["options"].keys() | now["options"].keys()):
+        then, given = (options.get(name, "not an option") for options in (was["options"], now["options"]))
+        if then != given:
+            raise ValueError(f"{name}={given!r}, but the checkpoint was trained with {name}={then!r}: {cure}")
+    if was["rows_per_step"] != now["rows_per_step"]:
+        raise ValueError(
+            f"a step reads {now['rows_per_step']} rows (batch_size · accumulation · processes), but the checkpoint's "
+            f"read {was['rows_per_step']}: {cure}"
+        )
+    if saved["text"] != mine["text"]:
+        raise ValueError(f"the training text or the tokenizer is not what the checkpoint was trained on: {cure}")
+
+
+def find(resume: str, output: Path) -> tuple[Path | None, dict, dict]:
+    """(folder, tensors, state) of the checkpoint that `resume` asks for; (None, {}, {}) to start anew.
+
+    Raises:
+        ValueError: a folder was named and holds no whole checkpoint, or none of output's checkpoints is whole.
+    """
+    if not resume:
+        return None, {}, {}
+    if resume != "auto":
+        try:
+            return Path(resume), *rotation.read(Path(resume))
+        except ValueError as error:
+            raise ValueError(f"{error} Name a whole checkpoint-<step> folder, or use --resume auto.") from error
+    newest = rotation.steps(output)[::-1]
+    for step in newest:
+        folder = rotation.folder_of(output, step)
+        try:
+            return folder, *rotation.read(folder)
+        except ValueError as error:
+            logger.warning(f"{error} Going back to the checkpoint before it.")
+    if newest:
+        raise ValueError(f"none of the {len(newest)} checkpoints in {output} is whole: start anew without --resume.")
+    logger.warning(f"no checkpoint in {output}: starting anew.")
+    return None, {}, {}

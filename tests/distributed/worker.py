@@ -32,6 +32,7 @@ def main(out: str, batch_size: int, settings: str) -> None:
         weights = torch.cat([p.detach().flatten() for p in checkpoint.trained(module).values()])
         result = {"losses": [r["loss"] for r in records], "sum": float(weights.double().abs().sum())}
         (folder / "result.json").write_text(json.dumps(result | {"world": accelerator.num_processes}))
+    accelerator.free_memory()
     accelerator.end_training()
 
 

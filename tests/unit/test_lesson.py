@@ -8,9 +8,9 @@ from test_less_cache import LESS, loud
 import gatekv
 from gatekv.attention import output_error
 from gatekv.modules import base_model, wrappers
-from gatekv.training.config import load_config
 from gatekv.training.less_config import LessConfig
 from gatekv.training.lesson import LessObjective, with_maps
+from gatekv.training.options import load_config
 
 
 def batch_of(lengths, split):

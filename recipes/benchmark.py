@@ -6,10 +6,10 @@
     python recipes/benchmark.py decode --contexts 1024,2048,4096,8192,16384,32768 --batches 1,8
     make peer && python recipes/benchmark.py decode --peer kvpress --contexts 8192 --keeps .125
 
-*limit*: a plain cache that holds keep x context tokens, the best that any eviction can do. *uneven*: heads that
-compete for one budget and end up very unequal. CPU time is process CPU seconds; medians of --repeats. `decode` fills
-caches with random keys and values (a peer prefills in earnest) and counts 16 tokens as one repeat, because that often
-a cache folds its window and a gate reads.
+*limit*: a plain cache that holds keep x context tokens, the best that any eviction can do. *even*: all heads hold as
+many; *uneven*: heads that compete for one budget and end up very unequal. CPU time is process CPU seconds; medians of
+--repeats. `decode` fills caches with random keys and values (a peer prefills in earnest) and counts 16 tokens as one
+repeat, because that often a cache folds its window and a gate reads.
 """
 
 import argparse
@@ -34,9 +34,8 @@ def decode(model, args) -> list[dict]:
                 print(f"context {context}, batch {batch} skipped: its caches need more than --memory {args.memory} GiB")
                 continue
             undecided = measure.undecided_from(model, full)
-            caches = {
-                (k, name): c for k in args.keeps for name, c in measure.compressed(undecided, k, args.gate).items()
-            }
+            made = {k: measure.compressed(undecided, k, args.gate, args.less) for k in args.keeps}
+            caches = {(k, name): c for k, held in made.items() for name, c in held.items()}
             ratios = {key: c.memory()["ratio"] for key, c in caches.items()}
             caches |= {(k, "limit"): full_cache(model, batch, max(1, int(k * context))) for k in args.keeps if k < 1}
             work = {key: measure.step(model, c, batch) for key, c in caches.items()}
@@ -56,6 +55,7 @@ def decode(model, args) -> list[dict]:
                     "context": context, "batch": batch, "keep": keep, "heads": name, "bytes_ratio": round(ratio, 4),
                     "ms_per_token": round(1e3 * mine, 2), "time_vs_full": round(mine / times["full"], 3),
                     "time_vs_limit": round(mine / times.get((keep, "limit"), times["full"]), 3),
+                    "time_vs_even": round(mine / times[keep, "even"], 3),
                 })  # fmt: skip
             report(rows[-len(ratios) :])
     for batch in args.batches:
@@ -161,6 +161,7 @@ def main(argv: list[str]) -> None:
     parser.add_argument("--repeats", type=int, default=3)
     parser.add_argument("--memory", type=float, default=12.0, help="GiB that one row's caches may take")
     parser.add_argument("--gate", default="", help="decode: also with random gates of this form, judging as they go")
+    parser.add_argument("--less", default="", choices=["", "kernel", "centroids"], help="decode: also with a remainder")
     parser.add_argument("--peer", default="", choices=["", "kvpress"])
     args = parser.parse_args(argv)
     import torch
@@ -175,8 +176,8 @@ def main(argv: list[str]) -> None:
     torch.manual_seed(0)
     model = measure.small_llama(args.dtype) if args.model == "small" else load_model(args.model, args.dtype)[0]
     model, args.path = model.to(args.device), model.name_or_path
-    if args.gate:
-        model = measure.with_gate(model, args.gate)
+    if args.gate or args.less:
+        model = measure.with_adapter(model, args.gate, args.less)
     with torch.set_grad_enabled(args.what == "train"):
         rows = {"decode": decode, "cache": cache, "train": train}[args.what](model, args)
     print(json.dumps({

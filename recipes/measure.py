@@ -132,36 +132,43 @@ def undecided_from(model, full):
     return cache
 
 
-def with_gate(model, form: str):
-    """The model under a PEFT adapter whose gates of that form are random: they cost what trained ones cost."""
+def with_adapter(model, gate: str, less: str):
+    """The model under a PEFT adapter with random gates and low-rank maps of those forms: they cost what trained ones
+    cost."""
     import torch
     from peft import get_peft_model
 
     import gatekv
     from gatekv.modules import wrappers
 
-    peft = get_peft_model(model, gatekv.GateKVConfig(gate=form))
-    for w in wrappers(peft):
+    rank = {"": 0, "kernel": 8, "centroids": 4}[less]  # the same bytes
+    maps = {"less_form": less or "kernel", "less_rank": rank}
+    peft = get_peft_model(model, gatekv.GateKVConfig(gate=gate or "none", **maps))
+    for w in wrappers(peft) if gate else ():
         for name, parameter in w.gate().named_parameters():
             if name in ("out.weight", "out_weight"):
                 torch.nn.init.normal_(parameter)
     return peft.eval()
 
 
-def policy_of(scorer, rule: str):
+def policy_of(scorer, rule: str, remainder=None):
     """A policy that ranks by `scorer` and shares the budget by `rule`."""
     from gatekv.policies import BUDGETS, Policy
 
-    return Policy(scorer, BUDGETS[rule](), None)
+    return Policy(scorer, BUDGETS[rule](), None, remainder=remainder)
 
 
-def compressed(undecided, keep: float, gate: str) -> dict:
-    """The same prompt with equal heads, with very unequal ones, and under a gate that goes on judging."""
+def compressed(undecided, keep: float, gate: str, less: str) -> dict:
+    """The same prompt with equal heads, with very unequal ones, under a gate that goes on judging, with a remainder."""
+    from gatekv.policies.less import Less
+
     if keep == 1:
         return {"even": undecided.decide("full")}
     policies = {"even": policy_of(skewed(), "uniform"), "uneven": policy_of(skewed(), "global")}
     if gate:
         policies[f"{gate} gate"] = "gate+global"
+    if less:
+        policies[f"even, {less}"] = policy_of(skewed(), "uniform", Less())
     return {name: undecided.decide(policy, keep) for name, policy in policies.items()}
 
 

@@ -12,6 +12,7 @@ import torch
 from torch import nn
 
 from gatekv.less.features import FeatureMap
+from gatekv.ops.naive import group_queries
 
 Tensor = torch.Tensor
 SHARP = 4.0  # with 1/√D, a first assignment that is neither even nor hard
@@ -51,3 +52,18 @@ class CentroidPhi(nn.Module):
         logits = torch.where(mass > tiny, logits, torch.finfo(mass.dtype).min / 2)  # a group of no key has no say
         shift = logits.detach().amax(-1, keepdim=True)
         return (logits - shift).exp(), shift[..., 0]
+
+    def ask(self, q: Tensor, keys: Tensor, values: Tensor, log_mass: Tensor, scaling: float) -> tuple[Tensor, Tensor]:
+        """The answer of a state's groups as of tokens that weigh their mass: that of `forward` and `State.segment`.
+
+        q: [batch, heads, queries, head_dim]; the rest: `State.means`. Returns (output, shaped as q, log-sum-exp
+        [batch, heads, queries]), (0, -inf) while nothing is folded.
+        """
+        (b, h, n, d), kv = q.shape, keys.shape[1]
+        x = group_queries(q.to(keys.dtype) * (self.sharpness.to(keys.dtype) * scaling), kv).flatten(2, 3)
+        bias = (self.bias.to(keys.dtype).view(kv, -1, 1, 1) + log_mass[:, :, None, None]).expand(-1, -1, -1, n, -1)
+        logits = x @ keys.transpose(-1, -2) + bias.reshape(b, kv, h // kv * n, -1)
+        lse = logits.logsumexp(-1, keepdim=True)
+        out = (logits - lse).exp() @ values
+        lse = lse.masked_fill(lse < torch.finfo(lse.dtype).min / 4, -torch.inf)
+        return out.view(b, h, n, d), lse.view(b, h, n)

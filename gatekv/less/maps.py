@@ -51,6 +51,8 @@ class LessMaps(nn.Module):
         Where φ depends on the keys, it depends on both parts, so that it never matters when a token is folded.
         """
         ops = naive if q.shape[2] == 1 else remainder  # a lone query is no chunk
+        if self.centroids and waiting is None:
+            return [self.phi.ask(q, *state.means(), scaling)]
         if self.centroids:
             said = [] if state is None else [state.reach(q)]
             if waiting is not None:

@@ -84,6 +84,24 @@ def test_a_group_of_one_key_is_that_key():
         torch.testing.assert_close(a, b, rtol=1e-10, atol=1e-10)
 
 
+@pytest.mark.parametrize("heads,kv,queries", [(6, 3, 5), (8, 1, 1), (2, 2, 3)])
+def test_asking_the_means_is_asking_the_sums(heads, kv, queries):
+    q, k, v, flags = inputs(queries=queries, heads=heads, kv=kv)
+    m = maps(heads=heads, kv=kv)
+    with torch.no_grad():
+        for p in m.phi.parameters():
+            p.add_(torch.rand_like(p))
+        state = m.state(v)
+        for gone in (flags, ~flags):  # the means follow what is folded
+            state.fold(m.psi(k), k, v, gone)
+            phi, shift = m.phi(*state.reach(q), SCALE)
+            out, lse = state.segment(phi)
+            torch.testing.assert_close(m.answer(q, SCALE, state), [(out, lse + shift)], rtol=1e-10, atol=1e-10)
+        state.select(torch.tensor([1]))
+        alone = m.answer(q[1:], SCALE, state)[0][0]
+        torch.testing.assert_close(alone, out[1:], rtol=1e-10, atol=1e-10)
+
+
 def test_maps_follow_the_formula_head_by_head():
     psi = CentroidPsi(3, 8, rank=4, hidden=16)
     k = torch.randn(2, 3, 5, 8)
@@ -93,7 +111,7 @@ def test_maps_follow_the_formula_head_by_head():
     phi = CentroidPhi(6)
     with torch.no_grad():
         phi.sharpness.copy_(torch.rand(6, 1, 1)), phi.bias.copy_(torch.rand(6, 1, 1))
-    reach, mass = torch.randn(2, 6, 5, 4), torch.rand(2, 6, 5, 4)
+    reach, mass = torch.randn(2, 6, 5, 4), 0.5 + torch.rand(2, 6, 5, 4)
     features, shift = phi(reach, mass, SCALE)
     wanted = (phi.sharpness * reach / mass * SCALE + phi.bias).exp()
     torch.testing.assert_close(features * shift[..., None].exp(), wanted)

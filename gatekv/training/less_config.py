@@ -18,29 +18,29 @@ class LessConfig(RunConfig):
         adapter: to build on, folder or Hub name: its gate stays as it is, its maps, if it has any, are where these
             begin. Empty: low-rank maps alone.
         policy: whose evictions the maps learn, at budgets drawn around target_keep; gates need an adapter.
-        objective: attention_mse (layer by layer, the paper's) or kl (end to end): see gatekv.training.lesson.
+        objective: attention_mse (layer by layer, the paper's) or kl (end to end, after warm_share of the run layer by
+            layer): see gatekv.training.lesson.
         form, rank, hidden, dropout: of the maps (paper: kernel, 8, 512, .3): see gatekv.config.LessSpec.
     """
 
     output_dir: str = "checkpoints/less"
     max_steps: int = 200
-    learning_rate: float = 1e-3
-    retrieval_share: float = 0.3
-    recite_share: float = 0.3
+    learning_rate: float = 2e-3
+    retrieval_share: float = 0.0
     target_keep: float = 0.125
     budget_spread: float = 1.0
     adapter: str = ""
     policy: str = "snapkv"
-    objective: str = "attention_mse"
-    form: str = "kernel"
-    rank: int = 8
+    objective: str = "kl"
+    warm_share: float = 0.65
+    form: str = "centroids"
+    rank: int = 4
     hidden: int = 512
-    dropout: float = 0.3
+    dropout: float = 0.0
 
     # What the loop asks of a config and this training has no choice in.
     prefill = "dense"
     sparsity = "budget"
-    warm_share = 0.0
     target_share = 0.0
 
     def __post_init__(self):

@@ -31,7 +31,8 @@ class LessObjective(nn.Module):
         model: PEFT model with low-rank maps; its base, and its gates if it has any, are frozen.
         policy: whose decisions the maps learn to live with, as for `KVCache`, without the remainder.
         objective: "attention_mse": mean over layers of the squared error of the layer's output, as a share of its
-            square (the paper's, layer-local); "kl": to the same model with its whole cache, through all layers.
+            square (the paper's, layer-local); "kl": to the same model with its whole cache, through all layers; steps
+            that are `warm` still learn layer by layer, which is cheaper and where end to end has to begin.
 
     Raises:
         ValueError: an adapter without low-rank maps, a policy that does not exist.
@@ -89,7 +90,7 @@ class LessObjective(nn.Module):
                 teacher = self._behind(batch, split, prompt)
             lessons = [w.recorded for w in layers]
             loss = torch.stack([lesson.error for lesson in lessons]).mean()
-            if self.objective == "kl":
+            if self.objective == "kl" and not warm:
                 head, weights = base_model(self.model).get_output_embeddings(), batch["weights"][:, split:].float()
                 loss = distillation_loss(self._behind(batch, split, prompt), teacher, head, weights)
         finally:

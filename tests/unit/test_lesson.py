@@ -121,6 +121,16 @@ def test_no_gradient_crosses_a_layer():
     assert any(p.grad is not None for p in last.less().parameters())
 
 
+def test_end_to_end_begins_layer_by_layer():
+    model = gated(gate="none", dtype=torch.float32, less_dropout=0.0, **LESS)
+    batch = batch_of([120], 100)
+    batch["weights"] = torch.ones(1, 120)
+    end, layers = (LessObjective(loud(model), "sinks_recent", kind) for kind in ("kl", "attention_mse"))
+    wanted = layers(batch, 0.4)["loss"]
+    torch.testing.assert_close(end(batch, 0.4, warm=True)["loss"], wanted)
+    assert not torch.isclose(end(batch, 0.4)["loss"], wanted, rtol=1e-2)
+
+
 def test_learning_closes_a_gap():
     torch.manual_seed(0)
     model = gated(gate="none", dtype=torch.float32, less_rank=8, less_hidden=32, less_dropout=0.0)

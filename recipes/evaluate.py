@@ -110,6 +110,8 @@ def checked_arguments(args: argparse.Namespace) -> tuple[list[str], list[float],
     from gatekv.evaluation import frontier, tasks
 
     names = [p for p in args.policies.split(",") if p and p != "full"]
+    alone = ["+".join(part for part in p.split("+") if part != "less") for p in names]  # LESS's control, unasked
+    names = list(dict.fromkeys([*names, *alone]))
     budgets = [float(b) for b in args.budgets.split(",") if b]
     for name in names:
         for budget in budgets:

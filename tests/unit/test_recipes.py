@@ -72,6 +72,11 @@ def test_provenance_says_what_ran():
     )
 
 
+def test_a_remainder_brings_its_control():
+    args = evaluate.parse(["--policies", "snapkv+ada+less,h2o,h2o+less", "--budgets", ".5"])
+    assert evaluate.checked_arguments(args)[0] == ["snapkv+ada+less", "h2o", "h2o+less", "snapkv+ada"]
+
+
 def test_table_prints_refusals(capsys):
     row = {"task": "ppl", "mode": "agnostic", "policy": "l2", "budget": 0.1, "score": None, "refused": "below the 36"}
     whole = row | {"refused": "budget 0.1 is unreachable: 2 of 8 layers are left whole; skip fewer layers."}

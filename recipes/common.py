@@ -1,5 +1,6 @@
-"""What every recipe needs: the model, one-line errors."""
+"""What every recipe needs: the model, what training leaves behind, one-line errors."""
 
+import json
 import sys
 from pathlib import Path
 
@@ -13,13 +14,35 @@ def load_model(name: str, dtype: str):
     from transformers import AutoModelForCausalLM, AutoTokenizer
 
     from checkpoints.fetch import fetch
+    from gatekv.training.sharding import loading
 
     path = name or str(fetch())
     try:
-        model = AutoModelForCausalLM.from_pretrained(path, dtype=getattr(torch, dtype))
+        with loading(getattr(torch, dtype)):
+            model = AutoModelForCausalLM.from_pretrained(path, dtype=getattr(torch, dtype))
         return model.eval(), AutoTokenizer.from_pretrained(path)
     except OSError as error:
         raise ValueError(f"model {path!r} cannot be loaded: {str(error).splitlines()[0]}") from error
+
+
+def save_run(accelerator, model, tokenizer, config, records: list[dict], found: dict, seconds: float) -> None:
+    """The adapter, its card and training.json into config.output_dir. All processes call it, the first writes.
+
+    found: what was measured behind the run; it stands in training.json as soft_hard and is printed.
+    """
+    from gatekv.training.card import write_card
+    from gatekv.training.sharding import adapter_state
+
+    state = adapter_state(accelerator, model)
+    if not accelerator.is_main_process:
+        return
+    output = Path(config.output_dir)
+    model.save_pretrained(output, state_dict=state)
+    tokenizer.save_pretrained(output)
+    told = {"config": config.options(), "steps": records, "soft_hard": found, "seconds": seconds}
+    (output / "training.json").write_text(json.dumps(told, indent=1))
+    write_card(output, config.options())
+    print(f"saved {output}  task {records[-1]['task'] if records else float('nan'):.4f}  {json.dumps(found)}")
 
 
 def run(main) -> None:

@@ -8,11 +8,9 @@
 Options: gatekv.training.config.CPTConfig. Writes the adapter, its card and training.json to output_dir.
 """
 
-import json
 import time
-from pathlib import Path
 
-from common import load_model, run
+from common import load_model, run, save_run
 
 
 def main(argv: list[str]) -> None:
@@ -22,11 +20,11 @@ def main(argv: list[str]) -> None:
 
     from gatekv import GateKVConfig
     from gatekv.training.calibrate import calibrate
-    from gatekv.training.card import write_card
     from gatekv.training.config import load_config
     from gatekv.training.data import TrainingData, check_length
     from gatekv.training.loop import PROBE_ROW, train
     from gatekv.training.objective import Objective
+    from gatekv.training.sharding import embeddings, in_parts
 
     config = load_config(argv)
     accelerator = Accelerator(log_with=None if config.log_with == "none" else config.log_with)
@@ -44,7 +42,8 @@ def main(argv: list[str]) -> None:
         seed=config.seed,
         pack=config.pack,
     )
-    model = get_peft_model(model, GateKVConfig(task_type="CAUSAL_LM", **vars(config.spec)))
+    with embeddings(model):
+        model = get_peft_model(model, GateKVConfig(task_type="CAUSAL_LM", **vars(config.spec)))
     model.train()
     if accelerator.is_main_process:
         model.print_trainable_parameters()
@@ -64,21 +63,13 @@ def main(argv: list[str]) -> None:
     records = train(objective, data, config, accelerator)
     seconds = round(time.monotonic() - start, 1)
 
-    if accelerator.is_main_process:
-        batch = {k: v.to(accelerator.device) for k, v in data.batch(PROBE_ROW, 1, align=True).items()}
-        model.train()
+    batch = {k: v.to(accelerator.device) for k, v in data.batch(PROBE_ROW, 1, align=True).items()}
+    model.train()
+    with in_parts(objective):
         gap = objective.soft_hard(batch, config.target_keep)
-        keep = config.target_keep if config.sparsity == "budget" else None
         data.pack = False  # thresholds are read off rows as they will be used
-        calibrate(model, data, keep=keep)
-        output = Path(config.output_dir)
-        model.save_pretrained(output)
-        tokenizer.save_pretrained(output)
-        (output / "training.json").write_text(
-            json.dumps({"config": config.options(), "steps": records, "soft_hard": gap, "seconds": seconds}, indent=1)
-        )
-        write_card(output, config.options())
-        print(f"saved {output}  task {records[-1]['task'] if records else float('nan'):.4f}  {json.dumps(gap)}")
+        calibrate(model, data, keep=config.target_keep if config.sparsity == "budget" else None)
+    save_run(accelerator, model, tokenizer, config, records, gap, seconds)
     accelerator.end_training()
 
 

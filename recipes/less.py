@@ -9,23 +9,21 @@ Options: gatekv.training.less_config.LessConfig. Writes the adapter (with the ga
 training.json to output_dir; use it as KVCache(model, "snapkv+less", 0.125).
 """
 
-import json
 import time
-from pathlib import Path
 
-from common import load_model, run
+from common import load_model, run, save_run
 
 
 def main(argv: list[str]) -> None:
     from accelerate import Accelerator
     from accelerate.utils import set_seed
 
-    from gatekv.training.card import write_card
     from gatekv.training.config import load_config
     from gatekv.training.data import TrainingData, check_length
     from gatekv.training.less_config import LessConfig
     from gatekv.training.lesson import LessObjective, with_maps
     from gatekv.training.loop import PROBE_ROW, train
+    from gatekv.training.sharding import embeddings, in_parts
 
     config = load_config(argv, LessConfig)
     accelerator = Accelerator(log_with=None if config.log_with == "none" else config.log_with)
@@ -36,7 +34,8 @@ def main(argv: list[str]) -> None:
     shares = {"retrieval_share": config.retrieval_share, "recite_share": config.recite_share, "answer_weight": 1.0}
     data = TrainingData(tokenizer, config.data, config.sequence_length, seed=config.seed, **shares)
     maps = {"less_rank": config.rank, "less_hidden": config.hidden, "less_dropout": config.dropout}
-    model = with_maps(model, config.adapter, **maps, less_policy=config.policy, less_budget=config.target_keep)
+    with embeddings(model):
+        model = with_maps(model, config.adapter, **maps, less_policy=config.policy, less_budget=config.target_keep)
     model.train()
     if accelerator.is_main_process:
         model.print_trainable_parameters()
@@ -47,17 +46,10 @@ def main(argv: list[str]) -> None:
     records = train(objective, data, config, accelerator)
     seconds = round(time.monotonic() - start, 1)
 
-    if accelerator.is_main_process:
-        batch = {k: v.to(accelerator.device) for k, v in data.batch(PROBE_ROW, 1, align=True).items()}
+    batch = {k: v.to(accelerator.device) for k, v in data.batch(PROBE_ROW, 1, align=True).items()}
+    with in_parts(objective):
         found = objective.soft_hard(batch, config.target_keep)
-        output = Path(config.output_dir)
-        model.save_pretrained(output)
-        tokenizer.save_pretrained(output)
-        (output / "training.json").write_text(
-            json.dumps({"config": config.options(), "steps": records, "soft_hard": found, "seconds": seconds}, indent=1)
-        )
-        write_card(output, config.options())
-        print(f"saved {output}  {json.dumps(found)}")
+    save_run(accelerator, model, tokenizer, config, records, found, seconds)
     accelerator.end_training()
 
 

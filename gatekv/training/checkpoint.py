@@ -6,8 +6,11 @@ import shutil
 from pathlib import Path
 
 import torch
+from accelerate import Accelerator
 from safetensors import SafetensorError
 from safetensors.torch import load_file, save_file
+
+from gatekv.training import sharding
 
 
 def trained(module: torch.nn.Module) -> dict[str, torch.nn.Parameter]:
@@ -15,13 +18,17 @@ def trained(module: torch.nn.Module) -> dict[str, torch.nn.Parameter]:
     return {name: p for name, p in module.named_parameters() if p.requires_grad}
 
 
-def save(folder: Path, module, optimizer, step: int) -> None:
-    """Write folder anew; a crash leaves the old one whole."""
+def save(folder: Path, accelerator: Accelerator, module, optimizer, step: int) -> None:
+    """Write folder anew; a crash leaves the old one whole. All processes call it, the first writes.
+
+    What is spread over processes is gathered, so any number of them, under any launch file, can go on from it.
+    """
+    named = trained(module)
     tensors = {"multiplier": module.multiplier.cpu()}
-    for name, p in trained(module).items():
-        tensors[f"param.{name}"] = p.detach().cpu()
-        for key, value in optimizer.state.get(p, {}).items():
-            tensors[f"adam.{key}.{name}"] = value.detach().cpu()
+    tensors |= {f"param.{k}": v for k, v in sharding.gather(accelerator, named).items()}
+    tensors |= {f"adam.{k}": v for k, v in sharding.gather_moments(accelerator, optimizer, named).items()}
+    if not accelerator.is_main_process:
+        return
     work = folder.with_name(folder.name + ".partial")
     shutil.rmtree(work, ignore_errors=True)
     work.mkdir(parents=True)
@@ -34,8 +41,8 @@ def save(folder: Path, module, optimizer, step: int) -> None:
     shutil.rmtree(old, ignore_errors=True)
 
 
-def load(folder: Path, module, optimizer) -> int:
-    """Restore what `save` wrote; returns the step to go on from.
+def load(folder: Path, accelerator: Accelerator, module, optimizer) -> int:
+    """Restore what `save` wrote, into a prepared module and optimizer; returns the step to go on from.
 
     Raises:
         ValueError: no checkpoint, a damaged one, or one of another run's shapes.
@@ -47,15 +54,10 @@ def load(folder: Path, module, optimizer) -> int:
     except (SafetensorError, OSError) as error:
         raise ValueError(f"the checkpoint in {folder} is damaged ({error}): delete it and start again.") from error
     parameters = trained(module)
-    names = {k.removeprefix("param.") for k in tensors if k.startswith("param.")}
-    if names != set(parameters) or any(tensors[f"param.{n}"].shape != p.shape for n, p in parameters.items()):
+    part = lambda start: {k.removeprefix(start): v for k, v in tensors.items() if k.startswith(start)}  # noqa: E731
+    if {k: v.shape for k, v in part("param.").items()} != sharding.shapes(accelerator, parameters):
         raise ValueError(f"the checkpoint in {folder} is of another gate: resume with the options it was started with.")
-    with torch.no_grad():
-        module.multiplier.copy_(tensors["multiplier"])
-        for name, p in parameters.items():
-            p.copy_(tensors[f"param.{name}"])
-            keys = [k for k in tensors if k.startswith("adam.") and k.split(".", 2)[2] == name]
-            state = {k.split(".", 2)[1]: tensors[k].clone() for k in keys}
-            if state:
-                optimizer.state[p] = {k: v if k == "step" else v.to(p.device) for k, v in state.items()}
+    module.multiplier.copy_(tensors["multiplier"])
+    sharding.put(accelerator, parameters, part("param."))
+    sharding.put_moments(accelerator, optimizer, parameters, part("adam."))
     return json.loads((folder / "state.json").read_text())["step"]

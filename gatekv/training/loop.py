@@ -6,7 +6,7 @@ import torch
 from accelerate import Accelerator
 from tqdm import tqdm
 
-from gatekv.training import checkpoint
+from gatekv.training import checkpoint, sharding
 from gatekv.training.config import CPTConfig
 from gatekv.training.data import TrainingData
 from gatekv.training.objective import Objective
@@ -34,16 +34,14 @@ def train(objective: Objective, data: TrainingData, config: CPTConfig, accelerat
     parameters = list(checkpoint.trained(objective).values())
     optimizer = torch.optim.AdamW(parameters, lr=config.learning_rate, weight_decay=0.0)
     folder = Path(config.output_dir) / "checkpoint"
-    start = checkpoint.load(folder, objective, optimizer) if config.resume else 0
-    _prepare_accumulation(accelerator, config)
-    module, optimizer = accelerator.prepare(objective, optimizer)
+    module, optimizer = sharding.prepare(accelerator, objective, optimizer, config)
+    start = checkpoint.load(folder, accelerator, objective, optimizer) if config.resume else 0
     rank, world = accelerator.process_index, accelerator.num_processes
     records, done, gap = [], start, float("nan")
     probe = {k: v.to(accelerator.device) for k, v in data.batch(PROBE_ROW, 1, align=True).items()}
 
     def save(done: int) -> None:
-        if accelerator.is_main_process:
-            checkpoint.save(folder, accelerator.unwrap_model(module), optimizer.optimizer, done)
+        checkpoint.save(folder, accelerator, objective, optimizer, done)
 
     bar = tqdm(range(start, config.max_steps), disable=not accelerator.is_local_main_process, desc="train")
     try:
@@ -60,7 +58,8 @@ def train(objective: Objective, data: TrainingData, config: CPTConfig, accelerat
             records.append(record)
             if done % config.save_every == 0:
                 save(done)
-                record |= accelerator.unwrap_model(module).soft_hard(probe, config.target_keep)
+                with sharding.in_parts(objective):
+                    record |= objective.soft_hard(probe, config.target_keep)
                 gap = record["soft_hard_gap"]
             state = {"loss": record["loss"], "keep": record["keep"], "target": target, "soft_hard_gap": gap}
             bar.set_postfix({k: f"{v:.3f}" for k, v in state.items()})
@@ -97,14 +96,3 @@ def _step(module, optimizer, data, config, accelerator, step, target, rank, worl
     sums = {k: global_mean(accelerator, v) for k, v in sums.items()}
     accelerator.unwrap_model(module).move_multipliers(sums.pop("gap"))
     return {k: float(v) for k, v in sums.items()}
-
-
-def _prepare_accumulation(accelerator: Accelerator, config: CPTConfig) -> None:
-    """Tell accelerate, and DeepSpeed where it is in charge, how many rows and micro-batches make a step."""
-    accelerator.gradient_accumulation_steps = config.accumulation
-    plugin = accelerator.state.deepspeed_plugin
-    if plugin is not None:
-        plugin.deepspeed_config["train_micro_batch_size_per_gpu"] = config.batch_size
-        plugin.deepspeed_config["gradient_accumulation_steps"] = config.accumulation
-        plugin.deepspeed_config["gradient_clipping"] = config.max_grad_norm
-        plugin.deepspeed_config["zero_allow_untested_optimizer"] = True

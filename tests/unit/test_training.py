@@ -357,17 +357,17 @@ def test_stop_and_resume_is_the_uninterrupted_run(tmp_path):
 
 def test_checkpoint_errors(tmp_path):
     module = make()
-    optimizer = torch.optim.AdamW(checkpoint.trained(module).values())
+    optimizer, alone = torch.optim.AdamW(checkpoint.trained(module).values()), Accelerator(cpu=True)
     with pytest.raises(ValueError, match="nothing to resume"):
-        checkpoint.load(tmp_path / "none", module, optimizer)
-    checkpoint.save(tmp_path / "c", module, optimizer, 3)
+        checkpoint.load(tmp_path / "none", alone, module, optimizer)
+    checkpoint.save(tmp_path / "c", alone, module, optimizer, 3)
     with pytest.raises(ValueError, match="of another gate"):
         other = make(gate="attention")
-        checkpoint.load(tmp_path / "c", other, torch.optim.AdamW(checkpoint.trained(other).values()))
+        checkpoint.load(tmp_path / "c", alone, other, torch.optim.AdamW(checkpoint.trained(other).values()))
     path = tmp_path / "c/state.safetensors"
     path.write_bytes(path.read_bytes()[:-9])
     with pytest.raises(ValueError, match="is damaged"):
-        checkpoint.load(tmp_path / "c", module, optimizer)
+        checkpoint.load(tmp_path / "c", alone, module, optimizer)
 
 
 def test_nan_loss_stops_and_keeps_the_checkpoint(tmp_path):

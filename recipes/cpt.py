@@ -24,6 +24,7 @@ def main(argv: list[str]) -> None:
     from gatekv.training.data import TrainingData, check_length
     from gatekv.training.loop import PROBE_ROW, train
     from gatekv.training.objective import Objective
+    from gatekv.training.recompute import recompute_layers
     from gatekv.training.sharding import embeddings, in_parts
 
     config = load_config(argv)
@@ -45,6 +46,8 @@ def main(argv: list[str]) -> None:
     with embeddings(model):
         model = get_peft_model(model, GateKVConfig(task_type="CAUSAL_LM", **vars(config.spec)))
     model.train()
+    if config.gradient_checkpointing:
+        recompute_layers(model)
     if accelerator.is_main_process:
         model.print_trainable_parameters()
     accelerator.init_trackers("gatekv", config=config.options() | {"data": ",".join(config.data)})

@@ -33,6 +33,7 @@ class CPTConfig:
         retrieval_share, recite_share, answer_weight, pack: see gatekv.training.data.TrainingData.
         target_keep: beta, reached from 1 after target_share of the run.
         budget_spread: with sparsity="budget", later targets are drawn from target_keep / spread … · spread; 1: fixed.
+        gradient_checkpointing: hold one layer's activations at a time, for a third more time; with prefill="sparse".
         dtype: of the frozen base. save_every: steps between checkpoints. resume: go on from output_dir/checkpoint.
         log_with: tracker known to accelerate, or none.
         spec: the gate, whose own options stand beside these in YAML and on the command line.
@@ -63,6 +64,7 @@ class CPTConfig:
     target_keep: float = 0.2
     target_share: float = 0.5
     budget_spread: float = 2.2
+    gradient_checkpointing: bool = False
     dtype: str = "bfloat16"
     save_every: int = 50
     resume: bool = False
@@ -90,6 +92,11 @@ class CPTConfig:
             raise ValueError("warm_share trains on the oracle alone: set oracle_weight above 0 too.")
         if self.objective == "none" and self.oracle_weight == 0:
             raise ValueError("objective='none' leaves the oracle alone to train on: set oracle_weight above 0.")
+        if self.gradient_checkpointing and (self.prefill == "dense" or self.objective in ("attention_mse", "none")):
+            raise ValueError(
+                "gradient_checkpointing is for prefill='sparse' and objectives that go backward through the model: "
+                "without it the pass behind a dense prompt is short, and layer-local losses hold one layer at a time."
+            )
         if self.budget_spread < 1:
             raise ValueError(f"budget_spread is a factor, at least 1; got {self.budget_spread}.")
         if self.pack and (self.prefill == "dense" or self.spec.context == "prompt"):

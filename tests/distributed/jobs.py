@@ -16,6 +16,7 @@ from gatekv.training.config import CPTConfig
 from gatekv.training.less_config import LessConfig
 from gatekv.training.lesson import LessObjective, with_maps
 from gatekv.training.objective import Objective
+from gatekv.training.recompute import recompute_layers
 
 STEPS = 20
 ROWS = 4  # a step, however many processes and micro-batches share them
@@ -40,9 +41,9 @@ def load(path, dtype=torch.float32):
     return model
 
 
-def gate(whole: bool = False, micro: int = 2, dtype=torch.float32, chunk: int = 1 << 16, **changes):
+def gate(whole=False, micro: int = 2, dtype=torch.float32, chunk: int = 1 << 16, recomputed=False, **changes):
     """Gates by Objective. micro: batches a step. whole: one process takes all rows in one. chunk: tokens whose logits
-    exist at a time."""
+    exist at a time. recomputed: with gradient checkpointing."""
 
     def job(base, folder, world: int, **more):
         losses.CHUNK_NUMBERS = 97 * chunk
@@ -64,6 +65,8 @@ def gate(whole: bool = False, micro: int = 2, dtype=torch.float32, chunk: int = 
             model = get_peft_model(model, GateKVConfig(**vars(config.spec))).train()
         for w in wrappers(model):  # zero at first, which would keep the first step's gradient from the layers before
             torch.nn.init.normal_(w.gate().out.weight, std=0.5)
+        if recomputed:
+            recompute_layers(model)
         return Objective(model, sparsity_weight=2.0, **own), config
 
     return job
@@ -90,6 +93,7 @@ JOBS = {
     "behind": gate(prefill="dense", sparsity="budget", scope="global", oracle_weight=0.3, chunk=4),
     "local": gate(objective="attention_mse", sparsity="budget"),
     "bf16": gate(sparsity="budget", dtype=torch.bfloat16),
+    "recomputed": gate(sparsity="budget", recomputed=True),
     "less": less(),
     "less_kl": less("kl"),
 }

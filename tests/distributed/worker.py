@@ -178,6 +178,8 @@ def main(backend: str, base: Path, out: Path, tasks: list[str]) -> None:
         else:
             job, _, how = task.partition(":")
             work(job, how, base, out)
+    if torch.distributed.is_initialized():
+        torch.distributed.destroy_process_group()  # else gloo's threads may abort the process as it ends
 
 
 if __name__ == "__main__":

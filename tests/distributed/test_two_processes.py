@@ -70,10 +70,12 @@ def single(base, tmp_path_factory) -> Path:
 @pytest.fixture(scope="module")
 def two(base, single, tmp_path_factory):
     """backend -> what two processes find; launched once."""
-    found = {}
+    found, failed = {}, set()
 
     def get(backend: str) -> Path:
+        assert backend not in failed, "its launch failed: see the first test"
         if backend not in found:
+            failed.add(backend)
             out = found[backend] = tmp_path_factory.mktemp(backend)
             for job in ("gate", "less"):
                 shutil.copytree(single / f"{job}-stop", out / f"{job}-of-one")
@@ -83,6 +85,7 @@ def two(base, single, tmp_path_factory):
             ]
             tasks += ["recipes"] if backend in OF_THE_BASE else []
             launch(backend, 2, *BACKENDS[backend], [base, out], tasks)
+            failed.remove(backend)
         return found[backend]
 
     return get

@@ -157,6 +157,7 @@ def recipes(base: Path, out: Path) -> None:
     ):
         reset()
         main([*common, *own, "--target_keep", "0.5", "--output_dir", str(out / f"recipe-{name}")])
+        PartialState().wait_for_everyone()  # the next recipe reads what the first process writes
     accelerator = fresh()
     held = torch.tensor([0, 0])
     for p in load_model(str(base), "bfloat16")[0].parameters():
@@ -178,8 +179,8 @@ def main(backend: str, base: Path, out: Path, tasks: list[str]) -> None:
         else:
             job, _, how = task.partition(":")
             work(job, how, base, out)
-    if torch.distributed.is_initialized():
-        torch.distributed.destroy_process_group()  # else gloo's threads may abort the process as it ends
+    PartialState().wait_for_everyone()
+    os._exit(0)  # all is written; gloo's threads sometimes abort a process that ends in the usual way
 
 
 if __name__ == "__main__":

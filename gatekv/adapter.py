@@ -21,7 +21,7 @@ from gatekv.config import GateSpec, LessSpec, check_keys, strict
 from gatekv.fingerprint import fingerprint, tensors_sha256
 from gatekv.gates import build_gate
 from gatekv.gates.calibration import Calibration
-from gatekv.less.features import LessMaps
+from gatekv.less.maps import LessMaps
 from gatekv.modules import ATTENTION_NAME, GatedAttention, attention_layers, use_attention
 from gatekv.support import kv_heads
 from gatekv.version import VERSION

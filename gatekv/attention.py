@@ -16,11 +16,12 @@ from transformers.modeling_utils import ALL_ATTENTION_FUNCTIONS
 from gatekv.gates.documents import Documents
 from gatekv.gates.key_mlp import key_features
 from gatekv.gates.relaxations import relax
+from gatekv.less.maps import Waiting
 from gatekv.ops import segments
 from gatekv.ops.gated_attention import BLOCK, gated_attention, received_attention
 from gatekv.ops.naive import causal_mask, dense_segment
 from gatekv.ops.on_the_spot import on_the_spot
-from gatekv.ops.remainder import left_of, remainder_segment
+from gatekv.ops.remainder import left_of
 from gatekv.support import check_call, refuse, visible_keys
 
 NAMES = {"sdpa": "gatekv", "eager": "gatekv_eager"}
@@ -159,8 +160,8 @@ class AttentionCall:
         blocks = [slice(a, a + BLOCK) for a in range(0, q.shape[2], BLOCK)]  # never all queries by all keys at once
         answers = [segment(q[:, :, i], k, v, flags[:, :, None] & seen[:, :, i], scaling) for i in blocks]
         kept = tuple(torch.cat(part, 2) for part in zip(*answers))
-        left = left_of(flags, 0, prompt)
-        return [kept, remainder_segment(self.less.phi(q), self.less.psi(k), v, left, mask=mask)]
+        waiting = Waiting(self.less.psi(k), k, v, left_of(flags, 0, prompt), mask)
+        return [kept, *self.less.answer(q, scaling, None, waiting)]
 
     def parallel(self, q, k, v, mask, scaling: float) -> torch.Tensor:
         """One pass over whole sequences with the gates as weights: the form that is trained."""

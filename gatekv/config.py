@@ -106,11 +106,14 @@ class LessSpec:
 
     Attributes:
         less_rank: R, numbers that stand for a key; 0 = no remainder (paper: 8).
+        less_form: "kernel" (the paper's φ(q)·ψ(k)) or "centroids" (see gatekv.less.centroids; the state is twice as
+            large at the same rank).
         less_hidden: width of the feature maps (paper: 512). less_dropout: in training (paper: .3).
         less_policy, less_budget: what the maps were trained under; another one works, with a warning.
     """
 
     less_rank: int = 0
+    less_form: str = "kernel"
     less_hidden: int = 512
     less_dropout: float = 0.3
     less_policy: str | None = None
@@ -121,3 +124,8 @@ class LessSpec:
             raise ValueError(f"less_rank and less_hidden are sizes, got {self.less_rank} and {self.less_hidden}.")
         if not 0 <= self.less_dropout < 1:
             raise ValueError(f"less_dropout is a share, at least 0 and below 1; got {self.less_dropout}.")
+        check_choice("less_form", self.less_form, ("kernel", "centroids"))
+
+    def state_numbers(self, head_dim: int) -> int:
+        """Numbers that a state holds for one KV head."""
+        return self.less_rank * (head_dim * (2 if self.less_form == "centroids" else 1) + 1)

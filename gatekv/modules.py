@@ -55,7 +55,7 @@ class GatedAttention(nn.Module):
         return self.gatekv_gate[name] if name else None
 
     def less(self) -> nn.Module | None:
-        """The low-rank maps in force (`gatekv.less.features.LessMaps`), or None."""
+        """The low-rank maps in force (`gatekv.less.maps.LessMaps`), or None."""
         return next(iter(self.gatekv_less.values()), None)
 
     def calibration(self):

@@ -1,7 +1,9 @@
-"""What every recipe needs: the model, what training leaves behind, one-line errors."""
+"""What several recipes need: the model, one-line errors, the frame of a training run."""
 
 import json
+import os
 import sys
+import time
 from pathlib import Path
 
 ROOT = Path(__file__).resolve().parents[1]
@@ -25,11 +27,68 @@ def load_model(name: str, dtype: str):
         raise ValueError(f"model {path!r} cannot be loaded: {str(error).splitlines()[0]}") from error
 
 
-def save_run(accelerator, model, tokenizer, config, records: list[dict], found: dict, seconds: float) -> None:
-    """The adapter, its card and training.json into config.output_dir. All processes call it, the first writes.
+def predict(config, gated) -> dict:
+    """Print what a run of `config` will take, and return it; no weights are read. gated: puts the adapter on a model.
 
-    found: what was measured behind the run; it stands in training.json as soft_hard and is printed.
+    The result is `gatekv.training.dry_run.report`'s.
     """
+    from transformers import AutoConfig
+
+    from checkpoints.fetch import fetch
+    from gatekv.training.data import check_length
+    from gatekv.training.dry_run import on_meta, report, text_of
+
+    path = config.model or str(fetch())
+    try:
+        shape = AutoConfig.from_pretrained(path)
+    except OSError as error:
+        raise ValueError(f"the config of model {path!r} cannot be read: {str(error).splitlines()[0]}") from error
+    check_length(config.sequence_length, shape)
+    found = report(on_meta(shape, config.dtype, gated), config)
+    if os.environ.get("RANK", "0") == "0":
+        print(text_of(found))
+    return found
+
+
+def begin(config):
+    """(accelerator, model, tokenizer) of a training run; config: `gatekv.training.options.RunConfig`."""
+    from accelerate import Accelerator
+    from accelerate.utils import set_seed
+
+    from gatekv.training.data import check_length
+
+    accelerator = Accelerator(log_with=None if config.log_with == "none" else config.log_with)
+    set_seed(config.seed)
+    model, tokenizer = load_model(config.model, config.dtype)
+    check_length(config.sequence_length, model.config)
+    return accelerator, model, tokenizer
+
+
+def fit(objective, data, config, accelerator) -> tuple[list[dict], float]:
+    """Train, resuming if config says so: (one record a step, seconds of this part of the run)."""
+    from gatekv.training.loop import train
+
+    objective.model.train()
+    if accelerator.is_main_process:
+        objective.model.print_trainable_parameters()
+    accelerator.init_trackers("gatekv", config=config.options() | {"data": ",".join(config.data)})
+    start = time.monotonic()
+    records = train(objective, data, config, accelerator)
+    return records, round(time.monotonic() - start, 1)
+
+
+def judge(objective, data, config, accelerator) -> dict[str, float]:
+    """The objective's numbers on a row that was not trained on. All processes call it."""
+    from gatekv.training.loop import PROBE_ROW
+    from gatekv.training.sharding import in_parts
+
+    batch = {k: v.to(accelerator.device) for k, v in data.batch(PROBE_ROW, 1, align=True).items()}
+    with in_parts(objective):
+        return objective.soft_hard(batch, config.target_keep)
+
+
+def save(accelerator, model, tokenizer, config, records: list[dict], seconds: float, found: dict) -> None:
+    """Write the adapter, its card and training.json to config.output_dir. All processes call it, the first writes."""
     from gatekv.training.card import write_card
     from gatekv.training.sharding import adapter_state
 
@@ -39,24 +98,39 @@ def save_run(accelerator, model, tokenizer, config, records: list[dict], found: 
     output = Path(config.output_dir)
     model.save_pretrained(output, state_dict=state)
     tokenizer.save_pretrained(output)
-    told = {"config": config.options(), "steps": records, "soft_hard": found, "seconds": seconds}
-    (output / "training.json").write_text(json.dumps(told, indent=1))
+    log = {"config": config.options(), "steps": records, "soft_hard": found, "seconds": seconds}
+    (output / "training.json").write_text(json.dumps(log, indent=1))
     write_card(output, config.options())
-    print(f"saved {output}  task {records[-1]['task'] if records else float('nan'):.4f}  {json.dumps(found)}")
+    print(f"saved {output}  loss {records[-1]['loss']:.4f}  {json.dumps(found)}")
+
+
+def finish(accelerator) -> None:
+    """Leave the process group. The wrapped model goes first: as the group's last owner it could wait for ever."""
+    accelerator.free_memory()
+    accelerator.end_training()
 
 
 def run(main) -> None:
-    """Call main(argv); expected errors become one line and exit code 1, a traceback means a bug."""
+    """Call main(argv); expected errors become one line and exit code 1, a traceback means a bug.
+
+    Other exit codes: 75 when training was asked to stop and saved a checkpoint, 130 for Ctrl-C anywhere else.
+    """
     import warnings
 
     from transformers.utils import logging
+
+    from gatekv.training.signals import Stopped
 
     warnings.filterwarnings("ignore")
     logging.set_verbosity_error()
     logging.disable_progress_bar()
     try:
         main(sys.argv[1:])
+    except Stopped as stopped:
+        print(stopped, file=sys.stderr)
+        sys.exit(stopped.exit_code)
     except KeyboardInterrupt:
-        sys.exit("stopped; the checkpoint is saved, go on with --resume")
+        print("stopped by Ctrl-C", file=sys.stderr)
+        sys.exit(130)
     except (ValueError, TypeError, FloatingPointError, OSError) as error:
         sys.exit(f"error: {error}")

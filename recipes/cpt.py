@@ -3,36 +3,37 @@
     accelerate launch recipes/cpt.py                                   # the demo: six minutes on two cores
     accelerate launch recipes/cpt.py --max_steps 6 --output_dir checkpoints/try      # a two-minute trial
     accelerate launch recipes/cpt.py --config recipes/configs/paper.yaml --learning_rate 1e-3
-    accelerate launch recipes/cpt.py --resume                          # go on from output_dir/checkpoint
+    accelerate launch recipes/cpt.py --resume                          # go on from the newest checkpoint in output_dir
+    python recipes/cpt.py --dry_run                                    # memory, tokens, schedules; loads no weights
+    python recipes/cpt.py --config recipes/configs/llama-3.1-8b.yaml --dry_run fsdp2:8
 
-Options: gatekv.training.config.CPTConfig. Writes the adapter, its card and training.json to output_dir.
+Options: gatekv.training.config.CPTConfig. Writes checkpoints, then the adapter, its card and training.json to
+output_dir. SIGTERM and Ctrl-C finish the step, save a checkpoint and exit with code 75: --resume goes on.
 """
 
-import time
-
-from common import load_model, run, save_run
+from common import begin, finish, fit, judge, predict, run, save
 
 
-def main(argv: list[str]) -> None:
-    from accelerate import Accelerator
-    from accelerate.utils import set_seed
+def main(argv: list[str]) -> dict | None:
     from peft import get_peft_model
 
     from gatekv import GateKVConfig
     from gatekv.training.calibrate import calibrate
-    from gatekv.training.config import load_config
-    from gatekv.training.data import TrainingData, check_length
-    from gatekv.training.loop import PROBE_ROW, train
+    from gatekv.training.config import CPTConfig
+    from gatekv.training.data import TrainingData
     from gatekv.training.objective import Objective
+    from gatekv.training.options import load_config
     from gatekv.training.recompute import recompute_layers
     from gatekv.training.sharding import embeddings, in_parts
 
-    config = load_config(argv)
-    accelerator = Accelerator(log_with=None if config.log_with == "none" else config.log_with)
-    set_seed(config.seed)
+    def gated(model):
+        with embeddings(model):
+            return get_peft_model(model, GateKVConfig(task_type="CAUSAL_LM", **vars(config.spec)))
 
-    model, tokenizer = load_model(config.model, config.dtype)
-    check_length(config.sequence_length, model.config)
+    config = load_config(argv, CPTConfig)
+    if config.dry_run:
+        return predict(config, gated)
+    accelerator, model, tokenizer = begin(config)
     data = TrainingData(
         tokenizer,
         config.data,
@@ -43,15 +44,9 @@ def main(argv: list[str]) -> None:
         seed=config.seed,
         pack=config.pack,
     )
-    with embeddings(model):
-        model = get_peft_model(model, GateKVConfig(task_type="CAUSAL_LM", **vars(config.spec)))
-    model.train()
+    model = gated(model)
     if config.gradient_checkpointing:
         recompute_layers(model)
-    if accelerator.is_main_process:
-        model.print_trainable_parameters()
-    accelerator.init_trackers("gatekv", config=config.options() | {"data": ",".join(config.data)})
-
     objective = Objective(
         model,
         objective=config.objective,
@@ -62,18 +57,14 @@ def main(argv: list[str]) -> None:
         polarise_weight=config.polarise_weight,
         oracle_weight=config.oracle_weight,
     )
-    start = time.monotonic()
-    records = train(objective, data, config, accelerator)
-    seconds = round(time.monotonic() - start, 1)
-
-    batch = {k: v.to(accelerator.device) for k, v in data.batch(PROBE_ROW, 1, align=True).items()}
+    records, seconds = fit(objective, data, config, accelerator)
     model.train()
+    found = judge(objective, data, config, accelerator)
+    data.pack = False  # thresholds are read off rows as they will be used
     with in_parts(objective):
-        gap = objective.soft_hard(batch, config.target_keep)
-        data.pack = False  # thresholds are read off rows as they will be used
         calibrate(model, data, keep=config.target_keep if config.sparsity == "budget" else None)
-    save_run(accelerator, model, tokenizer, config, records, gap, seconds)
-    accelerator.end_training()
+    save(accelerator, model, tokenizer, config, records, seconds, found)
+    finish(accelerator)
 
 
 if __name__ == "__main__":

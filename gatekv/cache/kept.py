@@ -64,7 +64,7 @@ class Kept:
         """Drop the tokens flagged in gone [P, block_size] from one of the stores; a state takes them first."""
         if self.state is not None and bool(gone.any()):
             keys, values, held = (t.unflatten(0, (self.batch, -1)) for t in store.taken(gone))
-            self.state.fold(self.maps.psi(keys), values, held)
+            self.state.fold(self.maps.psi(keys), keys, values, held)
         store.evict(gone)
 
     def filter(self, keep: Tensor, base: int) -> None:

@@ -88,7 +88,10 @@ class KVCache(Cache):
         return cache
 
     def decide(self, policy, budget: float | None = None, **kwargs) -> "KVCache":
-        """A new cache: this undecided one's prompt, compressed under a policy (arguments as for `KVCache`)."""
+        """A new cache: this undecided one's prompt, compressed under a policy (arguments as for `KVCache`).
+
+        Scores are computed once for all budgets and rules under which they are asked for.
+        """
         if not self.plan.defer:
             raise ValueError("decide() needs a cache made by KVCache.undecided(model), after its prompt was read.")
         cache = KVCache(self.model, policy, budget, prefill="dense", **kwargs)
@@ -103,6 +106,8 @@ class KVCache(Cache):
                 cache.layers[i] = copy.copy(layer)
         for layer in cache.evicting():
             layer.end_prompt()
+        for layer in cache.evicting():
+            layer.known = None  # what it sees from here on is its own
         return cache
 
     def compress(self) -> None:

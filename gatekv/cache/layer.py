@@ -19,9 +19,9 @@ from gatekv.cache.pages import Pages
 from gatekv.cache.plan import Plan
 from gatekv.cache.slots import Slots
 from gatekv.cache.tail import Tail
-from gatekv.less.state import State
-from gatekv.ops import naive, segments
-from gatekv.ops.remainder import left_of, remainder_segment
+from gatekv.less.maps import Waiting
+from gatekv.ops import segments
+from gatekv.ops.remainder import left_of
 from gatekv.policies import View
 from gatekv.policies.budgets import faded
 
@@ -55,6 +55,7 @@ class KVLayer(CacheLayerMixin):
         self.cut = None  # [batch, 1 or kv_heads, 1]: the logit that a later token must exceed, after an exact decision
         self.judge = Judge()
         self.queries = self.hidden = self.scaling = self.rotary = None  # only while a decision is ahead
+        self.known: dict | None = None  # of an undecided prompt: scores that some policy asked for already
         self.is_initialized = False
 
     # -- what transformers asks of a cache layer
@@ -97,6 +98,7 @@ class KVLayer(CacheLayerMixin):
         self.kept.select(index)
         self.tail.select(index)
         self.judge.select(index)
+        self.known = None if self.known is None else {}
         for name in ("real", "cut", "queries", "hidden"):
             if (held := vars(self)[name]) is not None:
                 setattr(self, name, held.index_select(0, index))
@@ -212,7 +214,6 @@ class KVLayer(CacheLayerMixin):
                 "use KVCache(…, decode='keep') with it."
             )
         scorer, outs = self.plan.policy.scorer, []
-        phi = self.kept.maps.phi(q) if self.plan.remembers else None
         entering = scorer.enter(k, self.real + valid.long().cumsum(-1) - 1)
         for i in range(q.shape[2]):
             new = slice(i, i + 1)
@@ -222,7 +223,7 @@ class KVLayer(CacheLayerMixin):
             if self.kept.slots is not None:
                 self.kept.slots.step(tuple(t[:, new] for t in call.rotary))
             kept = segments.merge(self.kept.segments(q[:, :, new], scaling))
-            gone = [self.kept.state.segment(phi[:, :, new])] if self.plan.remembers else []
+            gone = self.kept.maps.answer(q[:, :, new], scaling, self.kept.state) if self.plan.remembers else []
             outs.append(segments.merge([kept, *gone])[0].to(q.dtype))
             if scorer.watches:  # attention among the kept alone: a policy decides the same with a remainder or without
                 self.kept.watch(scorer.observe, q[:, :, new], kept[1], scaling)
@@ -309,7 +310,7 @@ class KVLayer(CacheLayerMixin):
             near = segments.dense_segment(q, k, v, visible, scaling)
             parts = [*self.kept.segments(q, scaling), near]
             if self.plan.remembers:
-                parts += self._gone(q, mask, waiting=not whole and self.tail.psi is not None)
+                parts += self._gone(q, mask, scaling, waiting=not whole and self.tail.psi is not None)
             return segments.merge(parts)[0].to(q.dtype)
         groups = q.shape[1] // k.shape[1]
         k, v = (t.repeat_interleave(groups, 1) for t in (k, v))
@@ -317,16 +318,13 @@ class KVLayer(CacheLayerMixin):
             visible = visible.repeat_interleave(groups, 1)
         return torch.nn.functional.scaled_dot_product_attention(q, k, v, attn_mask=visible, scale=scaling)
 
-    def _gone(self, q, mask, waiting: bool) -> list[tuple[torch.Tensor, torch.Tensor]]:
+    def _gone(self, q, mask, scaling: float, waiting: bool) -> list[tuple[torch.Tensor, torch.Tensor]]:
         """(output, log-sum-exp) of what was evicted: the state's, and of tokens in the tail that wait to be folded."""
-        phi = self.kept.maps.phi(q)
-        parts = [self.kept.state.segment(phi)]
+        tail, left = self.tail, None
         if waiting:
-            left = left_of(self.tail.flags, self.plan.grace)
             mask = None if mask is None else mask[..., self.folded :]
-            answer = naive.remainder_segment if q.shape[2] == 1 else remainder_segment  # a lone query is no chunk
-            parts.append(answer(phi, self.tail.psi, self.tail.values, left, mask=mask))
-        return parts
+            left = Waiting(tail.psi, tail.keys, tail.values, left_of(tail.flags, self.plan.grace), mask)
+        return self.kept.maps.answer(q, scaling, self.kept.state, left)
 
     def _remember(self, maps) -> None:
         """Use the adapter's low-rank maps; an empty state, if there is none yet."""
@@ -334,7 +332,7 @@ class KVLayer(CacheLayerMixin):
             raise ValueError("the adapter was disabled or unloaded while this cache was in use; enable it again.")
         self.kept.maps = maps
         if self.kept.state is None:
-            self.kept.state = State(self.tail.values, maps.spec.less_rank)
+            self.kept.state = maps.state(self.tail.values)
 
     def _visible(self, n: int, mask, whole: bool) -> torch.Tensor | None:
         """[B, 1 or K, n, tail] bool: what the last n tokens may see of the tail; None = everything."""
@@ -353,6 +351,7 @@ class KVLayer(CacheLayerMixin):
 
     def _observe(self, call: AttentionCall, q, scaling) -> None:
         """Keep what scorers will look at until the prompt ends."""
+        self.known = {} if self.plan.defer else None
         self.scaling, self.judge.gate = scaling, call.gate
         wanted = self.plan.queries
         if wanted:
@@ -373,7 +372,7 @@ class KVLayer(CacheLayerMixin):
         remember it."""
         self.lazy_initialization(other.tail.keys[:, :, :0], None)
         self.tail = other.tail.twin()
-        for name in ("seen", "real", "folded", "queries", "hidden", "scaling", "rotary"):
+        for name in ("seen", "real", "folded", "queries", "hidden", "scaling", "rotary", "known"):
             setattr(self, name, vars(other)[name])
         self.judge.gate = gate
         if self.plan.remembers:
@@ -414,12 +413,20 @@ class KVLayer(CacheLayerMixin):
         if self.plan.decays:
             return self._gate_logits()
         if not self.plan.trims or self.phase is Phase.TURN:
-            return self.plan.policy.scorer.score(self.view())
+            return self._scored(self.plan.policy.scorer)
         b, kv, _ = self.tail.scores.shape
         scores = self.tail.scores.new_full((b, kv, self.seen), -torch.inf)
         self.kept.pages.scatter(scores, self.kept.pages.scores)
         scores[..., self.folded :] = self.tail.scores.masked_fill(~self.tail.flags, -torch.inf)
         return scores
+
+    def _scored(self, scorer) -> torch.Tensor:
+        if self.known is None:
+            return scorer.score(self.view())
+        of = (repr(scorer), self.judge.gate)  # a dataclass's repr names all that its scores depend on
+        if of not in self.known:
+            self.known[of] = scorer.score(self.view())
+        return self.known[of]
 
     def all_logits(self) -> torch.Tensor:
         """As `all_scores`, of the gate alone: what later tokens are measured by."""
@@ -502,7 +509,7 @@ class KVLayer(CacheLayerMixin):
         scores = None if pages.scores is None else t.scores[..., :leave]
         if t.psi is not None:
             gone = ~t.flags[..., :leave] & t.valid[:, None, :leave]
-            self.kept.state.fold(t.psi[:, :, :leave], t.values[:, :, :leave], gone)
+            self.kept.state.fold(t.psi[:, :, :leave], t.keys[:, :, :leave], t.values[:, :, :leave], gone)
         pages.append(t.keys[:, :, :leave], t.values[:, :, :leave], t.flags[..., :leave], self.folded, scores)
         t.drop(front=leave)
         self.folded += leave

@@ -24,6 +24,7 @@ COUNTERS = ("seen", "folded", "base", "first_call")
 POOL = ("keys", "values", "positions", "owners", "ordinals", "lengths", "scores")
 TAIL = ("keys", "values", "flags", "valid", "scores", "psi")
 SIDE = ("real", "cut", "queries")
+STATE = ("h", "z", "m")
 ANSWERS = {"scorer": SCORERS, **PARTS}  # of a policy, one to each question
 
 
@@ -50,7 +51,7 @@ def _tensors(layer) -> dict[str, torch.Tensor]:
     named |= {f"gate_state.{i}": t for i, t in enumerate(layer.judge.state or ())}
     named |= {"pending": layer.judge.pending}
     if kept.state is not None:
-        named |= {"state.h": kept.state.h, "state.z": kept.state.z}
+        named |= {f"state.{name}": getattr(kept.state, name) for name in STATE}
     if kept.thin is not None:
         named |= {f"thin.{n}": getattr(kept.thin.pages, n) for n in POOL} | {"channels": kept.thin.channels}
     if kept.slots is not None:
@@ -160,7 +161,8 @@ def _fill(layer: KVLayer, mine: dict[str, torch.Tensor], state: dict) -> None:
     layer.tail.append(*(mine.get(f"tail.{n}") for n in TAIL))
     if "state.h" in mine:
         layer.kept.state = State(mine["tail.values"], mine["state.z"].shape[-1])
-        layer.kept.state.h, layer.kept.state.z = mine["state.h"], mine["state.z"]
+        for name in STATE:
+            setattr(layer.kept.state, name, mine.get(f"state.{name}"))
     layer.kept.pages.restore({n: mine.get(f"pages.{n}") for n in POOL})
     for name in SIDE:
         setattr(layer, name, mine.get(name))

@@ -51,7 +51,7 @@ def _token_share(model, undecided: KVCache, policy: Policy, budget: float) -> fl
         maps = next((w.less() for w in wrappers(model) if w.less()), None)
         if maps is None:
             raise ValueError("this adapter has no low-rank maps: leave less out of --policies, or load one that has.")
-        numbers = maps.spec.less_rank * (head_dim + 1) * accumulation_dtype(keys).itemsize
+        numbers = maps.spec.state_numbers(head_dim) * accumulation_dtype(keys).itemsize
         budget -= numbers / (2 * head_dim * keys.element_size()) / length
         if budget <= 0:
             raise ValueError(f"budget is unreachable: the low-rank state alone costs more than {length} tokens' share.")

@@ -26,12 +26,12 @@ def _xavier(heads: int, rows: int, columns: int) -> nn.Parameter:
     return nn.Parameter(torch.empty(heads, rows, columns).uniform_(-bound, bound))
 
 
-class _FeatureMap(nn.Module):
-    """What both maps share: one two-layer perceptron for each head, evaluated in at least float32."""
+class FeatureMap(nn.Module):
+    """What the maps share: one two-layer perceptron for each head, evaluated in at least float32."""
 
     of = "heads"
 
-    def __init__(self, heads: int, head_dim: int, rank: int = 8, hidden: int = 512, dropout: float = 0.3):
+    def __init__(self, heads: int, head_dim: int, rank: int, hidden: int, dropout: float, outputs: int | None = None):
         super().__init__()
         for name, value in (("heads", heads), ("head_dim", head_dim), ("rank", rank), ("hidden", hidden)):
             if value < 1:
@@ -40,7 +40,7 @@ class _FeatureMap(nn.Module):
             raise ValueError(f"dropout is a share of the hidden units, at least 0 and below 1; got {dropout}.")
         self.heads, self.head_dim, self.rank, self.dropout = heads, head_dim, rank, dropout
         self.w1 = _xavier(heads, head_dim, hidden)
-        self.w2 = _xavier(heads, hidden, rank)
+        self.w2 = _xavier(heads, hidden, outputs or rank)
 
     def forward(self, x: Tensor) -> Tensor:
         """x: [batch, heads, tokens, head_dim] -> features >= 0 [batch, heads, tokens, rank], at least float32.
@@ -55,13 +55,14 @@ class _FeatureMap(nn.Module):
             )
         return torch.cat([self._features(part) for part in x.split(TOKENS, 2)], 2)
 
-    def _perceptron(self, x: Tensor) -> Tensor:
+    def _products(self, x: Tensor) -> Tensor:
+        """GELU(x W1) W2 [batch, heads, tokens, outputs]."""
         acc = torch.promote_types(accumulation_dtype(x), self.w1.dtype)
         first = dropout(x.to(acc) @ self.w1.to(acc), self.dropout, self.training)
-        return gelu(gelu(first) @ self.w2.to(acc)).to(acc)
+        return gelu(first) @ self.w2.to(acc)
 
 
-class Phi(_FeatureMap):
+class Phi(FeatureMap):
     """φ, one for each query head.
 
     Args:
@@ -74,11 +75,14 @@ class Phi(_FeatureMap):
 
     of = "query heads"
 
+    def __init__(self, heads: int, head_dim: int, rank: int = 8, hidden: int = 512, dropout: float = 0.3):
+        super().__init__(heads, head_dim, rank, hidden, dropout)
+
     def _features(self, q: Tensor) -> Tensor:
-        return self._perceptron(q).abs()
+        return gelu(self._products(q)).abs()
 
 
-class Psi(_FeatureMap):
+class Psi(FeatureMap):
     """ψ, one for each KV head. Arguments and errors as `Phi`'s, `heads` being KV heads."""
 
     of = "KV heads"
@@ -90,17 +94,7 @@ class Psi(_FeatureMap):
         self.s2 = nn.Parameter(torch.full((heads, rank), SMALL))
 
     def _features(self, k: Tensor) -> Tensor:
-        x = self._perceptron(k)
+        x = gelu(self._products(k))
         s1, w3, s2 = (w.to(x.dtype) for w in (self.s1[:, None], self.w3, self.s2[:, None]))
         g = s1.abs() * x
         return (g + s2 * (g @ w3)).abs()
-
-
-class LessMaps(nn.Module):
-    """Both maps of one layer, as `spec` (`gatekv.config.LessSpec`) says."""
-
-    def __init__(self, spec, heads: int, kv_heads: int, head_dim: int):
-        super().__init__()
-        sizes = (head_dim, spec.less_rank, spec.less_hidden, spec.less_dropout)
-        self.spec = spec
-        self.phi, self.psi = Phi(heads, *sizes), Psi(kv_heads, *sizes)

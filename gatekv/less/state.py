@@ -1,4 +1,7 @@
-"""The low-rank state of one layer (LESS, arXiv 2402.09398, §3): what was evicted, in R·(D + 1) numbers a KV head."""
+"""The low-rank state of one layer (LESS, arXiv 2402.09398, §3): what was evicted, in R·(D + 1) numbers a KV head.
+
+With sums of keys too, for the centroid form, R·(2 D + 1).
+"""
 
 import copy
 
@@ -16,10 +19,12 @@ class State:
 
     Attributes:
         h: [batch, kv_heads, rank, head_dim], Σ ψ(k)ᵀ v. z: [batch, kv_heads, rank], Σ ψ(k). At least float32.
+        m: as h, Σ ψ(k)ᵀ k, or None.
     """
 
-    def __init__(self, like: Tensor, rank: int):
-        """An empty state; `like` [batch, kv_heads, tokens, head_dim], values, gives shapes, dtype and device.
+    def __init__(self, like: Tensor, rank: int, keys: bool = False):
+        """An empty state; `like` [batch, kv_heads, tokens, head_dim], values, gives shapes, dtype and device; keys: sum
+        up keys too.
 
         Raises:
             ValueError: when rank is below 1.
@@ -29,11 +34,12 @@ class State:
         b, kv, _, d = like.shape
         self.h = torch.zeros(b, kv, rank, d, dtype=accumulation_dtype(like), device=like.device)
         self.z = self.h.new_zeros(b, kv, rank)
+        self.m = torch.zeros_like(self.h) if keys else None
 
-    def fold(self, psi: Tensor, v: Tensor, gone: Tensor) -> None:
+    def fold(self, psi: Tensor, k: Tensor, v: Tensor, gone: Tensor) -> None:
         """Add the flagged tokens; nothing ever comes back, and the order in which tokens are folded means nothing.
 
-        psi: [batch, kv_heads, n, rank]; v: [batch, kv_heads, n, head_dim], finite everywhere; gone: bool [batch,
+        psi: [batch, kv_heads, n, rank]; k, v: [batch, kv_heads, n, head_dim], finite everywhere; gone: bool [batch,
         kv_heads, n].
 
         Raises:
@@ -47,6 +53,15 @@ class State:
         psi = psi.to(self.h.dtype).masked_fill(~gone[..., None], 0)
         self.h = self.h + psi.transpose(-1, -2) @ v.to(self.h.dtype)
         self.z = self.z + psi.sum(2)
+        if self.m is not None:
+            self.m = self.m + psi.transpose(-1, -2) @ k.to(self.h.dtype)
+
+    def reach(self, q: Tensor) -> tuple[Tensor, Tensor]:
+        """(Σ ψ(k) q·k, Σ ψ(k)), both [batch, heads, queries, rank], for q [batch, heads, queries, head_dim]."""
+        kv, (b, h, n, _) = self.h.shape[1], q.shape
+        said = group_queries(q.to(self.h.dtype), kv).flatten(2, 3) @ self.m.transpose(-1, -2)
+        mass = self.z[:, :, None].expand(-1, -1, h // kv * n, -1)
+        return tuple(t.reshape(b, h, n, -1) for t in (said, mass))
 
     def segment(self, phi: Tensor) -> tuple[Tensor, Tensor]:
         """What the evicted tokens answer: phi [batch, heads, queries, rank] -> (out [batch, heads, queries, head_dim],
@@ -74,6 +89,7 @@ class State:
     def select(self, index: Tensor) -> None:
         """Keep, reorder or repeat sequences: index [new_batch]."""
         self.h, self.z = self.h.index_select(0, index), self.z.index_select(0, index)
+        self.m = None if self.m is None else self.m.index_select(0, index)
 
     def twin(self) -> "State":
         """A second owner of the same sums; whichever folds first has sums of its own from then on."""
@@ -81,4 +97,4 @@ class State:
 
     def tensors(self) -> list[Tensor]:
         """Every tensor held."""
-        return [self.h, self.z]
+        return [t for t in (self.h, self.z, self.m) if t is not None]

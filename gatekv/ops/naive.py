@@ -113,6 +113,28 @@ def normalised(total_value: Tensor, total: Tensor) -> tuple[Tensor, Tensor]:
     return torch.where(held[..., None], total_value / total[..., None], 0), torch.where(held, total.log(), -torch.inf)
 
 
+def remainder_reach(q, k, psi, left, *, mask: Tensor | None = None) -> tuple[Tensor, Tensor]:
+    """Σ_j ψ(k_j) (q_i·k_j) and Σ_j ψ(k_j) over the tokens that query i finds, as in `remainder_segment`.
+
+    q: [B, H, Q, D], of the last Q of T tokens; k: [B, K, T, D]; psi: [B, K, T, R]. Returns both [B, H, Q, R] in the
+    accumulation dtype: their quotient is what q_i says to the centroids of the keys, ψ being the weights.
+    """
+    b, kv, n, r = psi.shape
+    acc, m = torch.promote_types(accumulation_dtype(k), psi.dtype), q.shape[2]
+    gone = _found(left, m, n, mask)
+    said = torch.einsum("bkgqd,bktd->bkgqt", group_queries(q, kv).to(acc), k.to(acc))
+    reach = torch.einsum("bkgqt,bktr->bkgqr", torch.where(gone[:, :, None], said, 0), psi.to(acc))
+    mass = torch.einsum("bkqt,bktr->bkqr", gone.expand(b, kv, m, n).to(acc), psi.to(acc))
+    return reach.reshape(b, -1, m, r), mass.repeat_interleave(q.shape[1] // kv, 1)
+
+
+def _found(left: Tensor, queries: int, n: int, mask: Tensor | None) -> Tensor:
+    """[B, K, Q, T] bool: which keys the last queries find in the remainder."""
+    i, j = torch.arange(n - queries, n, device=left.device)[:, None], torch.arange(n, device=left.device)
+    gone = (i >= left[:, :, None]) & (i > j)
+    return gone if mask is None else gone & mask
+
+
 def remainder_segment(phi, psi, v, left, *, mask: Tensor | None = None) -> tuple[Tensor, Tensor]:
     """Attention over the tokens that have left, with φ(q_i)·ψ(k_j) for e^{s_ij}: LESS (arXiv 2402.09398) in parallel.
 
@@ -127,10 +149,7 @@ def remainder_segment(phi, psi, v, left, *, mask: Tensor | None = None) -> tuple
     """
     b, kv, n, _ = psi.shape
     acc, m = torch.promote_types(accumulation_dtype(v), phi.dtype), phi.shape[2]
-    i, j = torch.arange(n - m, n, device=v.device)[:, None], torch.arange(n, device=v.device)
-    gone = (i >= left[:, :, None]) & (i > j)
-    if mask is not None:
-        gone = gone & mask
+    gone = _found(left, m, n, mask)
     weight = torch.einsum("bkgqr,bktr->bkgqt", group_queries(phi, kv).to(acc), psi.to(acc))
     weight = torch.where(gone[:, :, None], weight, 0)
     out, lse = normalised(torch.einsum("bkgqt,bktd->bkgqd", weight, v.to(acc)), weight.sum(-1))

@@ -110,12 +110,30 @@ def remainder_segment(
     phi: Tensor, psi: Tensor, v: Tensor, left: Tensor, *, mask: Tensor | None = None
 ) -> tuple[Tensor, Tensor]:
     """See `gatekv.ops.naive.remainder_segment`. Of the mask only the last query's row is read: which keys are pads."""
-    (b, h, m, r), (_, kv, n, _) = phi.shape, psi.shape
-    acc, g = torch.promote_types(accumulation_dtype(v), phi.dtype), h // kv
+    sums = _found_sums(phi, psi, v, left, mask)
+    return normalised(sums[..., :-1], sums[..., -1])
+
+
+def remainder_reach(
+    q: Tensor, k: Tensor, psi: Tensor, left: Tensor, *, mask: Tensor | None = None
+) -> tuple[Tensor, Tensor]:
+    """See `gatekv.ops.naive.remainder_reach`; the mask as in `remainder_segment`."""
+    reach = _found_sums(q, k, psi, left, mask)[..., :-1]
+    one = psi.new_ones(*psi.shape[:3], 1)
+    mass = _found_sums(one[:, :, -q.shape[2] :], one, psi, left, mask)[..., :-1]
+    return reach, mass.repeat_interleave(q.shape[1] // k.shape[1], 1)
+
+
+def _found_sums(x: Tensor, y: Tensor, v: Tensor, left: Tensor, mask: Tensor | None) -> Tensor:
+    """Σ_j (x_i·y_j) [v_j, 1] over what query i finds.
+
+    x: [B, H, Q, R]; y: [B, K, T, R]; v: [B, K, T, D]. Returns [B, H, Q, D + 1].
+    """
+    (b, h, m, r), (_, kv, n, _) = x.shape, y.shape
+    acc, g = torch.promote_types(accumulation_dtype(v), torch.promote_types(x.dtype, y.dtype)), h // kv
     left = torch.maximum(left, torch.arange(1, n + 1, device=left.device)).clamp_max(n)
     if mask is not None:
         left = left.masked_fill(~mask[:, :, -1], n)
-    x = group_queries(phi.to(acc), kv).transpose(2, 3).reshape(b * kv, m * g, r)
-    sums = _Sums.apply(x, psi.to(acc).flatten(0, 1), v.to(acc).flatten(0, 1), left.flatten(0, 1), g)
-    sums = sums.view(b, kv, m, g, -1).transpose(2, 3).reshape(b, h, m, -1)
-    return normalised(sums[..., :-1], sums[..., -1])
+    rows = group_queries(x.to(acc), kv).transpose(2, 3).reshape(b * kv, m * g, r)
+    sums = _Sums.apply(rows, y.to(acc).flatten(0, 1), v.to(acc).flatten(0, 1), left.flatten(0, 1), g)
+    return sums.view(b, kv, m, g, -1).transpose(2, 3).reshape(b, h, m, -1)

@@ -1,16 +1,18 @@
-"""Training state in safetensors: trained parameters, AdamW moments, multipliers, the step. Atomic; never the base."""
+"""What a checkpoint holds: trained parameters, AdamW moments, multipliers; never the base. And which run it is of."""
 
-import json
-import os
-import shutil
+import hashlib
 from pathlib import Path
 
 import torch
 from accelerate import Accelerator
-from safetensors import SafetensorError
-from safetensors.torch import load_file, save_file
+from transformers.utils import logging
 
-from gatekv.training import sharding
+from gatekv.training import rotation, sharding
+from gatekv.training.options import RunConfig
+
+logger = logging.get_logger(__name__)
+
+TEXT_ROWS = 4  # that are hashed: several, because rows come from several sources
 
 
 def trained(module: torch.nn.Module) -> dict[str, torch.nn.Parameter]:
@@ -18,46 +20,89 @@ def trained(module: torch.nn.Module) -> dict[str, torch.nn.Parameter]:
     return {name: p for name, p in module.named_parameters() if p.requires_grad}
 
 
-def save(folder: Path, accelerator: Accelerator, module, optimizer, step: int) -> None:
-    """Write folder anew; a crash leaves the old one whole. All processes call it, the first writes.
-
-    What is spread over processes is gathered, so any number of them, under any launch file, can go on from it.
-    """
+def tensors_of(accelerator: Accelerator, module, optimizer) -> dict[str, torch.Tensor]:
+    """What is to be saved: whole tensors on the CPU, however they are spread. Every process must call it."""
     named = trained(module)
     tensors = {"multiplier": module.multiplier.cpu()}
     tensors |= {f"param.{k}": v for k, v in sharding.gather(accelerator, named).items()}
     tensors |= {f"adam.{k}": v for k, v in sharding.gather_moments(accelerator, optimizer, named).items()}
-    if not accelerator.is_main_process:
-        return
-    work = folder.with_name(folder.name + ".partial")
-    shutil.rmtree(work, ignore_errors=True)
-    work.mkdir(parents=True)
-    save_file({k: v.contiguous() for k, v in tensors.items()}, work / "state.safetensors")
-    (work / "state.json").write_text(json.dumps({"step": step}))
-    old = folder.with_name(folder.name + ".old")
-    if folder.exists():
-        os.replace(folder, old)
-    os.replace(work, folder)
-    shutil.rmtree(old, ignore_errors=True)
+    return {k: v.contiguous() for k, v in tensors.items()}
 
 
-def load(folder: Path, accelerator: Accelerator, module, optimizer) -> int:
-    """Restore what `save` wrote, into a prepared module and optimizer; returns the step to go on from.
+def restore(accelerator: Accelerator, tensors: dict[str, torch.Tensor], module, optimizer) -> None:
+    """Put back what `tensors_of` gave, under any sharding, into what `sharding.prepare` has prepared.
+
+    Every process must call it, with all tensors. ValueError when they are of other parameters.
+    """
+    named = trained(module)
+    part = lambda start: {k.removeprefix(start): v for k, v in tensors.items() if k.startswith(start)}  # noqa: E731
+    if {k: v.shape for k, v in part("param.").items()} != sharding.shapes(accelerator, named):
+        raise ValueError("the checkpoint is of another gate: resume with the options it was started with.")
+    module.multiplier.copy_(tensors["multiplier"])
+    sharding.put(accelerator, named, part("param."))
+    sharding.put_moments(accelerator, optimizer, named, part("adam."))
+
+
+def batch_sha256(batch: dict[str, torch.Tensor]) -> str:
+    """The first half of the sha256 of a batch's input_ids [rows, tokens]."""
+    return hashlib.sha256(batch["input_ids"].cpu().contiguous().numpy().tobytes()).hexdigest()[:32]
+
+
+def identity(config: RunConfig, processes: int) -> dict:
+    """What a run's result depends on beside its text: its options, and rows a step, however they are split."""
+    rows = config.batch_size * config.accumulation * processes
+    return {"options": config.decisive(), "rows_per_step": rows}
+
+
+def text_sha256(data, step: int, run: dict) -> str:
+    """Hash of the next rows that a run reads, which tells whether its text, tokenizer and order are still the same.
+
+    data: `gatekv.training.data.TrainingData`. run: what `identity` gave.
+    """
+    return batch_sha256(data.batch(step * run["rows_per_step"], TEXT_ROWS))
+
+
+def check_identity(saved: dict, mine: dict, folder: Path) -> None:
+    """ValueError, naming what differs, when a checkpoint belongs to a run with another result.
+
+    saved, mine: {"identity": of `identity`, "text": of `text_sha256`}.
+    """
+    cure = f"resume {folder} with what it was started with, or start anew without --resume."
+    was, now = saved["identity"], mine["identity"]
+    for name in sorted(was["options"].keys() | now["options"].keys()):
+        then, given = (options.get(name, "not an option") for options in (was["options"], now["options"]))
+        if then != given:
+            raise ValueError(f"{name}={given!r}, but the checkpoint was trained with {name}={then!r}: {cure}")
+    if was["rows_per_step"] != now["rows_per_step"]:
+        raise ValueError(
+            f"a step reads {now['rows_per_step']} rows (batch_size · accumulation · processes), but the checkpoint's "
+            f"read {was['rows_per_step']}: {cure}"
+        )
+    if saved["text"] != mine["text"]:
+        raise ValueError(f"the training text or the tokenizer is not what the checkpoint was trained on: {cure}")
+
+
+def find(resume: str, output: Path) -> tuple[Path | None, dict, dict]:
+    """(folder, tensors, state) of the checkpoint that `resume` asks for; (None, {}, {}) to start anew.
 
     Raises:
-        ValueError: no checkpoint, a damaged one, or one of another run's shapes.
+        ValueError: a folder was named and holds no whole checkpoint, or none of output's checkpoints is whole.
     """
-    if not (folder / "state.json").is_file():
-        raise ValueError(f"nothing to resume: {folder} holds no checkpoint; leave out --resume or fix --output_dir.")
-    try:
-        tensors = load_file(folder / "state.safetensors")
-    except (SafetensorError, OSError) as error:
-        raise ValueError(f"the checkpoint in {folder} is damaged ({error}): delete it and start again.") from error
-    parameters = trained(module)
-    part = lambda start: {k.removeprefix(start): v for k, v in tensors.items() if k.startswith(start)}  # noqa: E731
-    if {k: v.shape for k, v in part("param.").items()} != sharding.shapes(accelerator, parameters):
-        raise ValueError(f"the checkpoint in {folder} is of another gate: resume with the options it was started with.")
-    module.multiplier.copy_(tensors["multiplier"])
-    sharding.put(accelerator, parameters, part("param."))
-    sharding.put_moments(accelerator, optimizer, parameters, part("adam."))
-    return json.loads((folder / "state.json").read_text())["step"]
+    if not resume:
+        return None, {}, {}
+    if resume != "auto":
+        try:
+            return Path(resume), *rotation.read(Path(resume))
+        except ValueError as error:
+            raise ValueError(f"{error} Name a whole checkpoint-<step> folder, or use --resume auto.") from error
+    newest = rotation.steps(output)[::-1]
+    for step in newest:
+        folder = rotation.folder_of(output, step)
+        try:
+            return folder, *rotation.read(folder)
+        except ValueError as error:
+            logger.warning(f"{error} Going back to the checkpoint before it.")
+    if newest:
+        raise ValueError(f"none of the {len(newest)} checkpoints in {output} is whole: start anew without --resume.")
+    logger.warning(f"no checkpoint in {output}: starting anew.")
+    return None, {}, {}

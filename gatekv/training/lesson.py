@@ -16,7 +16,7 @@ from transformers import DynamicCache
 from gatekv.adapter import GateKVConfig
 from gatekv.cache.kvcache import KVCache
 from gatekv.cache.layer import KVLayer
-from gatekv.config import check_choice
+from gatekv.config import LessSpec, check_choice
 from gatekv.modules import base_model, detach, gates_off, wrappers
 from gatekv.policies import resolve
 from gatekv.training.losses import distillation_loss
@@ -117,21 +117,37 @@ class LessObjective(nn.Module):
 
 
 def with_maps(model, adapter: str, **less):
-    """A PEFT model with fresh low-rank maps: alone, or beside the gates of a trained adapter, which stay as they are.
+    """A PEFT model with low-rank maps: alone, or beside the gates of a trained adapter, which stay as they are.
 
-    adapter: folder or Hub name, or empty. less: fields of `gatekv.config.LessSpec`. Only the maps learn.
+    adapter: folder or Hub name, or empty; maps that it has are where these begin, else they are fresh. less: fields of
+    `gatekv.config.LessSpec`. Only the maps learn.
+
+    Raises:
+        ValueError: the adapter's maps are of another form or size.
     """
     if not adapter:
         return get_peft_model(model, GateKVConfig(task_type="CAUSAL_LM", gate="none", **less))
     trained = PeftModel.from_pretrained(model, adapter)
     old = trained.peft_config["default"]
-    gates = {w.layer_idx: w.gate().state_dict() for w in wrappers(trained)}
+    wanted = LessSpec(**less)
+    for name in ("less_form", "less_rank", "less_hidden"):
+        before, now = getattr(old, name), getattr(wanted, name)
+        if old.less_rank and before != now:
+            name = name.removeprefix("less_")
+            raise ValueError(
+                f"{adapter} has maps with {name} {before!r}, and {name} is {now!r}: go on with --{name} {before}."
+            )
+    parts = {w.layer_idx: (w.gate(), w.less()) for w in wrappers(trained)}
     config = GateKVConfig(
         task_type="CAUSAL_LM", calibration=old.calibration, base_fingerprint=old.base_fingerprint,
         **vars(old.gate_spec()), **less,
     )  # fmt: skip
     both = get_peft_model(detach(trained), config)
     for w in wrappers(both):
-        w.gate().load_state_dict(gates[w.layer_idx])
-        w.gate().requires_grad_(False)
+        gate, maps = parts[w.layer_idx]
+        if gate is not None:
+            w.gate().load_state_dict(gate.state_dict())
+            w.gate().requires_grad_(False)
+        if maps is not None:
+            w.less().load_state_dict(maps.state_dict())
     return both

@@ -1,20 +1,22 @@
 """The training loop, on Accelerate: accumulation, clipping, schedules, checkpoints, a progress bar that says enough."""
 
+import time
 from pathlib import Path
 
 import torch
 from accelerate import Accelerator
+from accelerate.utils import broadcast_object_list
 from tqdm import tqdm
 
-from gatekv.training import checkpoint, sharding
-from gatekv.training.config import CPTConfig
+from gatekv.training import checkpoint, rotation, sharding
 from gatekv.training.data import TrainingData
+from gatekv.training.guard import Fingerprint, LossGuard, failure, peers_named
 from gatekv.training.objective import Objective
-from gatekv.training.schedule import learning_rate_factor, sampled_keep, target_keep
+from gatekv.training.options import RunConfig
+from gatekv.training.schedule import learning_rate_at, target_at
+from gatekv.training.signals import Stopped, StopSignals
 from gatekv.training.streams import RESERVED
 
-WARM_UP = 0.07  # of the steps
-FINAL_RATE = 0.1  # of the learning rate
 PROBE_ROW = RESERVED[0]  # far behind any run: a row on which soft and hard gates are compared
 
 
@@ -23,76 +25,122 @@ def global_mean(accelerator: Accelerator, tensor: torch.Tensor) -> torch.Tensor:
     return accelerator.reduce(tensor, reduction="mean")
 
 
-def train(objective: Objective, data: TrainingData, config: CPTConfig, accelerator: Accelerator) -> list[dict]:
-    """Run to config.max_steps; returns one record per step (loss, task, sparsity, keep, target, lr; at every checkpoint
-    also the soft and hard loss on one row, their gap, and the share of undecided gates).
+def train(objective: Objective, data: TrainingData, config: RunConfig, accelerator: Accelerator) -> list[dict]:
+    """Run to config.max_steps; returns one record per step of the whole run, those before a resume too: loss, task,
+    sparsity, keep, target, lr; every save_every steps also the soft and hard loss on one row, their gap, and the share
+    of undecided gates.
 
     Raises:
-        FloatingPointError: a loss that is not finite; the last checkpoint stays as it is.
-        KeyboardInterrupt: after saving a checkpoint.
+        FloatingPointError: a loss or gradient that is not finite, or an exploding loss; the checkpoints stay as they
+            are. Stopped: SIGTERM or SIGINT came to any process; a checkpoint is saved. ConnectionError: another process
+            is gone. ValueError: nothing to resume, or a checkpoint of another run.
     """
+    output = Path(config.output_dir)
     parameters = list(checkpoint.trained(objective).values())
     optimizer = torch.optim.AdamW(parameters, lr=config.learning_rate, weight_decay=0.0)
-    folder = Path(config.output_dir) / "checkpoint"
+    identity = checkpoint.identity(config, accelerator.num_processes)
     module, optimizer = sharding.prepare(accelerator, objective, optimizer, config)
-    start = checkpoint.load(folder, accelerator, objective, optimizer) if config.resume else 0
-    rank, world = accelerator.process_index, accelerator.num_processes
-    records, done, gap = [], start, float("nan")
+    records = _resume(config, objective, optimizer, data, identity, accelerator)
+    guard = LossGuard(config.max_loss_ratio, [r["loss"] for r in records])
+    start = len(records)
+    saved, saved_at, gap = start, time.monotonic(), float("nan")
     probe = {k: v.to(accelerator.device) for k, v in data.batch(PROBE_ROW, 1, align=True).items()}
 
-    def save(done: int) -> None:
-        checkpoint.save(folder, accelerator, objective, optimizer, done)
+    def save() -> None:
+        nonlocal saved, saved_at
+        tensors = checkpoint.tensors_of(accelerator, objective, optimizer)
+        if accelerator.is_main_process:
+            text = checkpoint.text_sha256(data, len(records), identity)
+            state = {"identity": identity, "text": text, "records": records}
+            rotation.write(output, len(records), tensors, state, config.keep_checkpoints)
+        accelerator.wait_for_everyone()  # who leaves first has a launcher stop the others, in the middle of writing
+        saved, saved_at = len(records), time.monotonic()
 
-    bar = tqdm(range(start, config.max_steps), disable=not accelerator.is_local_main_process, desc="train")
-    try:
+    steps = range(start, config.max_steps)
+    bar = tqdm(
+        steps, initial=start, total=config.max_steps, disable=not accelerator.is_local_main_process, desc="train"
+    )
+    with StopSignals() as signals, peers_named():
         for step in bar:
-            lr = config.learning_rate * learning_rate_factor(step, config.max_steps, WARM_UP, FINAL_RATE)
+            lr, target = learning_rate_at(step, config), target_at(step, config)
             for group in optimizer.param_groups:
                 group["lr"] = lr
-            target = target_keep(step, config.max_steps, config.target_keep, config.target_share)
-            if config.sparsity == "budget" and target <= config.target_keep:
-                target = sampled_keep(step, config.seed, config.target_keep, config.budget_spread)
-            record = _step(module, optimizer, data, config, accelerator, step, target, rank, world)
-            done = step + 1
-            record |= {"step": step, "target": target, "lr": lr}
-            records.append(record)
-            if done % config.save_every == 0:
-                save(done)
+            record, norm, batches = _step(module, optimizer, data, config, accelerator, step, target)
+            if verdict := guard.verdict(record["loss"], norm):
+                last = next((str(rotation.folder_of(output, s)) for s in rotation.steps(output)[::-1]), "")
+                raise failure(verdict, step, batches, last)
+            records.append(record | {"step": step, "target": target, "lr": lr})
+            regular = config.save_every > 0 and len(records) % config.save_every == 0
+            if regular:
                 with sharding.in_parts(objective):
-                    record |= objective.soft_hard(probe, config.target_keep)
-                gap = record["soft_hard_gap"]
+                    records[-1] |= objective.soft_hard(probe, config.target_keep)
+                gap = records[-1]["soft_hard_gap"]
             state = {"loss": record["loss"], "keep": record["keep"], "target": target, "soft_hard_gap": gap}
             bar.set_postfix({k: f"{v:.3f}" for k, v in state.items()})
-            accelerator.log(record, step=step)
-        save(done)
-    except KeyboardInterrupt:
-        save(done)
-        raise
+            accelerator.log(records[-1], step=step)
+            late = 0 < config.save_minutes * 60 <= time.monotonic() - saved_at and accelerator.is_main_process
+            stop, late = _any(accelerator, signals.wanted, late)
+            if regular or late or stop:
+                save()
+            if stop:
+                raise Stopped(
+                    f"stopped after step {len(records)} of {config.max_steps}; "
+                    f"{rotation.folder_of(output, saved)} is saved: the same command with --resume goes on."
+                )
+        if saved < len(records):
+            save()
     return records
 
 
-def _step(module, optimizer, data, config, accelerator, step, target, rank, world) -> dict[str, float]:
-    """One optimizer step over accumulation · world · batch_size rows, whichever way they are split."""
-    sums = {}
+def _any(accelerator: Accelerator, *flags: bool) -> list[bool]:
+    """Which of the flags are up in any process."""
+    flags = torch.tensor(flags, dtype=torch.float32, device=accelerator.device)
+    return (accelerator.reduce(flags, reduction="sum") > 0).tolist()
+
+
+def _resume(config, objective, optimizer, data, identity, accelerator) -> list[dict]:
+    """Put back what config.resume asks for; returns the records of the steps that were done."""
+    found = [None]
+    if accelerator.is_main_process:  # one process chooses; the others read what it chose from the same disk
+        folder, tensors, state = checkpoint.find(config.resume, Path(config.output_dir))
+        found = [folder]
+    broadcast_object_list(found)
+    if found[0] is None:
+        return []
+    if not accelerator.is_main_process:
+        tensors, state = rotation.read(found[0])
+    text = checkpoint.text_sha256(data, state["step"], identity)
+    checkpoint.check_identity(state, {"identity": identity, "text": text}, found[0])
+    checkpoint.restore(accelerator, tensors, objective, optimizer)
+    return state["records"]
+
+
+def _step(module, optimizer, data, config, accelerator, step: int, target: float):
+    """One optimizer step over accumulation · world · batch_size rows, whichever way they are split.
+
+    Returns (means over all processes, the gradient's norm or None, fingerprints of this process's micro-batches).
+    """
+    sums, batches, norm = {}, [], None
+    rank, world = accelerator.process_index, accelerator.num_processes
     rows = config.batch_size * config.accumulation * world
     aligned = config.prefill == "dense" or config.spec.context == "prompt"  # all rows of a batch share a split
     for micro in range(config.accumulation):
         first = step * rows + (micro * world + rank) * config.batch_size
         batch = {k: v.to(accelerator.device) for k, v in data.batch(first, config.batch_size, align=aligned).items()}
+        seed = config.seed + first
+        torch.manual_seed(seed)  # dropout too is a function of the row, or a resumed run would draw other numbers
         with accelerator.accumulate(module):
-            out = module(batch, target, warm=step < config.warm_share * config.max_steps, seed=config.seed + first)
-            if not torch.isfinite(out["loss"]):
-                raise FloatingPointError(
-                    f"the loss is {float(out['loss'])} at step {step}, rows {first}…{first + config.batch_size - 1}: "
-                    "lower learning_rate or sparsity_weight, or use dtype=float32; the last checkpoint is untouched."
-                )
+            out = module(batch, target, warm=step < config.warm_share * config.max_steps, seed=seed)
             accelerator.backward(out["loss"])  # divides by the number of micro-batches
             if accelerator.sync_gradients:
-                accelerator.clip_grad_norm_(module.parameters(), config.max_grad_norm)
+                norm = accelerator.clip_grad_norm_(module.parameters(), config.max_grad_norm)
             optimizer.step()
             optimizer.zero_grad()
+        batches.append(
+            Fingerprint(first, config.batch_size, checkpoint.batch_sha256(batch), float(out["loss"].detach()))
+        )
         for key, value in out.items():
             sums[key] = sums.get(key, 0) + value.detach() / config.accumulation
     sums = {k: global_mean(accelerator, v) for k, v in sums.items()}
     accelerator.unwrap_model(module).move_multipliers(sums.pop("gap"))
-    return {k: float(v) for k, v in sums.items()}
+    return {k: float(v) for k, v in sums.items()}, None if norm is None else float(norm), batches

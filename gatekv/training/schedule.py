@@ -2,6 +2,9 @@
 
 import random
 
+WARM_UP = 0.07  # of the steps
+FINAL_RATE = 0.1  # of the learning rate
+
 
 def target_keep(step: int, steps: int, final: float, share: float) -> float:
     """From 1 to `final` in a straight line over the first `share` of the run, then constant: no overshoot to undo."""
@@ -21,3 +24,16 @@ def sampled_keep(step: int, seed: int, middle: float, spread: float) -> float:
     """A keep rate from middle / spread to middle · spread, at most 1, log-uniform; a pure function of (seed, step)."""
     share = random.Random(f"keep/{seed}/{step}").random()
     return min(1.0, middle * spread ** (2 * share - 1))
+
+
+def learning_rate_at(step: int, config) -> float:
+    """The learning rate of a step. config: `gatekv.training.options.RunConfig` of a recipe."""
+    return config.learning_rate * learning_rate_factor(step, config.max_steps, WARM_UP, FINAL_RATE)
+
+
+def target_at(step: int, config) -> float:
+    """The keep rate that a step aims at: falling first, then, with sparsity="budget", drawn around the target."""
+    target = target_keep(step, config.max_steps, config.target_keep, config.target_share)
+    if config.sparsity == "budget" and target <= config.target_keep:
+        return sampled_keep(step, config.seed, config.target_keep, config.budget_spread)
+    return target

@@ -1,9 +1,9 @@
 """Run by `accelerate launch` in test_two_processes: worker.py BACKEND BASE OUT TASK…
 
 BASE: the frozen model's folder. TASK: JOB trains jobs.JOBS[JOB] and saves its adapter in OUT/JOB as the recipes do;
-JOB:stop raises half-way, OUT/JOB-stop holding a checkpoint; JOB:FOLDER resumes from the checkpoint in FOLDER, results
-in OUT/JOB-resumed-FOLDER's name; "fill" checks what a checkpoint holds; "recipes" runs recipes. One launch does many tasks, because
-importing takes longer than a task.
+JOB:stop is stopped half-way, by SIGTERM to the last process, OUT/JOB-stop holding a checkpoint; JOB:FOLDER resumes from
+the newest checkpoint in FOLDER, results in OUT/JOB-resumed-FOLDER's name; "fill" checks what a checkpoint holds;
+"recipes" runs recipes. One launch does many tasks, because importing takes longer than a task.
 """
 
 import sys
@@ -20,11 +20,11 @@ import torch
 from accelerate import Accelerator, PartialState
 from accelerate.state import AcceleratorState, GradientState
 from accelerate.utils import DeepSpeedPlugin, DistributedType
-from safetensors.torch import load_file
 from torch.distributed.tensor import DTensor
 
-from gatekv.training import checkpoint, sharding
+from gatekv.training import checkpoint, rotation, sharding
 from gatekv.training.loop import train
+from gatekv.training.signals import Stopped
 
 
 def cpu_backend(backend: str) -> None:
@@ -61,11 +61,13 @@ def work(job: str, how: str, base: Path, out: Path) -> None:
     accelerator = fresh()
     resumed = f"-resumed-{Path(how).name}"
     folder = out / (job + {"": "", "stop": "-stop"}.get(how, resumed))
-    more = {"resume": True, "output_dir": how} if how not in ("", "stop") else {}
+    source = Path(how)
+    more = {"resume": str(rotation.folder_of(source, rotation.steps(source)[-1]))} if how not in ("", "stop") else {}
     objective, config = jobs.JOBS[job](base, folder, accelerator.num_processes, **more)
     try:
         records = train(objective, jobs.HalfTheData() if how == "stop" else jobs.ToyData(), config, accelerator)
-    except jobs.Stopped:
+    except Stopped:
+        assert how == "stop"
         records = []
     state = sharding.adapter_state(accelerator, objective.model)
     if records and accelerator.is_main_process:
@@ -106,11 +108,10 @@ def fill(base: Path, out: Path) -> None:
     for i, (shard, cut) in enumerate(mine):
         shard.fill_(10 * i + 1 + cut * accelerator.process_index)
     filled = [shard.clone() for shard, _ in mine]
-    checkpoint.save(out / "fill", accelerator, objective, optimizer, 7)
-    accelerator.wait_for_everyone()
+    saved = checkpoint.tensors_of(accelerator, objective, optimizer)
     for shard, _ in mine:
         shard.zero_()
-    assert checkpoint.load(out / "fill", accelerator, objective, optimizer) == 7
+    checkpoint.restore(accelerator, saved, objective, optimizer)
     again = shards(optimizer, named)
     assert len(again) == len(filled)
     for (a, cut), b in zip(again, filled):
@@ -118,10 +119,9 @@ def fill(base: Path, out: Path) -> None:
         assert torch.equal(a[real], b[real])
         assert real.all() or cut and real.float().mean() > 0.4
     if accelerator.is_main_process:
-        saved = load_file(next((out / "fill").rglob("state.safetensors")))
-        numbers = {
-            k: sorted({int(n) % 10 for n in v.flatten()}) for k, v in saved.items() if v.dim() and k != "multiplier"
-        }
+        tensors = {k: v for k, v in saved.items() if v.dim() and k != "multiplier"}
+        numbers = {k: sorted({int(n) % 10 for n in v.flatten()}) for k, v in tensors.items()}
+        (out / "fill").mkdir()
         (out / "fill" / "result.json").write_text(json.dumps(numbers))
     accelerator.wait_for_everyone()
     accelerator.free_memory()

@@ -9,8 +9,9 @@ README = (ROOT / "README.md").read_text() if (ROOT / "README.md").exists() else 
 
 
 def test_commands_name_real_recipes_and_options():
-    from gatekv.training.config import load_config
+    from gatekv.training.config import CPTConfig
     from gatekv.training.less_config import LessConfig
+    from gatekv.training.options import load_config
 
     commands = [line for block in re.findall(r"```(?:bash|sh)\n(.*?)```", README, re.S) for line in block.splitlines()]
     recipes = [c for c in commands if "recipes/" in c]
@@ -21,7 +22,7 @@ def test_commands_name_real_recipes_and_options():
         source = (ROOT / script).read_text()
         options = words[words.index(script) + 1 :]
         if script.endswith("cpt.py"):
-            load_config(options)
+            load_config(options, CPTConfig)
         elif script.endswith("less.py"):
             load_config(options, LessConfig)
         else:

@@ -3,8 +3,10 @@
 import json
 import os
 import re
+import shutil
 import subprocess
 import sys
+import time
 from pathlib import Path
 
 import pytest
@@ -25,14 +27,14 @@ def run(*command: str, expect: int = 0, timeout: int = 900) -> str:
 @pytest.fixture(scope="module")
 def adapter(tmp_path_factory):
     folder = tmp_path_factory.mktemp("run") / "adapter"
-    options = ["--max_steps", "4", "--sequence_length", "256", "--output_dir", str(folder)]
+    options = ["--max_steps", "4", "--save_every", "3", "--sequence_length", "256", "--output_dir", str(folder)]
     run("accelerate", "launch", "recipes/cpt.py", *options)
     return folder
 
 
 def test_training_writes_an_adapter_and_nothing_of_the_base(adapter):
     names = {p.name for p in adapter.iterdir()}
-    assert {"adapter_model.safetensors", "adapter_config.json", "README.md", "training.json", "checkpoint"} <= names
+    assert {"adapter_model.safetensors", "adapter_config.json", "README.md", "training.json", "checkpoint-4"} <= names
     assert (adapter / "adapter_model.safetensors").stat().st_size < 12e6
     log = json.loads((adapter / "training.json").read_text())
     assert len(log["steps"]) == 4 and {"soft", "hard", "soft_hard_gap"} <= set(log["soft_hard"])
@@ -108,9 +110,32 @@ def _logits(model, ids, mask):
 
 
 def test_resume_continues(adapter):
-    options = ["--max_steps", "5", "--sequence_length", "256", "--output_dir", str(adapter)]
+    shutil.rmtree(adapter / "checkpoint-4")
+    options = ["--max_steps", "4", "--sequence_length", "256", "--output_dir", str(adapter)]
+    weights = (adapter / "adapter_model.safetensors").read_bytes()
     run("recipes/cpt.py", "--resume", *options)
-    assert [s["step"] for s in json.loads((adapter / "training.json").read_text())["steps"]] == [4]
+    assert [s["step"] for s in json.loads((adapter / "training.json").read_text())["steps"]] == [0, 1, 2, 3]
+    assert (adapter / "adapter_model.safetensors").read_bytes() == weights, "bit for bit"
+    assert "learning_rate=0.001, but" in run(
+        "recipes/cpt.py", "--resume", "--learning_rate", "1e-3", *options, expect=1
+    )
+
+
+def test_sigterm_saves_and_exits_with_75(tmp_path):
+    options = ["--max_steps", "50", "--save_every", "1", "--sequence_length", "256", "--output_dir", str(tmp_path)]
+    command = [sys.executable, "recipes/cpt.py", *options]
+    with subprocess.Popen(command, cwd=ROOT, stderr=subprocess.PIPE, stdout=subprocess.DEVNULL, text=True) as process:
+        while not list(tmp_path.glob("checkpoint-1")) and process.poll() is None:
+            time.sleep(0.1)
+        process.terminate()
+        text = process.communicate(timeout=300)[1]
+    assert process.returncode == 75 and "is saved: the same command with --resume goes on" in text
+
+
+@pytest.mark.parametrize("recipe", ["cpt", "less"])
+def test_dry_run_says_what_is_to_come(recipe, tmp_path):
+    out = run(f"recipes/{recipe}.py", "--dry_run", "zero2:4", "--output_dir", str(tmp_path / "out"))
+    assert "zero2, 4 processes" in out and "MB each process" in out and not (tmp_path / "out").exists()
 
 
 def test_low_rank_maps_train_beside_a_gate_resume_and_are_evaluated(adapter, tmp_path):
@@ -124,10 +149,13 @@ def test_low_rank_maps_train_beside_a_gate_resume_and_are_evaluated(adapter, tmp
         "--adapter",
         str(adapter),
     ]
-    run("recipes/less.py", "--max_steps", "3", "--policy", "gate+global", *options)
+    run("recipes/less.py", "--max_steps", "4", "--save_every", "3", "--policy", "gate+global", *options)
+    weights = (tmp_path / "adapter_model.safetensors").read_bytes()
+    shutil.rmtree(tmp_path / "checkpoint-4")
     run("recipes/less.py", "--max_steps", "4", "--policy", "gate+global", "--resume", *options)
+    assert (tmp_path / "adapter_model.safetensors").read_bytes() == weights, "dropout too resumes bit for bit"
     log = json.loads((tmp_path / "training.json").read_text())
-    assert [s["step"] for s in log["steps"]] == [3] and {"error", "alone", "closed"} <= set(log["soft_hard"])
+    assert [s["step"] for s in log["steps"]] == [0, 1, 2, 3] and {"error", "alone", "closed"} <= set(log["soft_hard"])
     run("recipes/evaluate.py", "--adapter", str(tmp_path), "--n", "1", "--n_ppl", "1", "--budgets", ".25", "--policies",
         "gate+global,gate+global+less,snapkv+less", "--tasks", "ppl,recall")  # fmt: skip
     rows = json.loads((tmp_path / "results.json").read_text())["rows"]

@@ -8,14 +8,15 @@ import pytest
 sys.path.insert(0, "recipes")
 import ablation
 
-from gatekv.training.config import load_config
+from gatekv.training.config import CPTConfig
+from gatekv.training.options import load_config
 
 CONFIGS = sorted(ablation.CONFIGS.glob("*.yaml"))
 
 
 @pytest.mark.parametrize("path", CONFIGS, ids=lambda p: p.stem)
 def test_every_recipe_parses_and_reads_as_many_tokens(path):
-    config = load_config(["--config", str(path)])
+    config = load_config(["--config", str(path)], CPTConfig)
     assert config.sequence_length == 640 and config.batch_size * config.accumulation == 1
     assert 90 <= config.max_steps <= 140, "the rows, so the tokens, of one recipe are those of another"
 

@@ -8,6 +8,7 @@ import gatekv
 from gatekv.cache.kvcache import distinct_bytes
 from gatekv.gates.calibration import Calibration
 from gatekv.modules import wrappers
+from gatekv.policies import SnapKV
 
 
 @torch.no_grad()
@@ -179,6 +180,29 @@ def test_fork_shares_nothing_that_changes():
             model(torch.ones(2, 1, dtype=torch.long), past_key_values=twin)
     assert cache.get_seq_length() == 40 and twin.get_seq_length() == 80
     assert all(torch.equal(a, b) for a, b in zip(flags, cache.flags()))
+
+
+def test_a_shared_prefill_is_scored_once_until_it_grows(monkeypatch):
+    calls, model = [], gated(window=4)
+    score = SnapKV.score
+    monkeypatch.setattr(SnapKV, "score", lambda self, view: calls.append(view.layer_idx) or score(self, view))
+    ids, mask = padded_batch([60, 50])
+    watching = gatekv.KVCache.undecided(model)
+    with torch.no_grad():
+        model(ids, attention_mask=mask, past_key_values=watching)
+        half = watching.decide("snapkv", 0.85, turns=True)
+        watching.decide("snapkv+ada", 0.7)
+        assert calls == [0, 1]
+        watching.decide(SnapKV(window=8), 0.75)
+        assert calls == [0, 1] * 2
+        more = torch.cat([mask, torch.ones(2, 40, dtype=torch.long)], 1)
+        model(torch.randint(1, 90, (2, 40)), attention_mask=more, past_key_values=half)
+        half.compress()  # of its own turn, not of the prompt it came from
+        model(torch.randint(1, 90, (2, 40)), attention_mask=more, past_key_values=watching)
+        watching.decide("snapkv", 0.75)
+        assert calls == [0, 1] * 4
+        watching.batch_select_indices(torch.tensor([1]))
+        assert len(watching.decide("snapkv", 0.75).flags()[0]) == 1
 
 
 @pytest.mark.parametrize(

@@ -116,7 +116,7 @@ def test_recurrent_equals_parallel(group, window):
     state = State(v, psi.shape[-1])
     for i in range(n):
         gone = (left == i) & mask[:, :, -1]
-        state.fold(psi, v, gone)
+        state.fold(psi, v, v, gone)
         near = segments.dense_segment(q[:, :, i : i + 1], k, v, live[:, :, i : i + 1], SCALE)
         out, _ = segments.merge([near, state.segment(phi[:, :, i : i + 1])])
         assert (out - whole[:, :, i : i + 1]).abs().max() <= 1e-9 * whole.abs().max()
@@ -139,7 +139,7 @@ def test_the_exact_kernel_gives_full_attention_back(window):
         for a, b in zip(got, (whole, lse)):
             torch.testing.assert_close(a, b, rtol=1e-10, atol=1e-10)
     state = State(v, n)
-    state.fold(psi, v, ~flags)
+    state.fold(psi, v, v, ~flags)
     last = naive.dense_segment(q[:, :, -1:], k, v, flags[:, :, None], SCALE)
     for a, b in zip(segments.merge([last, state.segment(phi[:, :, -1:])]), (whole[:, :, -1:], lse[:, :, -1:])):
         torch.testing.assert_close(a, b, rtol=1e-10, atol=1e-10)
@@ -250,14 +250,14 @@ def test_a_state_counts_its_bytes_and_follows_the_batch():
     _, psi, v, flags = (t.detach() for t in problem(9))
     state = State(v.bfloat16(), 4)
     assert sum(t.nbytes for t in state.tensors()) == 2 * 3 * 4 * (5 + 1) * 4
-    state.fold(psi, v, flags)
+    state.fold(psi, v, v, flags)
     held = [t.clone() for t in state.tensors()]
     twin = state.twin()
-    twin.fold(psi, v, ~flags)
+    twin.fold(psi, v, v, ~flags)
     torch.testing.assert_close(state.tensors(), held, rtol=0, atol=0)
     assert not torch.equal(twin.z, state.z)
     twin = state.twin()
-    state.fold(psi, v, ~flags)
+    state.fold(psi, v, v, ~flags)
     torch.testing.assert_close(twin.tensors(), held, rtol=0, atol=0)
     twin.select(torch.tensor([1, 1, 0]))
     torch.testing.assert_close(twin.tensors(), [t[[1, 1, 0]] for t in held], rtol=0, atol=0)
@@ -277,7 +277,7 @@ def test_errors_name_the_argument():
         Psi(2, 4)(torch.zeros(1, 6, 3, 4))
     state, v = State(torch.zeros(1, 2, 0, 4), 3), torch.zeros(1, 4, 5, 4)
     with pytest.raises(ValueError, match="psi has 4 heads, the state 2"):
-        state.fold(torch.zeros(1, 4, 5, 3), v, torch.ones(1, 4, 5, dtype=torch.bool))
+        state.fold(torch.zeros(1, 4, 5, 3), v, v, torch.ones(1, 4, 5, dtype=torch.bool))
     with pytest.raises(ValueError, match="phi has 3 heads"):
         state.segment(torch.zeros(1, 3, 5, 3))
     with pytest.raises(ValueError, match="rank"):

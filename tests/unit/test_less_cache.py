@@ -11,6 +11,7 @@ from gatekv.ops import naive
 from gatekv.ops.remainder import left_of
 
 LESS = dict(less_rank=3, less_hidden=12)
+FORMS = ["kernel", "centroids"]
 
 
 def loud(model):
@@ -30,8 +31,13 @@ class Reference:
     def attend(self, call, q, k, v, mask, scaling):
         causal = naive.causal_mask(q.shape[2], k.shape[2])
         near = naive.dense_segment(q, k, v, self.live & causal, scaling)
-        far = naive.remainder_segment(self.maps.phi(q), self.maps.psi(k), v, self.left)
-        return naive.merge([near, far])[0]
+        psi, shift = self.maps.psi(k), 0
+        if self.maps.spec.less_form == "kernel":
+            phi = self.maps.phi(q)
+        else:
+            phi, shift = self.maps.phi(*naive.remainder_reach(q, k, psi, self.left), scaling)
+        out, lse = naive.remainder_segment(phi, psi, v, self.left)
+        return naive.merge([near, (out, lse + shift)])[0]
 
 
 @torch.no_grad()
@@ -67,8 +73,9 @@ def all_flags(model, ids, policy, budget, window, prompt, **options):
 @torch.no_grad()
 @pytest.mark.parametrize("cuts", [[50], [50, 51, 52, 60], [50, 57]])
 @pytest.mark.parametrize("policy", ["snapkv+less", "keydiff+ada+less", "random+global+less", "h2o+less"])
-def test_one_shot_policies_remember_what_the_prompt_lost(policy, cuts, family):
-    model = loud(gated(family, gate="none", **LESS))
+@pytest.mark.parametrize("form", FORMS)
+def test_one_shot_policies_remember_what_the_prompt_lost(form, policy, cuts, family):
+    model = loud(gated(family, gate="none", less_form=form, **LESS))
     ids, mask = padded_batch([70])
     decode = {"decode": "keep"} if "h2o" in policy else {}
     got = recurrent_logits(model, ids, mask, gatekv.KVCache(model, policy, 0.75, **decode), cuts)
@@ -78,16 +85,18 @@ def test_one_shot_policies_remember_what_the_prompt_lost(policy, cuts, family):
 
 
 @pytest.mark.parametrize("kind", KINDS)
-def test_every_family_remembers(kind):
-    test_one_shot_policies_remember_what_the_prompt_lost("keydiff+ada+less", [50, 51, 60], kind)
-    test_a_streaming_gate_remembers_what_it_evicts("mlp", [3, 4, 31, 60], kind)
+@pytest.mark.parametrize("form", FORMS)
+def test_every_family_remembers(form, kind):
+    test_one_shot_policies_remember_what_the_prompt_lost(form, "keydiff+ada+less", [50, 51, 60], kind)
+    test_a_streaming_gate_remembers_what_it_evicts(form, "mlp", [3, 4, 31, 60], kind)
 
 
 @torch.no_grad()
 @pytest.mark.parametrize("cuts", [[50], [3, 4, 5, 31, 60], list(range(1, 70))])
 @pytest.mark.parametrize("gate", ["mlp", "attention"])
-def test_a_streaming_gate_remembers_what_it_evicts(gate, cuts, family):
-    model = loud(gated(family, window=6, sinks=2, gate=gate, **LESS))
+@pytest.mark.parametrize("form", FORMS)
+def test_a_streaming_gate_remembers_what_it_evicts(form, gate, cuts, family):
+    model = loud(gated(family, window=6, sinks=2, gate=gate, less_form=form, **LESS))
     ids, mask = padded_batch([70])
     flags = all_flags(model, ids, "gate+less", None, 6, 40)
     assert any((~f).any() for f in flags)
@@ -99,8 +108,9 @@ def test_a_streaming_gate_remembers_what_it_evicts(gate, cuts, family):
 @torch.no_grad()
 @pytest.mark.parametrize("policy,budget", [("gate+less", None), ("gate+global+less", 0.5), ("snapkv+less", 0.75), ("h2o+less", 0.5),
                                            ("tova+less", 0.5), ("streaming_llm+less", 0.5), ("snapkv+think+less", 0.75)])  # fmt: skip
-def test_padded_rows_are_solo_rows(policy, budget):
-    model = loud(gated(window=6, sinks=2, **LESS))
+@pytest.mark.parametrize("form", FORMS)
+def test_padded_rows_are_solo_rows(form, policy, budget):
+    model = loud(gated(window=6, sinks=2, less_form=form, **LESS))
     ids, mask = padded_batch([70, 61])
     together = recurrent_logits(model, ids, mask, gatekv.KVCache(model, policy, budget), [60, 61, 65])
     for row, n in enumerate((70, 61)):
@@ -114,8 +124,9 @@ def test_padded_rows_are_solo_rows(policy, budget):
 @pytest.mark.parametrize(
     "policy", ["h2o+less", "tova+less", "streaming_llm+less", "gate+global+less", "snapkv+ada+less"]
 )
-def test_the_state_is_the_sum_over_what_is_not_held(policy):
-    model = loud(gated(window=6, sinks=2, **LESS))
+@pytest.mark.parametrize("form", FORMS)
+def test_the_state_is_the_sum_over_what_is_not_held(form, policy):
+    model = loud(gated(window=6, sinks=2, less_form=form, **LESS))
     ids = torch.randint(1, VOCAB, (2, 90), generator=torch.Generator().manual_seed(0))
     seen = {}
     cache = gatekv.KVCache(model, policy, 0.75 if "snapkv" in policy else 0.5)
@@ -137,6 +148,8 @@ def test_the_state_is_the_sum_over_what_is_not_held(policy):
         psi = w.less().psi(k) * gone[..., None]
         torch.testing.assert_close(layer.kept.state.h, psi.transpose(-1, -2) @ v, rtol=1e-9, atol=1e-12)
         torch.testing.assert_close(layer.kept.state.z, psi.sum(2), rtol=1e-9, atol=1e-12)
+        if form == "centroids":
+            torch.testing.assert_close(layer.kept.state.m, psi.transpose(-1, -2) @ k, rtol=1e-9, atol=1e-12)
 
 
 @torch.no_grad()
@@ -155,8 +168,9 @@ def test_nothing_folded_and_untrained_maps_change_next_to_nothing():
 
 @torch.no_grad()
 @pytest.mark.parametrize("policy,budget", [("gate+less", None), ("snapkv+ada+less", 0.75), ("h2o+less", 0.5)])
-def test_copies_files_beams_and_bytes(policy, budget, tmp_path):
-    model = loud(gated(window=6, sinks=2, **LESS))
+@pytest.mark.parametrize("form", FORMS)
+def test_copies_files_beams_and_bytes(form, policy, budget, tmp_path):
+    model = loud(gated(window=6, sinks=2, less_form=form, **LESS))
     ids = torch.randint(1, VOCAB, (2, 60), generator=torch.Generator().manual_seed(0))
     later = torch.randint(1, VOCAB, (2, 12), generator=torch.Generator().manual_seed(2))
     cache = gatekv.KVCache(model, policy, budget)
@@ -168,7 +182,7 @@ def test_copies_files_beams_and_bytes(policy, budget, tmp_path):
     swapped.reorder_cache(torch.tensor([1, 0]))
     assert loaded.memory()["bytes"] <= cache.memory()["bytes"]
     state = sum(t.nbytes for layer in cache.evicting() for t in layer.kept.state.tensors())
-    assert state == 2 * 2 * 3 * 3 * (8 + 1) * 8 and cache.memory()["bytes"] > state
+    assert state == 2 * 2 * 3 * 3 * ((8 if form == "kernel" else 16) + 1) * 8 and cache.memory()["bytes"] > state
     wanted = model(later, past_key_values=cache).logits
     for other in (twin, loaded):
         torch.testing.assert_close(model(later, past_key_values=other).logits, wanted)
@@ -177,8 +191,9 @@ def test_copies_files_beams_and_bytes(policy, budget, tmp_path):
 
 @torch.no_grad()
 @pytest.mark.parametrize("policy,budget", [("snapkv+less", 0.75), ("gate+global+less", 0.5)])
-def test_a_shared_prefill_decides_as_one_of_its_own(policy, budget):
-    model = loud(gated(window=6, sinks=2, **LESS))
+@pytest.mark.parametrize("form", FORMS)
+def test_a_shared_prefill_decides_as_one_of_its_own(form, policy, budget):
+    model = loud(gated(window=6, sinks=2, less_form=form, **LESS))
     ids = torch.randint(1, VOCAB, (2, 60), generator=torch.Generator().manual_seed(0))
     later = torch.randint(1, VOCAB, (2, 12), generator=torch.Generator().manual_seed(2))
     undecided, own = gatekv.KVCache.undecided(model), gatekv.KVCache(model, policy, budget)

@@ -8,9 +8,9 @@ from test_less_cache import LESS, loud
 import gatekv
 from gatekv.attention import output_error
 from gatekv.modules import base_model, wrappers
-from gatekv.training.config import load_config
 from gatekv.training.less_config import LessConfig
 from gatekv.training.lesson import LessObjective, with_maps
+from gatekv.training.options import load_config
 
 
 def batch_of(lengths, split):
@@ -152,6 +152,12 @@ def test_a_trained_gate_stays_as_it_is_and_both_travel_in_one_adapter(tmp_path):
     for w, old, mine in zip(wrappers(loaded), gates, wrappers(both)):
         assert all(torch.equal(v, old[k]) for k, v in w.gate().state_dict().items())
         assert all(torch.equal(v, mine.less().state_dict()[k]) for k, v in w.less().state_dict().items())
+    again = with_maps(tiny(dtype=torch.float32), str(tmp_path / "both"), less_policy="snapkv", less_budget=0.3, **LESS)
+    for w, mine in zip(wrappers(again), wrappers(both)):  # learning goes on where it ended
+        assert all(torch.equal(v, mine.less().state_dict()[k]) for k, v in w.less().state_dict().items())
+        assert all(p.requires_grad for p in w.less().parameters())
+    with pytest.raises(ValueError, match="maps with rank 3, and rank is 5: go on with --rank 3"):
+        with_maps(tiny(dtype=torch.float32), str(tmp_path / "both"), **LESS | {"less_rank": 5})
     ids = torch.randint(1, 90, (1, 60))
     a, b = (gatekv.KVCache(m, "gate+global+less", 0.5) for m in (both, loaded))
     torch.testing.assert_close(both(ids, past_key_values=a).logits, loaded(ids, past_key_values=b).logits)

@@ -12,6 +12,8 @@ import benchmark
 import common
 import evaluate
 
+from gatekv.training.signals import Stopped
+
 
 def boom(error):
     def main(argv):
@@ -23,12 +25,18 @@ def boom(error):
 @pytest.mark.parametrize("error,match", [
     (ValueError("budget 2 is too much"), "error: budget 2"), (FloatingPointError("the loss is nan"), "error: the loss is nan"),
     (TypeError("unknown key 'x'"), "error: unknown key"), (OSError("disk full"), "error: disk full"),
-    (KeyboardInterrupt(), "go on with --resume"),
 ])  # fmt: skip
 def test_expected_errors_become_one_line_and_exit_code_1(error, match):
     with pytest.raises(SystemExit) as stop:
         common.run(boom(error))
     assert match in str(stop.value.code) and "\n" not in str(stop.value.code)
+
+
+@pytest.mark.parametrize("error,code", [(Stopped("checkpoint-3 is saved"), 75), (KeyboardInterrupt(), 130)])
+def test_stopping_is_neither_success_nor_error(error, code, capsys):
+    with pytest.raises(SystemExit) as stop:
+        common.run(boom(error))
+    assert stop.value.code == code and str(error) in capsys.readouterr().err
 
 
 def test_bugs_keep_their_traceback():

@@ -196,3 +196,29 @@ def test_without_the_extra_the_error_says_so(monkeypatch):
     monkeypatch.setitem(__import__("sys").modules, "datasets", None)
     with pytest.raises(ValueError, match=r"pip install gatekv\[eval\]"):
         sources.open_source("org/set", 64, 0)
+
+
+@pytest.mark.parametrize("sizes,most", [([60] * 8, 480), ([2] * 600, 40)])
+def test_a_resumed_run_reads_the_same_rows_and_where_shards_are_many_little_more(tmp_path, monkeypatch, sizes, most):
+    """Rows 100 … of a set opened anew are those of one that was read through; `most` documents are read for them."""
+    read = []
+    texts = HubSource.__init__.__globals__["texts"]
+
+    def counted(*args):
+        for text in texts(*args):
+            read.append(text)
+            yield text
+
+    monkeypatch.setattr(sources, "BLOCK_TOKENS", 4 * 64)
+    monkeypatch.setattr(sources, "_open_stream", lambda *args: jsonl(tmp_path, sizes))
+    monkeypatch.setattr(HubSource, "FOOTERS", 0)
+    options = dict(retrieval_share=0, answer_weight=1, seed=3)
+    through = TrainingData(Words(), ["a/set"], 64, **options)
+    wanted = [through.batch(i, 2) for i in range(0, 110, 2)][50:]
+    monkeypatch.setitem(HubSource.__init__.__globals__, "texts", counted)
+    resumed = TrainingData(Words(), ["a/set"], 64, **options)
+    opened = len(read)
+    for first, batch in zip(range(100, 110, 2), wanted):
+        got = resumed.batch(first, 2)
+        assert all((got[k] == batch[k]).all() for k in batch)
+    assert 0 < len(read) - opened <= most

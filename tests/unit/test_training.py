@@ -1,7 +1,6 @@
-"""Losses against their formulas; accumulation changes nothing; gates move, the base does not; resume; errors."""
+"""Losses against their formulas; accumulation changes nothing; gates move, the base does not; errors."""
 
 import copy
-import json
 
 import pytest
 import torch
@@ -346,59 +345,6 @@ def test_teacher_is_the_plain_model_while_training():
         with torch.no_grad(), gates_off(module.model, listen=listen):
             assert torch.equal(module.model(ids, use_cache=False).logits, plain)
     assert wrappers(module.model)[0].recorded.logits.requires_grad, "the oracle trains the gates through what they said"
-
-
-def test_stop_and_resume_is_the_uninterrupted_run(tmp_path):
-    whole = make(sparsity="lagrange", scope="layer")
-    train(whole, ToyData(), config(tmp_path / "a", sparsity="lagrange", max_steps=6), Accelerator(cpu=True))
-
-    class Stop(ToyData):
-        def batch(self, first, rows, **kwargs):
-            if 3 * 2 <= first < 10**6:
-                raise KeyboardInterrupt
-            return super().batch(first, rows, **kwargs)
-
-    stopped = make(sparsity="lagrange", scope="layer")
-    settings = config(tmp_path / "b", sparsity="lagrange", max_steps=6, save_every=50)
-    with pytest.raises(KeyboardInterrupt):
-        train(stopped, Stop(), settings, Accelerator(cpu=True))
-    assert json.loads((tmp_path / "b/checkpoint/state.json").read_text())["step"] == 3, "Ctrl-C saves"
-    resumed = make(sparsity="lagrange", scope="layer")
-    settings.resume = True
-    for _ in range(2):  # resuming a finished run changes nothing either
-        train(resumed, ToyData(), settings, Accelerator(cpu=True))
-    for (name, a), b in zip(checkpoint.trained(whole).items(), checkpoint.trained(resumed).values()):
-        assert torch.equal(a, b), name
-    assert torch.equal(whole.multiplier, resumed.multiplier)
-    saved = (tmp_path / "b/checkpoint/state.safetensors").stat().st_size
-    assert saved < 12 * sum(p.numel() for p in checkpoint.trained(whole).values()) + 20_000, "the base is never saved"
-
-
-def test_checkpoint_errors(tmp_path):
-    module = make()
-    optimizer, alone = torch.optim.AdamW(checkpoint.trained(module).values()), Accelerator(cpu=True)
-    with pytest.raises(ValueError, match="nothing to resume"):
-        checkpoint.load(tmp_path / "none", alone, module, optimizer)
-    checkpoint.save(tmp_path / "c", alone, module, optimizer, 3)
-    with pytest.raises(ValueError, match="of another gate"):
-        other = make(gate="attention")
-        checkpoint.load(tmp_path / "c", alone, other, torch.optim.AdamW(checkpoint.trained(other).values()))
-    path = tmp_path / "c/state.safetensors"
-    path.write_bytes(path.read_bytes()[:-9])
-    with pytest.raises(ValueError, match="is damaged"):
-        checkpoint.load(tmp_path / "c", alone, module, optimizer)
-
-
-def test_nan_loss_stops_and_keeps_the_checkpoint(tmp_path):
-    module = make()
-    train(module, ToyData(), config(tmp_path, max_steps=2), Accelerator(cpu=True))
-    before = (tmp_path / "checkpoint/state.safetensors").read_bytes()
-    with torch.no_grad():
-        next(iter(checkpoint.trained(module).values())).fill_(float("nan"))
-    with pytest.raises(FloatingPointError, match="lower learning_rate"):
-        train(module, ToyData(), config(tmp_path), Accelerator(cpu=True))
-    assert (tmp_path / "checkpoint/state.safetensors").read_bytes() == before
-    assert not list(tmp_path.glob("*.partial"))
 
 
 def test_soft_hard_gap_is_zero_for_straight_through_and_not_for_log():

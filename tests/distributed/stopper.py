@@ -1,0 +1,49 @@
+"""One process of two in test_stopping: trains toy gates, slowly, and says who it is."""
+
+import sys
+from pathlib import Path
+
+sys.path[:0] = [str(Path(__file__).parents[i]) for i in (1, 2)] + [
+    str(Path(__file__).parents[i] / name) for i, name in ((1, "unit"), (2, "recipes"))
+]
+
+import os
+import time
+
+from accelerate import Accelerator, InitProcessGroupKwargs
+from common import run
+from test_training import ToyData, config, make
+
+from gatekv.training.loop import train
+
+
+class SlowData(ToyData):
+    """Takes a while to read, so that a signal comes in the middle; notes each process that got to step 2."""
+
+    def __init__(self, folder: Path):
+        self.folder = folder
+
+    def batch(self, first, rows, **kwargs):
+        time.sleep(0.05)
+        if 4 <= first < 10**6:
+            (self.folder / f"pid-{os.environ['RANK']}").write_text(str(os.getpid()))
+        return super().batch(first, rows, **kwargs)
+
+
+def main(argv: list[str]) -> None:
+    folder, factor = Path(argv[0]), float(argv[1])
+    accelerator = Accelerator(cpu=True, kwargs_handlers=[InitProcessGroupKwargs(backend="gloo")])
+    module, calls = make(sparsity="lagrange"), []
+
+    def spoil(module, args, out):
+        calls.append(1)
+        wrong = len(calls) == 4 and accelerator.process_index == 1
+        return out | {"loss": out["loss"] * (factor if wrong else 1)}
+
+    module.register_forward_hook(spoil)
+    settings = config(folder, sparsity="lagrange", max_steps=1000, batch_size=1, save_every=3, resume="auto")
+    train(module, SlowData(folder), settings, accelerator)
+
+
+if __name__ == "__main__":
+    run(main)

@@ -4,47 +4,21 @@ One launch for each backend (worker.py), with the flags and launch files that us
 """
 
 import json
-import os
 import shutil
-import socket
-import subprocess
-import sys
 from pathlib import Path
 
 import pytest
 import torch
+from backends import BACKENDS, launch
 from conftest import tiny
 from safetensors.torch import load_file
 from tokenizers import Tokenizer, decoders, models, pre_tokenizers
 from transformers import PreTrainedTokenizerFast
 
-HERE = Path(__file__).parent
-ROOT = HERE.parents[1]
-CPU = {"OMP_NUM_THREADS": "1", "TOKENIZERS_PARALLELISM": "false"}
-SHARDED = CPU | {"ACCELERATE_TORCH_DEVICE": "cpu", "DS_ACCELERATOR": "cpu"}
-# Launch flags, environment. What plain accelerate cannot do on a CPU is patched in worker.py.
-BACKENDS = {
-    "ddp": (["--config_file", "launch/ddp.yaml"], CPU | {"ACCELERATE_USE_CPU": "true"}),
-    "zero1": (["--use_deepspeed", "--zero_stage", "1"], SHARDED),
-    "zero2": (["--config_file", "launch/zero2.yaml"], SHARDED),
-    "zero3": (["--config_file", "launch/zero3.yaml"], SHARDED),
-    "fsdp2": (["--config_file", "launch/fsdp2.yaml"], SHARDED),
-}
 OF_THE_BASE = ("zero3", "fsdp2")  # what these shard is more than optimizer state: the forward passes differ too
 JOBS = ["gate", "accumulated", "less"]
 MORE_JOBS = ["behind", "local", "recomputed", "less_kl", "centroids", "bf16"]
 WITH_MORE = [(b, j) for b in BACKENDS for j in JOBS] + [(b, j) for b in OF_THE_BASE for j in MORE_JOBS]
-
-
-def launch(backend: str, processes: int, flags: list[str], environment: dict, folders: list[Path], tasks: list[str]):
-    with socket.socket() as s:
-        s.bind(("127.0.0.1", 0))
-        port = s.getsockname()[1]
-    command = [sys.executable, "-m", "accelerate.commands.launch", *flags, "--num_machines", "1"]
-    command += ["--num_processes", str(processes), "--main_process_port", str(port), "--mixed_precision", "no"]
-    command += ["--dynamo_backend", "no", str(HERE / "worker.py"), backend, *map(str, folders), *tasks]
-    run = subprocess.run(command, env=os.environ | environment, cwd=ROOT, capture_output=True, text=True, timeout=300)
-    assert run.returncode == 0, run.stderr[-6000:]
 
 
 @pytest.fixture(scope="module")
@@ -63,7 +37,7 @@ def single(base, tmp_path_factory) -> Path:
     """What one process finds."""
     out = tmp_path_factory.mktemp("single")
     tasks = [*JOBS, *MORE_JOBS, "gate:stop", "less:stop", "recipes"]
-    launch("single", 1, ["--cpu"], CPU, [base, out], tasks)
+    launch("worker.py", "single", base, out, *tasks)
     return out
 
 
@@ -84,7 +58,7 @@ def two(base, single, tmp_path_factory):
                 f"{job}:{out / folder}" for job in ("gate", "less") for folder in (f"{job}-stop", f"{job}-of-one")
             ]
             tasks += ["recipes"] if backend in OF_THE_BASE else []
-            launch(backend, 2, *BACKENDS[backend], [base, out], tasks)
+            launch("worker.py", backend, base, out, *tasks)
             failed.remove(backend)
         return found[backend]
 

@@ -19,30 +19,12 @@ import jobs
 import torch
 from accelerate import Accelerator, PartialState
 from accelerate.state import AcceleratorState, GradientState
-from accelerate.utils import DeepSpeedPlugin, DistributedType
+from backends import on_cpu
 from torch.distributed.tensor import DTensor
 
 from gatekv.training import checkpoint, rotation, sharding
 from gatekv.training.loop import train
 from gatekv.training.signals import Stopped
-
-
-def cpu_backend(backend: str) -> None:
-    """What each backend needs in order to run on CPUs over gloo, and to shard tensors as small as a test's."""
-    torch.set_num_threads(1)
-    if backend.startswith("zero"):
-        import deepspeed
-
-        deepspeed.ops.__compatible_ops__["deepspeed_shm_comm"] = False  # else a minute of compiling
-        made = DeepSpeedPlugin.__post_init__
-
-        def small(plugin):
-            made(plugin)
-            plugin.deepspeed_config["zero_optimization"]["stage3_param_persistence_threshold"] = 0
-
-        DeepSpeedPlugin.__post_init__ = small
-    if backend.startswith(("zero", "fsdp")):  # accelerate knows them on accelerators only
-        PartialState._prepare_backend = lambda *args, **kwargs: ("gloo", DistributedType.MULTI_GPU)
 
 
 def fresh() -> Accelerator:
@@ -170,7 +152,7 @@ def recipes(base: Path, out: Path) -> None:
 
 
 def main(backend: str, base: Path, out: Path, tasks: list[str]) -> None:
-    cpu_backend(backend)
+    on_cpu(backend)
     for task in tasks:
         if task == "fill":
             fill(base, out)

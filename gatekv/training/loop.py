@@ -36,8 +36,8 @@ def train(objective: Objective, data: TrainingData, config: RunConfig, accelerat
             is gone. ValueError: nothing to resume, or a checkpoint of another run.
     """
     output = Path(config.output_dir)
-    parameters = list(checkpoint.trained(objective).values())
-    optimizer = torch.optim.AdamW(parameters, lr=config.learning_rate, weight_decay=0.0)
+    # Nobody but the optimizer may hold the parameters as they are now: FSDP2 puts parts in their place.
+    optimizer = torch.optim.AdamW(checkpoint.trained(objective).values(), lr=config.learning_rate, weight_decay=0.0)
     identity = checkpoint.identity(config, accelerator.num_processes)
     module, optimizer = sharding.prepare(accelerator, objective, optimizer, config)
     records = _resume(config, objective, optimizer, data, identity, accelerator)

@@ -20,6 +20,7 @@ from gatekv.less.maps import Waiting
 from gatekv.ops import segments
 from gatekv.ops.gated_attention import BLOCK, gated_attention, received_attention
 from gatekv.ops.naive import causal_mask, dense_segment
+from gatekv.ops.on_the_spot import on_the_spot
 from gatekv.ops.remainder import left_of
 from gatekv.support import check_call, refuse, visible_keys
 
@@ -204,7 +205,7 @@ def output_error(module, out: torch.Tensor, plain: torch.Tensor, valid: torch.Te
     """
     project = lambda t: module.o_proj(t.flatten(2).to(module.o_proj.weight.dtype)).float() * valid[..., None]  # noqa: E731
     size = project(plain.detach()).square().sum((1, 2)).clamp_min(1e-6)
-    return (project(out - plain.detach()).square().sum((1, 2)) / size).mean()
+    return on_the_spot(lambda x: (project(x).square().sum((1, 2)) / size).mean(), out - plain.detach())
 
 
 def valid_tokens(mask: torch.Tensor | None, batch: int, new: int, device) -> torch.Tensor:

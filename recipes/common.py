@@ -16,10 +16,12 @@ def load_model(name: str, dtype: str):
     from transformers import AutoModelForCausalLM, AutoTokenizer
 
     from checkpoints.fetch import fetch
+    from gatekv.training.sharding import loading
 
     path = name or str(fetch())
     try:
-        model = AutoModelForCausalLM.from_pretrained(path, dtype=getattr(torch, dtype))
+        with loading(getattr(torch, dtype)):
+            model = AutoModelForCausalLM.from_pretrained(path, dtype=getattr(torch, dtype))
         return model.eval(), AutoTokenizer.from_pretrained(path)
     except OSError as error:
         raise ValueError(f"model {path!r} cannot be loaded: {str(error).splitlines()[0]}") from error
@@ -76,19 +78,25 @@ def fit(objective, data, config, accelerator) -> tuple[list[dict], float]:
 
 
 def judge(objective, data, config, accelerator) -> dict[str, float]:
-    """The objective's numbers on a row that was not trained on."""
+    """The objective's numbers on a row that was not trained on. All processes call it."""
     from gatekv.training.loop import PROBE_ROW
+    from gatekv.training.sharding import in_parts
 
     batch = {k: v.to(accelerator.device) for k, v in data.batch(PROBE_ROW, 1, align=True).items()}
-    return objective.soft_hard(batch, config.target_keep)
+    with in_parts(objective):
+        return objective.soft_hard(batch, config.target_keep)
 
 
-def save(model, tokenizer, config, records: list[dict], seconds: float, found: dict) -> None:
-    """Write the adapter, its card and training.json to config.output_dir."""
+def save(accelerator, model, tokenizer, config, records: list[dict], seconds: float, found: dict) -> None:
+    """Write the adapter, its card and training.json to config.output_dir. All processes call it, the first writes."""
     from gatekv.training.card import write_card
+    from gatekv.training.sharding import adapter_state
 
+    state = adapter_state(accelerator, model)
+    if not accelerator.is_main_process:
+        return
     output = Path(config.output_dir)
-    model.save_pretrained(output)
+    model.save_pretrained(output, state_dict=state)
     tokenizer.save_pretrained(output)
     log = {"config": config.options(), "steps": records, "soft_hard": found, "seconds": seconds}
     (output / "training.json").write_text(json.dumps(log, indent=1))

@@ -23,9 +23,12 @@ def main(argv: list[str]) -> dict | None:
     from gatekv.training.data import TrainingData
     from gatekv.training.objective import Objective
     from gatekv.training.options import load_config
+    from gatekv.training.recompute import recompute_layers
+    from gatekv.training.sharding import embeddings, in_parts
 
     def gated(model):
-        return get_peft_model(model, GateKVConfig(task_type="CAUSAL_LM", **vars(config.spec)))
+        with embeddings(model):
+            return get_peft_model(model, GateKVConfig(task_type="CAUSAL_LM", **vars(config.spec)))
 
     config = load_config(argv, CPTConfig)
     if config.dry_run:
@@ -42,6 +45,8 @@ def main(argv: list[str]) -> dict | None:
         pack=config.pack,
     )
     model = gated(model)
+    if config.gradient_checkpointing:
+        recompute_layers(model)
     objective = Objective(
         model,
         objective=config.objective,
@@ -53,13 +58,12 @@ def main(argv: list[str]) -> dict | None:
         oracle_weight=config.oracle_weight,
     )
     records, seconds = fit(objective, data, config, accelerator)
-    if accelerator.is_main_process:
-        model.train()
-        found = judge(objective, data, config, accelerator)
-        keep = config.target_keep if config.sparsity == "budget" else None
-        data.pack = False  # thresholds are read off rows as they will be used
-        calibrate(model, data, keep=keep)
-        save(model, tokenizer, config, records, seconds, found)
+    model.train()
+    found = judge(objective, data, config, accelerator)
+    data.pack = False  # thresholds are read off rows as they will be used
+    with in_parts(objective):
+        calibrate(model, data, keep=config.target_keep if config.sparsity == "budget" else None)
+    save(accelerator, model, tokenizer, config, records, seconds, found)
     finish(accelerator)
 
 

@@ -18,10 +18,12 @@ def main(argv: list[str]) -> dict | None:
     from gatekv.training.less_config import LessConfig
     from gatekv.training.lesson import LessObjective, with_maps
     from gatekv.training.options import load_config
+    from gatekv.training.sharding import embeddings
 
     def gated(model):
         maps = {f"less_{name}": getattr(config, name) for name in ("form", "rank", "hidden", "dropout")}
-        return with_maps(model, config.adapter, **maps, less_policy=config.policy, less_budget=config.target_keep)
+        with embeddings(model):
+            return with_maps(model, config.adapter, **maps, less_policy=config.policy, less_budget=config.target_keep)
 
     config = load_config(argv, LessConfig)
     if config.dry_run:
@@ -32,8 +34,8 @@ def main(argv: list[str]) -> dict | None:
     model = gated(model)
     objective = LessObjective(model, config.policy, config.objective)
     records, seconds = fit(objective, data, config, accelerator)
-    if accelerator.is_main_process:
-        save(model, tokenizer, config, records, seconds, judge(objective, data, config, accelerator))
+    found = judge(objective, data, config, accelerator)
+    save(accelerator, model, tokenizer, config, records, seconds, found)
     finish(accelerator)
 
 

@@ -4,9 +4,10 @@ import hashlib
 from pathlib import Path
 
 import torch
+from accelerate import Accelerator
 from transformers.utils import logging
 
-from gatekv.training import rotation
+from gatekv.training import rotation, sharding
 from gatekv.training.options import RunConfig
 
 logger = logging.get_logger(__name__)
@@ -19,30 +20,27 @@ def trained(module: torch.nn.Module) -> dict[str, torch.nn.Parameter]:
     return {name: p for name, p in module.named_parameters() if p.requires_grad}
 
 
-def tensors_of(module, optimizer) -> dict[str, torch.Tensor]:
-    """What is to be saved, on the CPU. Every process must call it, where parameters are sharded."""
+def tensors_of(accelerator: Accelerator, module, optimizer) -> dict[str, torch.Tensor]:
+    """What is to be saved: whole tensors on the CPU, however they are spread. Every process must call it."""
+    named = trained(module)
     tensors = {"multiplier": module.multiplier.cpu()}
-    for name, p in trained(module).items():
-        tensors[f"param.{name}"] = p.detach().cpu()
-        for key, value in optimizer.state.get(p, {}).items():
-            tensors[f"adam.{key}.{name}"] = value.detach().cpu()
+    tensors |= {f"param.{k}": v for k, v in sharding.gather(accelerator, named).items()}
+    tensors |= {f"adam.{k}": v for k, v in sharding.gather_moments(accelerator, optimizer, named).items()}
     return {k: v.contiguous() for k, v in tensors.items()}
 
 
-def restore(tensors: dict[str, torch.Tensor], module, optimizer) -> None:
-    """Put back what `tensors_of` gave; ValueError when it is of other parameters."""
-    parameters = trained(module)
-    names = {k.removeprefix("param.") for k in tensors if k.startswith("param.")}
-    if names != set(parameters) or any(tensors[f"param.{n}"].shape != p.shape for n, p in parameters.items()):
+def restore(accelerator: Accelerator, tensors: dict[str, torch.Tensor], module, optimizer) -> None:
+    """Put back what `tensors_of` gave, under any sharding, into what `sharding.prepare` has prepared.
+
+    Every process must call it, with all tensors. ValueError when they are of other parameters.
+    """
+    named = trained(module)
+    part = lambda start: {k.removeprefix(start): v for k, v in tensors.items() if k.startswith(start)}  # noqa: E731
+    if {k: v.shape for k, v in part("param.").items()} != sharding.shapes(accelerator, named):
         raise ValueError("the checkpoint is of another gate: resume with the options it was started with.")
-    with torch.no_grad():
-        module.multiplier.copy_(tensors["multiplier"])
-        for name, p in parameters.items():
-            p.copy_(tensors[f"param.{name}"])
-            keys = [k for k in tensors if k.startswith("adam.") and k.split(".", 2)[2] == name]
-            state = {k.split(".", 2)[1]: tensors[k].clone() for k in keys}
-            if state:
-                optimizer.state[p] = {k: v if k == "step" else v.to(p.device) for k, v in state.items()}
+    module.multiplier.copy_(tensors["multiplier"])
+    sharding.put(accelerator, named, part("param."))
+    sharding.put_moments(accelerator, optimizer, named, part("adam."))
 
 
 def batch_sha256(batch: dict[str, torch.Tensor]) -> str:

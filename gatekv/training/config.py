@@ -26,6 +26,7 @@ class CPTConfig(RunConfig):
         answer_weight, pack: see gatekv.training.data.TrainingData.
         target_share: of the run over which the target falls from 1 to target_keep. Budgets are drawn (budget_spread)
             with sparsity="budget" only.
+        gradient_checkpointing: hold one layer's activations at a time, for a third more time; with prefill="sparse".
         spec: the gate, whose own options stand beside these in YAML and on the command line.
     """
 
@@ -42,6 +43,7 @@ class CPTConfig(RunConfig):
     oracle_weight: float = 0.0
     warm_share: float = 0.0
     target_share: float = 0.5
+    gradient_checkpointing: bool = False
     spec: GateSpec = field(default_factory=GateSpec)
 
     def __post_init__(self):
@@ -57,6 +59,11 @@ class CPTConfig(RunConfig):
             raise ValueError("warm_share trains on the oracle alone: set oracle_weight above 0 too.")
         if self.objective == "none" and self.oracle_weight == 0:
             raise ValueError("objective='none' leaves the oracle alone to train on: set oracle_weight above 0.")
+        if self.gradient_checkpointing and (self.prefill == "dense" or self.objective in ("attention_mse", "none")):
+            raise ValueError(
+                "gradient_checkpointing is for prefill='sparse' and objectives that go backward through the model: "
+                "without it the pass behind a dense prompt is short, and layer-local losses hold one layer at a time."
+            )
         if self.pack and (self.prefill == "dense" or self.spec.context == "prompt"):
             raise ValueError("pack=true is for flags that act as tokens pass: use prefill='sparse' and causal gates.")
         check_objective(self.objective, self.prefill, self.sparsity, self.scope, self.spec)

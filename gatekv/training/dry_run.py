@@ -28,6 +28,7 @@ DIVIDED = {
     "fsdp2": (True, True, True, True),
 }
 BUCKET = 500_000_000  # float32 numbers: DeepSpeed's reduce_bucket_size, allocated whole however few there are to reduce
+LEFT_WHOLE = 100_000  # numbers: DeepSpeed's stage3_param_persistence_threshold; tensors this small stay gathered
 LEFT_OUT = "activations, the teacher's cache, layers gathered for use, the framework itself"
 
 
@@ -49,7 +50,8 @@ class Memory:
     """Bytes that one process holds all the time, and in all; the last two fields stand beside the sum of the others.
 
     Attributes:
-        frozen: weights of the base, and of a gate that stays as it is. trained: gates or low-rank maps.
+        frozen: weights of the base, and of a gate that stays as it is. trained: gates or low-rank maps. Under ZeRO-3
+            with small tensors whole, beside their parts.
         gradients: of what is trained, from the backward pass to the optimizer's step. optimizer: AdamW's two moments
             and, under ZeRO, its own copy of the trained weights. buckets: what DDP and DeepSpeed reduce gradients in.
         total: of these. largest_layer: bytes of the largest decoder layer, whole: what ZeRO-3 and FSDP2 gather at a
@@ -98,17 +100,21 @@ def memory(module: nn.Module, plan: Plan) -> Memory:
     def share(whole: int, divided: bool) -> int:
         return -(-whole // plan.processes) if divided else whole
 
+    def weights(parameters, divided: bool) -> int:
+        small = bytes_of(p for p in parameters if p.numel() <= LEFT_WHOLE) if plan.kind == "zero3" else 0
+        return share(bytes_of(parameters), divided) + small
+
     learning = list(trained(module).values())
-    held, small = bytes_of(learning), bytes_of(module.buffers())
-    numbers = sum(p.numel() for p in learning)
-    at_rest = bytes_of(p for p in module.parameters() if not p.requires_grad)
+    at_rest = [p for p in module.parameters() if not p.requires_grad]
+    held, numbers = bytes_of(learning), sum(p.numel() for p in learning)
     f, t, g, o = DIVIDED[plan.kind]
     moments, copy, buckets = 2 * held, 0, 0
     if plan.kind.startswith("zero"):
         copy, moments, buckets = 4 * numbers, 8 * numbers, 4 * BUCKET
     elif plan.kind == "ddp" and plan.processes > 1:
         buckets = held  # gradients are copied into them
-    parts = share(at_rest, f) + small, share(held, t), share(held, g), share(moments + copy, o), buckets
+    still, moving = weights(at_rest, f) + bytes_of(module.buffers()), weights(learning, t)
+    parts = still, moving, share(held, g), share(moments + copy, o), buckets
     layers = max((m for m in module.modules() if isinstance(m, nn.ModuleList)), key=len, default=[])
     return Memory(*parts, sum(parts), max((bytes_of(layer.parameters()) for layer in layers), default=0))
 

@@ -8,7 +8,7 @@ from accelerate import Accelerator
 from accelerate.utils import broadcast_object_list
 from tqdm import tqdm
 
-from gatekv.training import checkpoint, rotation
+from gatekv.training import checkpoint, rotation, sharding
 from gatekv.training.data import TrainingData
 from gatekv.training.guard import Fingerprint, LossGuard, failure, peers_named
 from gatekv.training.objective import Objective
@@ -36,12 +36,11 @@ def train(objective: Objective, data: TrainingData, config: RunConfig, accelerat
             is gone. ValueError: nothing to resume, or a checkpoint of another run.
     """
     output = Path(config.output_dir)
-    parameters = list(checkpoint.trained(objective).values())
-    optimizer = torch.optim.AdamW(parameters, lr=config.learning_rate, weight_decay=0.0)
+    # Nobody but the optimizer may hold the parameters as they are now: FSDP2 puts parts in their place.
+    optimizer = torch.optim.AdamW(checkpoint.trained(objective).values(), lr=config.learning_rate, weight_decay=0.0)
     identity = checkpoint.identity(config, accelerator.num_processes)
+    module, optimizer = sharding.prepare(accelerator, objective, optimizer, config)
     records = _resume(config, objective, optimizer, data, identity, accelerator)
-    _prepare_accumulation(accelerator, config)
-    module, optimizer = accelerator.prepare(objective, optimizer)
     guard = LossGuard(config.max_loss_ratio, [r["loss"] for r in records])
     start = len(records)
     saved, saved_at, gap = start, time.monotonic(), float("nan")
@@ -49,7 +48,7 @@ def train(objective: Objective, data: TrainingData, config: RunConfig, accelerat
 
     def save() -> None:
         nonlocal saved, saved_at
-        tensors = checkpoint.tensors_of(accelerator.unwrap_model(module), optimizer.optimizer)
+        tensors = checkpoint.tensors_of(accelerator, objective, optimizer)
         if accelerator.is_main_process:
             text = checkpoint.text_sha256(data, len(records), identity)
             state = {"identity": identity, "text": text, "records": records}
@@ -73,7 +72,8 @@ def train(objective: Objective, data: TrainingData, config: RunConfig, accelerat
             records.append(record | {"step": step, "target": target, "lr": lr})
             regular = config.save_every > 0 and len(records) % config.save_every == 0
             if regular:
-                records[-1] |= accelerator.unwrap_model(module).soft_hard(probe, config.target_keep)
+                with sharding.in_parts(objective):
+                    records[-1] |= objective.soft_hard(probe, config.target_keep)
                 gap = records[-1]["soft_hard_gap"]
             state = {"loss": record["loss"], "keep": record["keep"], "target": target, "soft_hard_gap": gap}
             bar.set_postfix({k: f"{v:.3f}" for k, v in state.items()})
@@ -111,7 +111,7 @@ def _resume(config, objective, optimizer, data, identity, accelerator) -> list[d
         tensors, state = rotation.read(found[0])
     text = checkpoint.text_sha256(data, state["step"], identity)
     checkpoint.check_identity(state, {"identity": identity, "text": text}, found[0])
-    checkpoint.restore(tensors, objective, optimizer)
+    checkpoint.restore(accelerator, tensors, objective, optimizer)
     return state["records"]
 
 
@@ -144,14 +144,3 @@ def _step(module, optimizer, data, config, accelerator, step: int, target: float
     sums = {k: global_mean(accelerator, v) for k, v in sums.items()}
     accelerator.unwrap_model(module).move_multipliers(sums.pop("gap"))
     return {k: float(v) for k, v in sums.items()}, None if norm is None else float(norm), batches
-
-
-def _prepare_accumulation(accelerator: Accelerator, config: RunConfig) -> None:
-    """Tell accelerate, and DeepSpeed where it is in charge, how many rows and micro-batches make a step."""
-    accelerator.gradient_accumulation_steps = config.accumulation
-    plugin = accelerator.state.deepspeed_plugin
-    if plugin is not None:
-        plugin.deepspeed_config["train_micro_batch_size_per_gpu"] = config.batch_size
-        plugin.deepspeed_config["gradient_accumulation_steps"] = config.accumulation
-        plugin.deepspeed_config["gradient_clipping"] = config.max_grad_norm
-        plugin.deepspeed_config["zero_allow_untested_optimizer"] = True

@@ -4,6 +4,7 @@ accumulation and data parallelism change nothing."""
 import torch
 from torch import nn
 
+from gatekv.training.sharding import most
 from gatekv.training.sparsity import judged_tokens
 
 # Logits live only for this many numbers at a time: [chunk, vocabulary], teacher and student.
@@ -19,7 +20,7 @@ class _FusedHead(torch.autograd.Function):
         grad = torch.empty_like(hidden)
         total = hidden.new_zeros((), dtype=torch.float32)
         with torch.enable_grad():
-            for start in range(0, len(hidden), step):
+            for start in range(0, most(len(hidden), hidden.device), step):  # past our own tokens: nothing, of no weight
                 piece = hidden[start : start + step].detach().requires_grad_()
                 loss = token_loss(head(piece).float(), *(e[start : start + step] for e in extra))
                 (grad[start : start + step],) = torch.autograd.grad(loss, piece)

@@ -12,7 +12,7 @@ from gatekv.presets import preset
 BARE = {"resume": "auto", "dry_run": "auto"}  # what a flag that may stand without a value means then
 # A run may go on with other values of these; batch_size and accumulation as long as a step has as many rows.
 FREE = {"output_dir", "log_with", "save_every", "save_minutes", "keep_checkpoints", "resume", "dry_run", "preset",
-        "max_loss_ratio", "batch_size", "accumulation"}  # fmt: skip
+        "max_loss_ratio", "batch_size", "accumulation", "gradient_checkpointing"}  # fmt: skip
 
 
 @dataclass

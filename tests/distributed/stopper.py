@@ -1,4 +1,4 @@
-"""One process of two in test_stopping: trains toy gates, slowly, and says who it is."""
+"""One process of two in test_stopping: stopper.py BACKEND FOLDER FACTOR trains toy gates, slowly, and says who it is."""
 
 import sys
 from pathlib import Path
@@ -10,7 +10,8 @@ sys.path[:0] = [str(Path(__file__).parents[i]) for i in (1, 2)] + [
 import os
 import time
 
-from accelerate import Accelerator, InitProcessGroupKwargs
+from accelerate import Accelerator
+from backends import on_cpu
 from common import run
 from test_training import ToyData, config, make
 
@@ -31,8 +32,9 @@ class SlowData(ToyData):
 
 
 def main(argv: list[str]) -> None:
-    folder, factor = Path(argv[0]), float(argv[1])
-    accelerator = Accelerator(cpu=True, kwargs_handlers=[InitProcessGroupKwargs(backend="gloo")])
+    backend, folder, factor = argv[0], Path(argv[1]), float(argv[2])
+    on_cpu(backend)
+    accelerator = Accelerator()
     module, calls = make(sparsity="lagrange"), []
 
     def spoil(module, args, out):

@@ -2,28 +2,33 @@
 
 import os
 import signal
-import socket
 import subprocess
 import sys
 import time
 from pathlib import Path
 
 import pytest
+from backends import BACKENDS, free_port
 
 from gatekv.training import rotation
 
 WORKER = str(Path(__file__).with_name("stopper.py"))
+ZERO = {"ACCELERATE_USE_DEEPSPEED": "true", "ACCELERATE_DEEPSPEED_ZERO3_INIT": "false"}
+LAUNCHED = {  # what `accelerate launch` would say in the environment
+    "ddp": {},
+    "zero2": ZERO | {"ACCELERATE_DEEPSPEED_ZERO_STAGE": "2"},
+    "zero3": ZERO | {"ACCELERATE_DEEPSPEED_ZERO_STAGE": "3"},
+    "fsdp2": {"ACCELERATE_USE_FSDP": "true", "FSDP_VERSION": "2", "FSDP_AUTO_WRAP_POLICY": "TRANSFORMER_BASED_WRAP",
+              "FSDP_CPU_RAM_EFFICIENT_LOADING": "false", "FSDP_RESHARD_AFTER_FORWARD": "true"},
+}  # fmt: skip
 
 
-def start(folder: Path, factor: float = 1.0) -> list[subprocess.Popen]:
+def start(folder: Path, backend: str, factor: float = 1.0) -> list[subprocess.Popen]:
     """Both processes, without a launcher that would stop one when the other ends."""
-    with socket.socket() as s:
-        s.bind(("127.0.0.1", 0))
-        port = str(s.getsockname()[1])
-    common = {"WORLD_SIZE": "2", "MASTER_ADDR": "127.0.0.1", "MASTER_PORT": port, "OMP_NUM_THREADS": "1",
-              "ACCELERATE_USE_CPU": "true", "LOCAL_WORLD_SIZE": "2"}  # fmt: skip
+    common = BACKENDS[backend][1] | LAUNCHED[backend] | {"ACCELERATE_MIXED_PRECISION": "no"}
+    common |= {"WORLD_SIZE": "2", "LOCAL_WORLD_SIZE": "2", "MASTER_ADDR": "127.0.0.1", "MASTER_PORT": free_port()}
     return [
-        subprocess.Popen([sys.executable, WORKER, str(folder), str(factor)], stderr=subprocess.PIPE, text=True,
+        subprocess.Popen([sys.executable, WORKER, backend, str(folder), str(factor)], stderr=subprocess.PIPE, text=True,
                          env=os.environ | common | {"RANK": str(rank), "LOCAL_RANK": str(rank)})
         for rank in (0, 1)
     ]  # fmt: skip
@@ -46,11 +51,13 @@ def end(processes: list[subprocess.Popen]) -> list[str]:
             p.kill()
 
 
-@pytest.mark.parametrize("rank", [0, 1])
-def test_a_signal_to_one_stops_both_with_a_checkpoint(tmp_path, rank):
-    processes = start(tmp_path)
+@pytest.mark.parametrize("backend,rank,number", [
+    ("ddp", 0, signal.SIGTERM), ("ddp", 1, signal.SIGTERM), ("zero3", 0, signal.SIGINT), ("fsdp2", 1, signal.SIGINT),
+])  # fmt: skip
+def test_a_signal_to_one_stops_both_with_a_checkpoint(tmp_path, backend, rank, number):
+    processes = start(tmp_path, backend)
     under_way(tmp_path)
-    processes[rank].send_signal(signal.SIGTERM)
+    processes[rank].send_signal(number)
     texts = end(processes)
     assert [p.returncode for p in processes] == [75, 75], texts
     step = rotation.steps(tmp_path)[-1]
@@ -58,8 +65,9 @@ def test_a_signal_to_one_stops_both_with_a_checkpoint(tmp_path, rank):
     assert len(rotation.read(tmp_path / f"checkpoint-{step}")[1]["records"]) == step
 
 
-def test_a_loss_that_is_no_number_in_one_stops_both_and_names_its_rows(tmp_path):
-    processes = start(tmp_path, float("nan"))
+@pytest.mark.parametrize("backend", LAUNCHED)
+def test_a_loss_that_is_no_number_in_one_stops_both_and_names_its_rows(tmp_path, backend):
+    processes = start(tmp_path, backend, float("nan"))
     texts = end(processes)
     assert [p.returncode for p in processes] == [1, 1], texts
     for text in texts:
@@ -67,9 +75,9 @@ def test_a_loss_that_is_no_number_in_one_stops_both_and_names_its_rows(tmp_path)
     assert rotation.steps(tmp_path) == [3]
 
 
-@pytest.mark.parametrize("rank", [0, 1])
-def test_a_dead_process_ends_the_other_with_a_message(tmp_path, rank):
-    processes = start(tmp_path)
+@pytest.mark.parametrize("backend,rank", [("ddp", 0), ("ddp", 1), ("zero2", 0), ("zero3", 1), ("fsdp2", 0)])
+def test_a_dead_process_ends_the_other_with_a_message(tmp_path, backend, rank):
+    processes = start(tmp_path, backend)
     under_way(tmp_path)
     processes[rank].kill()
     start_of_end = time.monotonic()

@@ -5,6 +5,7 @@ import torch
 
 from gatekv.ops import gated_attention as fast
 from gatekv.ops import naive
+from gatekv.ops.on_the_spot import on_the_spot
 
 
 def problem(n, heads=6, kv=3, d=8, batch=2, seed=0):
@@ -107,3 +108,18 @@ def test_merge_is_associative():
     b = naive.merge(parts)
     torch.testing.assert_close(a[0], b[0])
     torch.testing.assert_close(a[1], b[1])
+
+
+def test_a_gradient_taken_on_the_spot_is_the_gradient_and_needs_no_weights_later():
+    weight = torch.randn(5, 3, dtype=torch.float64, requires_grad=True)
+    x = torch.randn(4, 5, dtype=torch.float64, requires_grad=True)
+    loss = lambda x: (x @ weight).square().mean()  # noqa: E731
+    wanted = torch.autograd.grad(3 * loss(x), x)[0]
+    value = on_the_spot(loss, x)
+    assert value.item() == loss(x).item()
+    weight.data.fill_(float("nan"))  # as sharding frees it behind the forward pass
+    (3 * value).backward()
+    torch.testing.assert_close(x.grad, wanted)
+    assert weight.grad is None
+    with torch.no_grad():
+        assert not on_the_spot(loss, x).requires_grad

@@ -148,9 +148,9 @@ def test_another_text_is_refused(tmp_path):
 
 def test_another_gate_is_refused(tmp_path):
     module, other = make(), make(gate="attention")
-    optimizer = torch.optim.AdamW(checkpoint.trained(module).values())
+    optimizer, alone = torch.optim.AdamW(checkpoint.trained(module).values()), Accelerator(cpu=True)
     with pytest.raises(ValueError, match="of another gate"):
-        checkpoint.restore(checkpoint.tensors_of(module, optimizer), other, optimizer)
+        checkpoint.restore(alone, checkpoint.tensors_of(alone, module, optimizer), other, optimizer)
 
 
 def test_dropout_is_a_function_of_the_row(tmp_path):

@@ -18,6 +18,7 @@ from gatekv.training.calibrate import calibrate
 from gatekv.training.config import CPTConfig
 from gatekv.training.loop import train
 from gatekv.training.objective import Objective
+from gatekv.training.recompute import recompute_layers
 from gatekv.training.schedule import learning_rate_factor, sampled_keep, target_keep
 
 
@@ -213,6 +214,8 @@ def test_combinations_that_cannot_be_computed():
         make("attention_mse", "budget", "global")
     with pytest.raises(ValueError, match="prefill='sparse'"):
         make(prefill="dense", gate="attention", context="prompt")
+    with pytest.raises(ValueError, match="gradient_checkpointing"):
+        CPTConfig.from_options({"prefill": "dense", "gradient_checkpointing": True})
     with pytest.raises(ValueError, match="oracle_weight"):
         CPTConfig.from_options({"objective": "none"})
 
@@ -306,16 +309,32 @@ def test_accumulation_changes_nothing(tmp_path, sparsity, scope, oracle):
         torch.testing.assert_close(parameters, results[0][1], rtol=1e-6, atol=1e-8)
 
 
-def test_gradient_checkpointing_gives_the_same_gradient():
-    grads = []
+RECOMPUTED = [
+    dict(sparsity="abs", scope="layer", relaxation="log"),
+    dict(sparsity="budget", oracle_weight=0.3, relaxation="ste", polarise_weight=0.1),
+    dict(sparsity="budget", gate="attention", context="prompt", relaxation="log"),
+    dict(objective="lm", sparsity="linear", relaxation="gumbel"),
+]
+
+
+@pytest.mark.parametrize("run", RECOMPUTED, ids=lambda r: "-".join(str(v) for v in r.values()))
+def test_gradient_checkpointing_gives_the_same_loss_and_gradient(run):
+    """A layer is computed again under the orders of its own batch, though the next one's are given already."""
+    grads, found, calls = [], [], []
     for on in (False, True):
-        module = make(dtype=torch.float64)
+        module = make(dtype=torch.float64, **run)
         if on:
-            base_model(module.model).gradient_checkpointing_enable({"use_reentrant": False})
-            base_model(module.model).enable_input_require_grads()
-        module(ToyData().batch(0, 2), 0.5)["loss"].backward()
+            recompute_layers(module.model)
+            wrappers(module.model)[0].register_forward_hook(lambda *args: calls.append(1))
+        batches = [ToyData().batch(i, 2, align=True) for i in (0, 2)]
+        losses_ = [module(batch, target, seed=i)["loss"] for i, (batch, target) in enumerate(zip(batches, (0.4, 0.7)))]
+        sum(losses_).backward()
+        found.append(torch.stack(losses_).detach())
         grads.append(torch.cat([p.grad.flatten() for p in checkpoint.trained(module).values()]))
+        assert all(w.recorded is w.threshold is w.split is w.form is None for w in wrappers(module.model))
+    torch.testing.assert_close(*found)
     torch.testing.assert_close(*grads)
+    assert len(calls) == 2 * (2 + (run["sparsity"] == "budget" or run.get("objective", "kl") != "lm")), "really twice"
 
 
 def test_teacher_is_the_plain_model_while_training():

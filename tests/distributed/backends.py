@@ -1,0 +1,60 @@
+"""Two processes on CPUs over gloo under each backend: how tests launch them, and what each needs to run there."""
+
+import os
+import socket
+import subprocess
+import sys
+from pathlib import Path
+
+import torch
+from accelerate import PartialState
+from accelerate.utils import DeepSpeedPlugin, DistributedType
+
+HERE = Path(__file__).parent
+ROOT = HERE.parents[1]
+CPU = {"OMP_NUM_THREADS": "1", "TOKENIZERS_PARALLELISM": "false"}
+SHARDED = CPU | {"ACCELERATE_TORCH_DEVICE": "cpu", "DS_ACCELERATOR": "cpu"}
+# Launch flags, environment. What plain accelerate cannot do on a CPU is patched by `on_cpu`.
+BACKENDS = {
+    "ddp": (["--config_file", "launch/ddp.yaml"], CPU | {"ACCELERATE_USE_CPU": "true"}),
+    "zero1": (["--use_deepspeed", "--zero_stage", "1"], SHARDED),
+    "zero2": (["--config_file", "launch/zero2.yaml"], SHARDED),
+    "zero3": (["--config_file", "launch/zero3.yaml"], SHARDED),
+    "fsdp2": (["--config_file", "launch/fsdp2.yaml"], SHARDED),
+}
+ONE = (["--cpu"], CPU)
+
+
+def free_port() -> str:
+    with socket.socket() as s:
+        s.bind(("127.0.0.1", 0))
+        return str(s.getsockname()[1])
+
+
+def launch(script: str, backend: str, *arguments) -> None:
+    """Run a script of this folder by `accelerate launch`, in two processes, or one if the backend is "single"; its
+    arguments are the backend and these."""
+    flags, environment = ONE if backend == "single" else BACKENDS[backend]
+    command = [sys.executable, "-m", "accelerate.commands.launch", *flags, "--num_machines", "1"]
+    command += ["--num_processes", "1" if backend == "single" else "2", "--main_process_port", free_port()]
+    command += ["--mixed_precision", "no", "--dynamo_backend", "no", str(HERE / script), backend, *map(str, arguments)]
+    run = subprocess.run(command, env=os.environ | environment, cwd=ROOT, capture_output=True, text=True, timeout=300)
+    assert run.returncode == 0, run.stderr[-6000:]
+
+
+def on_cpu(backend: str, smallest: int = 0) -> None:
+    """To be called first in a process that was launched. smallest: numbers in a tensor that ZeRO-3 leaves whole."""
+    torch.set_num_threads(1)
+    if backend.startswith("zero"):
+        import deepspeed
+
+        deepspeed.ops.__compatible_ops__["deepspeed_shm_comm"] = False  # else a minute of compiling
+        made = DeepSpeedPlugin.__post_init__
+
+        def small(plugin):
+            made(plugin)
+            plugin.deepspeed_config["zero_optimization"]["stage3_param_persistence_threshold"] = smallest
+
+        DeepSpeedPlugin.__post_init__ = small
+    if backend.startswith(("zero", "fsdp")):  # accelerate knows them on accelerators only
+        PartialState._prepare_backend = lambda *args, **kwargs: ("gloo", DistributedType.MULTI_GPU)

@@ -100,11 +100,15 @@ def _any(accelerator: Accelerator, *flags: bool) -> list[bool]:
 
 def _resume(config, objective, optimizer, data, identity, accelerator) -> list[dict]:
     """Put back what config.resume asks for; returns the records of the steps that were done."""
-    found = [None]
+    found = [None, None]
     if accelerator.is_main_process:  # one process chooses; the others read what it chose from the same disk
-        folder, tensors, state = checkpoint.find(config.resume, Path(config.output_dir))
-        found = [folder]
+        try:
+            found[0], tensors, state = checkpoint.find(config.resume, Path(config.output_dir))
+        except ValueError as error:
+            found[1] = str(error)  # the others wait to hear of it
     broadcast_object_list(found)
+    if found[1] is not None:
+        raise ValueError(found[1])
     if found[0] is None:
         return []
     if not accelerator.is_main_process:

@@ -85,3 +85,12 @@ def test_a_dead_process_ends_the_other_with_a_message(tmp_path, backend, rank):
     assert processes[1 - rank].returncode == 1, text
     assert time.monotonic() - start_of_end < 60
     assert "another process of this run is gone" in text and "--resume" in text, text
+
+
+def test_both_hear_that_there_is_nothing_to_resume(tmp_path):
+    (tmp_path / "checkpoint-3").mkdir()
+    (tmp_path / "checkpoint-3" / "state.json").write_text("{}")
+    processes = start(tmp_path, "ddp")
+    texts = end(processes)
+    assert [p.returncode for p in processes] == [1, 1], texts
+    assert all("none of the 1 checkpoints" in text and "start anew" in text for text in texts), texts

@@ -128,7 +128,12 @@ def test_end_to_end_begins_layer_by_layer():
     end, layers = (LessObjective(loud(model), "sinks_recent", kind) for kind in ("kl", "attention_mse"))
     wanted = layers(batch, 0.4)["loss"]
     torch.testing.assert_close(end(batch, 0.4, warm=True)["loss"], wanted)
-    assert not torch.isclose(end(batch, 0.4)["loss"], wanted, rtol=1e-2)
+    whole = end(batch, 0.4)["loss"]
+    assert not torch.isclose(whole, wanted, rtol=1e-2)
+    found = end.soft_hard(batch, 0.4)
+    assert found["kl"] == pytest.approx(float(whole), rel=1e-5) and found["error"] == pytest.approx(
+        float(wanted), rel=1e-5
+    )
 
 
 def test_learning_closes_a_gap():

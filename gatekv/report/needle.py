@@ -20,13 +20,18 @@ def grid(cells: list[dict]) -> tuple[list, list, list[list]]:
     return depths, lengths, scores
 
 
+def placed(rows: list[dict]) -> list[dict]:
+    """Rows whose cells are places in a context; other tasks' cells are families of questions."""
+    return [r for r in rows if r.get("cells") and "depth" in r["cells"][0]]
+
+
 def needle(results: dict, path: Path) -> bool:
     """Write needle.png: a map of depth (share of the context) by length (tokens) per policy and budget.
 
-    results: {"rows": […]}; only rows with "cells" count: [{"depth", "tokens", "score" 0 to 1, "n"}]. Returns whether
-    there were any; without, nothing is written. Needs matplotlib.
+    results: {"rows": […]}; of its rows those `placed`: "cells" of {"depth", "tokens", "score" 0 to 1, "n"}. Returns
+    whether there were any; without, nothing is written. Needs matplotlib.
     """
-    rows = [r for r in results["rows"] if r.get("cells")]
+    rows = placed(results["rows"])
     if not rows:
         return False
     import matplotlib

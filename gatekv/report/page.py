@@ -4,7 +4,7 @@ import json
 import math
 from pathlib import Path
 
-from gatekv.report.needle import grid
+from gatekv.report.needle import grid, placed
 from gatekv.report.style import measure, styles
 
 HERE = Path(__file__).parent
@@ -20,13 +20,12 @@ def _plain(value):
 
 
 def _needles(rows: list[dict]) -> list[dict]:
-    """The maps of rows that have cells, gridded as in needle.png."""
+    """The maps of rows whose cells are places, gridded as in needle.png."""
     out = []
-    for row in rows:
-        if row.get("cells"):
-            depths, lengths, scores = grid(row["cells"])
-            entry = {k: row[k] for k in ("policy", "budget", "task", "mode")}
-            out.append(entry | {"depths": depths, "lengths": lengths, "scores": scores})
+    for row in placed(rows):
+        depths, lengths, scores = grid(row["cells"])
+        entry = {k: row[k] for k in ("policy", "budget", "task", "mode")}
+        out.append(entry | {"depths": depths, "lengths": lengths, "scores": scores})
     return out
 
 

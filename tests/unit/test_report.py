@@ -99,12 +99,13 @@ def test_pictures_of_full_results(tmp_path):
         [row("snapkv", 0.25)],
         [row("snapkv", 0.25, "ppl", score=2.5)],
         [row("snapkv", 0.25, "passkey", cells=[{"depth": 0.5, "tokens": 64, "score": 1.0, "n": 1}])],
+        [row("snapkv", 0.25, "ruler", cells=[{"family": "variables", "score": 1.0, "kl": None, "n": 1}])],
     ],
 )
 def test_pictures_and_page_of_degenerate_results(tmp_path, rows):
     report.frontier({"rows": rows}, tmp_path / "frontier.png")
     assert is_png(tmp_path / "frontier.png")
-    has_cells = any(r.get("cells") for r in rows)
+    has_cells = any(r.get("cells") and "depth" in r["cells"][0] for r in rows)
     assert report.needle({"rows": rows}, tmp_path / "needle.png") is has_cells is (tmp_path / "needle.png").exists()
     report.page({"rows": rows}, None, tmp_path / "report.html")
     data = Page(tmp_path / "report.html").data

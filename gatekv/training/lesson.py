@@ -17,10 +17,10 @@ from gatekv.adapter import GateKVConfig
 from gatekv.cache.kvcache import KVCache
 from gatekv.cache.layer import KVLayer
 from gatekv.config import GateSpec, LessSpec, check_choice
-from gatekv.lora import detach
 from gatekv.modules import base_model, evaluating, gates_off, wrappers
 from gatekv.policies import resolve
 from gatekv.training.losses import distillation_loss
+from gatekv.training.start import check_form, rebuilt
 
 KINDS = ("attention_mse", "kl")
 
@@ -133,23 +133,14 @@ def with_maps(model, adapter: str, gate: GateSpec | None = None, train_gate: boo
         return get_peft_model(model, GateKVConfig(task_type="CAUSAL_LM", **gate, **less))
     trained = PeftModel.from_pretrained(model, adapter)
     old = trained.peft_config["default"]
-    wanted = LessSpec(**less)
-    for name in ("less_form", "less_rank", "less_hidden"):
-        before, now = getattr(old, name), getattr(wanted, name)
-        if old.less_rank and before != now:
-            name = name.removeprefix("less_")
-            raise ValueError(
-                f"{adapter} has maps with {name} {before!r}, and {name} is {now!r}: go on with --{name} {before}."
-            )
+    if old.less_rank:
+        check_form(adapter, "maps", old, LessSpec(**less), ("less_form", "less_rank", "less_hidden"))
     if train_gate and old.gate == "none":
         raise ValueError(f"{adapter} has no gate to train: leave --train_gate out, or --adapter for a fresh one.")
     still = old.lora and old.lora | {"lora_dropout": 0.0}  # what does not learn drops nothing
     spec = vars(old.gate_spec()) | less
     config = GateKVConfig(task_type="CAUSAL_LM", calibration=old.calibration, lora=still, **spec)
-    parts = {name: p.detach() for name, p in trained.named_parameters() if "gatekv_" in name or ".lora_" in name}
-    both = get_peft_model(detach(trained), config)
-    left = both.load_state_dict(parts, strict=False)
-    assert not left.unexpected_keys
+    both = rebuilt(trained, config, "gatekv_", ".lora_")
     for name, p in both.named_parameters():
         p.requires_grad_("gatekv_less" in name or train_gate and "gatekv_gate" in name)
     return both

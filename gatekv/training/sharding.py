@@ -44,7 +44,7 @@ def prepare(accelerator: Accelerator, module: torch.nn.Module, optimizer, config
     if sharded and compiler != DynamoBackend.NO:
         raise ValueError(
             f"dynamo_backend={compiler.value} would compile around what is gathered layer by layer, which nothing here "
-            "tests: launch with --dynamo_backend no, or on launch/ddp.yaml."
+            "tests: launch with --dynamo_backend no."
         )
     if accelerator.distributed_type == DistributedType.DEEPSPEED:
         plugin = accelerator.state.deepspeed_plugin

@@ -1,12 +1,30 @@
-"""A new adapter whose gates begin as those of a trained one: first plain text, then a task."""
+"""A new adapter that begins with parts of a trained one: first plain text, then a task."""
 
 from peft import PeftModel, get_peft_model
 
 from gatekv.adapter import GateKVConfig
 from gatekv.lora import detach
-from gatekv.modules import wrappers
 
 FORM = ("gate", "context", "hidden", "heads", "head_dim", "context_window", "mask_prompt", "logit_scale")
+
+
+def check_form(adapter: str, what: str, old, new, names: tuple[str, ...]) -> None:
+    """ValueError unless the fields `names` of two configs are the same: what is trained on must be built alike."""
+    for name in names:
+        before, now, option = getattr(old, name), getattr(new, name), name.removeprefix("less_")
+        if before != now:
+            raise ValueError(f"{adapter} has {what} with {option} {before!r}, and {option} is {now!r}: go on with "
+                             f"--{option} {before}, or leave --adapter out for fresh ones.")  # fmt: skip
+
+
+def rebuilt(trained: PeftModel, config: GateKVConfig, *kinds: str) -> PeftModel:
+    """The PEFT model of `config` in the place of `trained`, with the parameters of it that have one of kinds in their
+    names."""
+    parts = {name: p.detach() for name, p in trained.named_parameters() if any(kind in name for kind in kinds)}
+    model = get_peft_model(detach(trained), config)
+    left = model.load_state_dict(parts, strict=False)
+    assert not left.unexpected_keys
+    return model
 
 
 def start_from(model, adapter: str, config: GateKVConfig):
@@ -25,13 +43,5 @@ def start_from(model, adapter: str, config: GateKVConfig):
     if old.lora is not None:
         raise ValueError(f"the gates of {adapter} belong to a base tuned by its LoRA: merge it into the base first, "
                          "with merge_lora(), or go on with that run by --resume.")  # fmt: skip
-    for name in FORM:
-        before, now = getattr(old, name), getattr(config, name)
-        if before != now:
-            raise ValueError(f"{adapter} has a gate with {name} {before!r}, and {name} is {now!r}: "
-                             f"set --{name} {before}, or leave --adapter out for a fresh gate.")  # fmt: skip
-    gates = {w.layer_idx: w.gate().state_dict() for w in wrappers(trained)}
-    started = get_peft_model(detach(trained), config)
-    for w in wrappers(started):
-        w.gate().load_state_dict(gates[w.layer_idx])
-    return started
+    check_form(adapter, "gates", old, config, FORM)
+    return rebuilt(trained, config, "gatekv_gate")

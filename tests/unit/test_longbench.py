@@ -1,5 +1,6 @@
 """LongBench: prompts, truncation, chat exceptions, metrics by hand, loading, and answers that are really generated."""
 
+import importlib
 import json
 import re
 import zipfile
@@ -79,7 +80,7 @@ def test_all_sets_have_a_prompt_a_length_and_a_metric():
 
 
 def test_the_tables_agree_with_lm_evaluation_harness_up_to_blanks():
-    other = pytest.importorskip("lm_eval.tasks.longbench._generate_config")
+    other = importlib.import_module("lm_eval.tasks.longbench._generate_config")
     squeezed = lambda prompt: re.sub(r"\s+", " ", prompt).strip()  # noqa: E731
     for name, spec in longbench.SETS.items():
         assert squeezed(spec["prompt"]) == squeezed(other.dataset2prompt[name].replace("{question}", "{input}"))
@@ -165,7 +166,6 @@ def test_code_is_its_first_line_that_is_no_comment():
 
 
 def test_rouge_by_hand():
-    pytest.importorskip("rouge")
     assert text_metrics.rouge("the cat sat", "the cat ran off") == pytest.approx(
         2 * (2 / 3) * (2 / 4) / (2 / 3 + 2 / 4), abs=1e-6
     )
@@ -173,8 +173,6 @@ def test_rouge_by_hand():
 
 
 def test_chinese_by_hand():
-    pytest.importorskip("jieba")
-    pytest.importorskip("rouge")
     assert text_metrics.qa_f1_zh("红色。", "红色") == 1 and text_metrics.qa_f1_zh("红色", "蓝色") == 0
     assert text_metrics.rouge_zh("红色", "红色") == pytest.approx(1, abs=1e-6)
 

@@ -161,7 +161,6 @@ def test_our_short_families_keep_the_definition_s_counts_where_they_can():
     assert spec["niah_multiquery"]["queries"] == KEYS and spec["vt"]["hops"] == HOPS
 
 
-@pytest.mark.skipif(importlib.util.find_spec("lm_eval") is None, reason="compares with lm-evaluation-harness")
 def test_the_prompts_are_those_of_lm_evaluation_harness():
     folder = Path(importlib.util.find_spec("lm_eval").origin).parent / "tasks" / "ruler"
     source = "".join(p.read_text() for p in sorted(folder.glob("*.py")))

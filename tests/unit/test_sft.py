@@ -5,6 +5,7 @@ import sys
 from pathlib import Path
 from types import SimpleNamespace
 
+import datasets
 import pytest
 import torch
 import yaml
@@ -142,7 +143,7 @@ def test_long_few_and_missing_examples_are_errors(file, tmp_path, monkeypatch):
     def unreachable(*args, **kwargs):
         raise ConnectionError("no hub here")
 
-    monkeypatch.setattr(pytest.importorskip("datasets"), "load_dataset", unreachable)
+    monkeypatch.setattr(datasets, "load_dataset", unreachable)
     with pytest.raises(ValueError, match="of 40 examples are longer than sequence_length=60, the longest has"):
         examples(file, length=60)
     skipped = examples(file, length=52, too_long="skip")
@@ -179,7 +180,6 @@ def test_fields_make_entries_of_rows():
 
 
 def test_data_sets_by_name_are_read_as_files_are(monkeypatch):
-    datasets = pytest.importorskip("datasets")
     asked = []
     monkeypatch.setattr(datasets, "load_dataset", lambda *a, **k: asked.append((a, k)) or [{"p": "hi", "c": "yo"}])
     found = read_entries("org/set:sub", {"prompt": "{p}", "completion": "{c}"}, "validation")

@@ -47,7 +47,7 @@ def test_without_an_adapter_gates_are_fresh():
 
 
 @pytest.mark.parametrize("options,change,match", [
-    ({"hidden": 8}, {"hidden": 16}, "hidden 8, and hidden is 16: set --hidden 8"),
+    ({"hidden": 8}, {"hidden": 16}, "hidden 8, and hidden is 16: go on with --hidden 8"),
     ({"hidden": 8}, {"gate": "linear"}, "gate 'mlp', and gate is 'linear'"),
     ({"gate": "none", "less_rank": 2, "less_hidden": 4}, {}, "no gate to begin with"),
     ({"lora": {"r": 2}}, {}, "merge_lora"),

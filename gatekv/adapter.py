@@ -22,7 +22,7 @@ from gatekv import lora, modules
 from gatekv.adapter_file import AGAIN, check_shapes, find, read_config, read_shapes
 from gatekv.bases import commit_of, local_name, public_name
 from gatekv.config import GateSpec, LessSpec, check_keys, check_types, strict
-from gatekv.fingerprint import fingerprint, tensors_sha256
+from gatekv.fingerprint import HASHES, fingerprint, tensors_sha256
 from gatekv.gates import build_gate
 from gatekv.gates.calibration import Calibration
 from gatekv.less.maps import LessMaps
@@ -217,14 +217,15 @@ class GateKVModel(BaseTuner):
             config.revision = config.revision or commit_of(model.name_or_path)
             wanted = found
         for key, value in wanted.items():
-            if key != "weights" and found.get(key) != value:
+            if key not in HASHES and found.get(key) != value:
                 raise ValueError(
                     f"this adapter was trained for a base with {key}={value}, but this model has {found.get(key)}: "
                     f"load it on {config.base_model_name_or_path or 'the base it was trained on'}."
                 )
-        if None not in (wanted.get("weights"), found["weights"]) and wanted["weights"] != found["weights"]:
+        hashes = [(wanted.get(key), found[key]) for key in HASHES]  # adapters before 2026-11-22 have one
+        if any(None not in pair and pair[0] != pair[1] for pair in hashes):
             logger.warning(
-                "gatekv: the base model's weights differ from those the adapter was trained on (quantised, tuned?); "
+                "gatekv: the base model's weights differ from those of the adapter's base (quantised, tuned, merged?); "
                 "measure before relying on it."
             )
         if config.file_shapes is not None:
@@ -283,7 +284,7 @@ class GateKVModel(BaseTuner):
         with lora.bare(self.model):
             super()._unload_and_optionally_merge()
         self.model.peft_config = self.peft_config
-        config.lora = None
+        config.lora, config.base_fingerprint = None, fingerprint(self.model)
 
     def _unload_and_optionally_merge(self, *args, **kwargs) -> nn.Module:
         """merge_and_unload and unload: the plain transformers model, LoRA in its weights or not, without gates."""

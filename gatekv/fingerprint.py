@@ -6,8 +6,11 @@ import re
 import torch
 from torch import nn
 
-from gatekv.modules import base_model, wrappers
+from gatekv.modules import attention_layers, base_model, wrappers
 from gatekv.support import kv_heads
+
+HASHES = ("weights", "last_layer")  # of a fingerprint; the rest are shapes
+SAMPLE = 64  # numbers of each of the last layer's tensors
 
 
 def tensors_sha256(tensors: dict[str, torch.Tensor]) -> str:
@@ -20,20 +23,33 @@ def tensors_sha256(tensors: dict[str, torch.Tensor]) -> str:
     return digest.hexdigest()
 
 
+def sampled(model: nn.Module) -> dict[str, dict[str, nn.Parameter]]:
+    """The base's weights that a fingerprint reads, for each of HASHES. Fine-tuning often leaves the embeddings as they
+    are, and LoRA merged into a base always does: hence a layer's too."""
+    layer, _ = attention_layers(model)[-1]
+    mine = {n.replace("base_layer.", ""): p for n, p in layer.named_parameters()
+            if "gatekv_" not in n and ".lora_" not in n}  # fmt: skip
+    return {"weights": {"embed": base_model(model).get_input_embeddings().weight}, "last_layer": mine}
+
+
+def _hash(parameters: dict[str, nn.Parameter], numbers: int) -> str | None:
+    """None where some have no numbers: on the meta device, or in another process."""
+    if any(p.device.type == "meta" or not p.numel() for p in parameters.values()):
+        return None
+    return tensors_sha256({n: p.detach().flatten()[:numbers].to(torch.bfloat16) for n, p in parameters.items()})[:16]
+
+
 def fingerprint(model: nn.Module) -> dict:
-    """Shapes that a gate depends on (must match) and a hash of a few weights (a mismatch is only worth a warning)."""
-    inner = base_model(model)
-    config = inner.config.get_text_config(decoder=True)
-    weight = inner.get_input_embeddings().weight
-    sample = None
-    if weight.device.type != "meta" and weight.numel():
-        sample = tensors_sha256({"embed": weight.detach().flatten()[:4096].to(torch.bfloat16)})[:16]
+    """Shapes that a gate depends on (must match) and hashes of some weights (a mismatch is only worth a warning)."""
+    config = base_model(model).config.get_text_config(decoder=True)
+    parts = sampled(model)
     return {
         "model_type": config.model_type,
         "hidden_size": config.hidden_size,
         "num_hidden_layers": config.num_hidden_layers,
         "num_key_value_heads": kv_heads(config),
-        "weights": sample,
+        "weights": _hash(parts["weights"], 4096),
+        "last_layer": _hash(parts["last_layer"], SAMPLE),
     }
 
 

@@ -113,4 +113,5 @@ def detach(model: nn.Module) -> nn.Module:
     for name, layer in layers:
         parent, _, child = name.rpartition(".")
         setattr(inner.get_submodule(parent), child, layer.get_base_layer())
+    vars(inner).pop("peft_config", None)  # PEFT's mark on a model that has adapters
     return modules.detach(inner)

@@ -24,10 +24,10 @@ def main(argv: list[str]) -> dict | None:
     from gatekv.training.objective import Objective
     from gatekv.training.options import load_config
     from gatekv.training.recompute import recompute_layers
-    from gatekv.training.sharding import embeddings, in_parts
+    from gatekv.training.sharding import in_parts, whole_sample
 
     def gated(model):
-        with embeddings(model):
+        with whole_sample(model):
             return get_peft_model(model, GateKVConfig(task_type="CAUSAL_LM", **vars(config.spec)))
 
     config = load_config(argv, CPTConfig)

@@ -22,11 +22,11 @@ def main(argv: list[str]) -> dict | None:
     from gatekv.training.less_config import LessConfig
     from gatekv.training.lesson import LessObjective, with_maps
     from gatekv.training.options import load_config
-    from gatekv.training.sharding import embeddings, in_parts
+    from gatekv.training.sharding import in_parts, whole_sample
 
     def gated(model):
         maps = {f"less_{name}": getattr(config, name) for name in ("form", "rank", "hidden", "dropout")}
-        with embeddings(model):
+        with whole_sample(model):
             maps |= {"less_policy": config.policy, "less_budget": config.target_keep}
             return with_maps(model, config.adapter, config.fresh_gate, config.train_gate, **maps)
 

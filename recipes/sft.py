@@ -29,11 +29,11 @@ def main(argv: list[str]) -> dict | None:
     from gatekv.training.plain import PlainObjective
     from gatekv.training.recompute import recompute_layers
     from gatekv.training.sft_config import SFTConfig
-    from gatekv.training.sharding import embeddings, in_parts
+    from gatekv.training.sharding import in_parts, whole_sample
     from gatekv.training.start import start_from
 
     def tuned(model):
-        with embeddings(model):
+        with whole_sample(model):
             adapter = GateKVConfig(task_type="CAUSAL_LM", lora=config.lora, **vars(config.spec))
             return start_from(model, config.adapter, adapter)
 

@@ -14,7 +14,8 @@ from torch.distributed.fsdp.wrap import transformer_auto_wrap_policy
 from torch.distributed.tensor import DTensor, distribute_tensor
 from transformers.integrations import deepspeed_config, is_deepspeed_zero3_enabled
 
-from gatekv.modules import attention_layers, base_model, wrappers
+from gatekv.fingerprint import sampled
+from gatekv.modules import attention_layers, wrappers
 
 Tensors = dict[str, torch.Tensor]
 MOMENTS = ("exp_avg", "exp_avg_sq")  # of AdamW
@@ -123,14 +124,14 @@ def in_parts(module: torch.nn.Module):
 
 
 @contextmanager
-def embeddings(model: torch.nn.Module):
-    """Inside, the input embeddings of a model loaded under ZeRO-3 are whole: adapters take their fingerprint there."""
+def whole_sample(model: torch.nn.Module):
+    """Inside, the weights of a model loaded under ZeRO-3 that an adapter's fingerprint of its base reads are whole."""
     if not is_deepspeed_zero3_enabled():
         yield
         return
     import deepspeed
 
-    with deepspeed.zero.GatheredParameters([base_model(model).get_input_embeddings().weight]):
+    with deepspeed.zero.GatheredParameters([p for part in sampled(model).values() for p in part.values()]):
         yield
 
 

@@ -66,7 +66,7 @@ def gate(whole=False, micro: int = 2, dtype=torch.float32, chunk: int = 1 << 16,
         options |= dict(output_dir=str(folder), max_steps=STEPS, save_every=STEPS // 2, target_keep=0.5)
         config = CPTConfig.from_options(options | more)
         model = load(base, dtype)
-        with sharding.embeddings(model):
+        with sharding.whole_sample(model):
             model = get_peft_model(model, GateKVConfig(**vars(config.spec))).train()
         for w in wrappers(model):  # zero at first, which would keep the first step's gradient from the layers before
             torch.nn.init.normal_(w.gate().out.weight, std=0.5)
@@ -83,7 +83,7 @@ def less(objective: str = "attention_mse", policy: str = "keydiff", form: str = 
     def job(base, folder, world: int, **more):
         maps = dict(less_form=form, less_rank=4, less_hidden=16, less_dropout=0.0, less_policy=policy, less_budget=0.5)
         model, spec = load(base), GateSpec(window=4, sinks=2, hidden=8, relaxation="ste", initial_logit=0.5)
-        with sharding.embeddings(model):
+        with sharding.whole_sample(model):
             model = with_maps(model, "", spec if joint else None, joint, **maps).train()
         options = dict(output_dir=str(folder), policy=policy, objective=objective, form=form, dropout=0.0)
         options |= dict(batch_size=ROWS // 2, accumulation=2 // world, max_steps=STEPS, save_every=STEPS // 2)
@@ -104,7 +104,7 @@ def sft(gate: str = "mlp", dtype=torch.float32):
         options |= dict(gate=gate, lora_rank=4, lora_alpha=8, lora_dropout=0.1)
         config = SFTConfig.from_options(options | more)
         model = load(base, dtype)
-        with sharding.embeddings(model):
+        with sharding.whole_sample(model):
             model = get_peft_model(model, GateKVConfig(lora=config.lora, **vars(config.spec))).train()
         for name, p in model.named_parameters():  # zero at first, which would keep A's gradient to rounding
             if ".lora_B." in name:

@@ -210,6 +210,11 @@ def test_wrong_base_shapes_are_an_error_other_weights_a_warning(saved, caplog):
     caplog.clear()
     load(folder)
     assert "weights differ" not in caplog.text
+    tuned = tiny(dtype=torch.float32)
+    with torch.no_grad():  # the embeddings stay, as under most fine-tuning
+        tuned.model.layers[-1].mlp.down_proj.weight.add_(0.1)
+    PeftModel.from_pretrained(tuned, folder)
+    assert "weights differ" in caplog.text
 
 
 def test_a_copy_elsewhere_loads(saved, tmp_path):

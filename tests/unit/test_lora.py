@@ -7,6 +7,7 @@ import torch
 from conftest import assert_close, gated, padded_batch, parallel_logits, plain_logits, recurrent_logits, tiny
 from peft import PeftModel, get_peft_model
 from safetensors.torch import load_file, save_file
+from transformers.utils import logging
 
 import gatekv
 from gatekv.cache.kvcache import KVCache
@@ -191,6 +192,19 @@ def test_merging_folds_lora_and_keeps_the_gates(family):
         model.merge_lora()
 
 
+def test_what_is_left_after_merging_belongs_to_the_merged_base(tmp_path, caplog):
+    """Its embeddings are the plain base's: the fingerprint has to tell them apart by a layer."""
+    model = tuned(dtype=torch.float32)
+    model.merge_lora()
+    model.save_pretrained(tmp_path / "gate")
+    base = gatekv.detach(model)
+    logging.get_logger("gatekv.adapter").addHandler(caplog.handler)
+    PeftModel.from_pretrained(base, tmp_path / "gate")
+    assert "weights differ" not in caplog.text
+    PeftModel.from_pretrained(tiny(dtype=torch.float32), tmp_path / "gate")
+    assert "weights differ" in caplog.text
+
+
 def test_merge_and_unload_is_the_tuned_model_and_unload_and_detach_are_the_plain_one():
     ids, mask = padded_batch([30, 20])
     alone = loud(gated(gate="none", lora=LORA))
@@ -200,7 +214,7 @@ def test_merge_and_unload_is_the_tuned_model_and_unload_and_detach_are_the_plain
     for undo in (lambda m: m.unload(), gatekv.detach):
         found = undo(tuned())
         assert torch.equal(plain_logits(found, ids, mask), plain)
-        assert set(found.state_dict()) == set(tiny().state_dict())
+        assert set(found.state_dict()) == set(tiny().state_dict()) and "peft_config" not in vars(found)
     with pytest.raises(ValueError, match="merge_and_unload"):
         alone.merge_lora()
 

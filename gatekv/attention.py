@@ -22,6 +22,7 @@ from gatekv.ops.gated_attention import BLOCK, gated_attention, received_attentio
 from gatekv.ops.naive import causal_mask, dense_segment
 from gatekv.ops.on_the_spot import on_the_spot
 from gatekv.ops.remainder import left_of
+from gatekv.ops.sequence import ALONE, Sequence
 from gatekv.support import check_call, refuse, visible_keys
 
 NAMES = {"sdpa": "gatekv", "eager": "gatekv_eager"}
@@ -66,7 +67,8 @@ class AttentionCall:
         layer_idx: of the layer. rotary: (cos, sin) of the new tokens, or None.
         memory: the gatekv cache layer, or None for the parallel form.
         gate: the active gate module or None; spec: its GateSpec; form: a relaxation's name or "hard" for the parallel
-        form, applied to logits - threshold; "listen" = plain attention, the gate only judges; "lesson": see lesson.
+        form, applied to logits - threshold; "listen" = plain attention, the gate only judges; "lesson": see lesson;
+        "plain" = plain attention, of a shared row.
         split: the prompt's length, for flags that act after it (one-shot); None = they act as tokens leave the window.
         less: the low-rank maps in force, or None.
         lesson: [batch, kv_heads, prompt] bool, what is kept of the cached prompt that the maps learn to do without; the
@@ -75,6 +77,8 @@ class AttentionCall:
         seed: of this layer's noise, for the gumbel relaxation.
         received: measure the attention that tokens receive.
         local: (logits, valid) -> threshold: measure this layer's own error too; None = do not.
+        sequence: the processes that share the rows: `hidden` is of this one's tokens, and from `exchange` on q, k, v
+        and what is judged are of this one's heads and all tokens.
         record: called with what the gate said (`Judged`).
         answered: set by the attention function; a model that never calls it would go on without a word.
     """
@@ -94,6 +98,7 @@ class AttentionCall:
     lesson: torch.Tensor | None = None
     received: bool = True
     local: object = None
+    sequence: Sequence = ALONE
     record: object = None
     answered: bool = False
 
@@ -102,9 +107,17 @@ class AttentionCall:
         if self.gate is not None and self.gate.reads == "keys":
             self.hidden = key_features(k, self.rotary)
 
+    def exchange(self, *tensors: torch.Tensor) -> tuple[torch.Tensor, ...]:
+        """On the way into attention [batch, heads, tokens, …], out of it [batch, tokens, heads, …]."""
+        return tuple(map(self.sequence.exchange, tensors))
+
     def judge(self, valid: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
         """(logits [batch, kv_heads, tokens], valid [batch, tokens]) of the sequence, or of its prompt where there is a
         split; of each document, where rows are packed."""
+        if self.sequence.size > 1:  # each process judges its own tokens; the gate looks at no others
+            logits = self.sequence.exchange(self.gate(self.hidden, self.sequence.part(valid, 1))[0])
+            apart = self.documents
+            return (logits, valid) if apart is None else (apart.apart(logits, 2), apart.valid)
         if self.documents is not None:
             valid = self.documents.valid
             return self.gate(self.documents.apart(self.hidden), valid)[0], valid
@@ -133,7 +146,7 @@ class AttentionCall:
                     q[:, :, asking], k, v, weight, window=self.spec.window, scale=scaling, mask=part, decay=self.decays
                 ).transpose(1, 2)
                 real = valid if self.documents is None else self.documents.real
-                error = output_error(module, out, plain[:, asking], real[:, asking])
+                error = output_error(module, out, plain[:, asking], real[:, asking], self.sequence)
         self.record(Judged(logits, judged, received, error))
 
     def learn(self, module, q, k, v, mask, scaling: float, plain: torch.Tensor) -> None:
@@ -198,13 +211,17 @@ class AttentionCall:
         return self.spec.context == "prompt" and self.spec.mask_prompt
 
 
-def output_error(module, out: torch.Tensor, plain: torch.Tensor, valid: torch.Tensor) -> torch.Tensor:
+def output_error(
+    module, out: torch.Tensor, plain: torch.Tensor, valid: torch.Tensor, sequence: Sequence = ALONE
+) -> torch.Tensor:
     """Squared error of a layer's attention output after o_proj, as a share of the output's own square.
 
-    out, plain: [batch, tokens, heads, head_dim]; valid: [batch, tokens]. Mean per row, then over rows.
+    out, plain: [batch, tokens, heads, head_dim]; valid: [batch, tokens]. Mean per row, then over rows. sequence: the
+    processes that share the rows, each with some of the heads.
     """
+    out, plain, valid = sequence.exchange(out), sequence.exchange(plain), sequence.part(valid, 1)
     project = lambda t: module.o_proj(t.flatten(2).to(module.o_proj.weight.dtype)).float() * valid[..., None]  # noqa: E731
-    size = project(plain.detach()).square().sum((1, 2)).clamp_min(1e-6)
+    size = sequence.mean(project(plain.detach()).square().sum((1, 2))).clamp_min(1e-6)
     return on_the_spot(lambda x: (project(x).square().sum((1, 2)) / size).mean(), out - plain.detach())
 
 
@@ -256,13 +273,14 @@ def _forward(base: str):
             gatekv.answered = True
             check_call(module, k, v, kwargs)
             gatekv.prepare(k)
-        if gatekv is None or gatekv.form == "listen":
+            q, k, v = gatekv.exchange(q, k, v)
+        if gatekv is None or gatekv.form in ("listen", "plain"):
             plain = ALL_ATTENTION_FUNCTIONS.get(base) or sys.modules[type(module).__module__].eager_attention_forward
             out, weights = plain(module, q, k, v, mask, scaling=scaling, **kwargs)
-            if gatekv is not None:
+            if gatekv is not None and gatekv.form == "listen":
                 hear = gatekv.listen if gatekv.lesson is None else gatekv.learn
                 hear(module, q, k, v, visible_keys(module, mask), scaling, out)
-            return out, weights
+            return (out, weights) if gatekv is None else (*gatekv.exchange(out), weights)
         mask = visible_keys(module, mask)
         if gatekv.form == "lesson":
             out = segments.merge(gatekv.remember(q, k, v, mask, scaling))[0].to(q.dtype)
@@ -270,7 +288,7 @@ def _forward(base: str):
             out = gatekv.memory.attend(gatekv, q, k, v, mask, scaling)
         else:
             out = gatekv.parallel(q, k, v, mask, scaling)
-        return out.transpose(1, 2).contiguous(), None
+        return gatekv.exchange(out.transpose(1, 2))[0].contiguous(), None
 
     return attention
 

@@ -11,6 +11,7 @@ from gatekv.attention import AttentionCall, Judged, Lesson, Memory
 from gatekv.config import GateSpec
 from gatekv.gates.documents import Documents
 from gatekv.gates.relaxations import logit_of
+from gatekv.ops.sequence import ALONE
 from gatekv.support import refuse, sliding_layers
 
 ATTENTION_NAME = "self_attn"
@@ -43,6 +44,7 @@ class GatedAttention(nn.Module):
         self.received = True  # whether listening measures the attention that tokens receive
         self.local = None  # (logits, valid) -> threshold, where the layer's own error is wanted
         self.lesson: torch.Tensor | None = None  # what is kept of a prompt, while low-rank maps learn
+        self.sequence = ALONE  # the processes that share the rows
         self.recorded: Judged | Lesson | None = None
 
     def active(self) -> str | None:
@@ -75,6 +77,7 @@ class GatedAttention(nn.Module):
             hidden_states, self.layer_idx, rotary, gate=gate, spec=spec, split=self.split, documents=self.documents
         )
         call.seed, call.received, call.local, call.less = self.seed, self.received, self.local, self.less()
+        call.sequence = self.sequence
         memory = None
         if isinstance(past_key_values, Cache) and self.layer_idx < len(past_key_values.layers):
             memory = past_key_values.layers[self.layer_idx]
@@ -87,6 +90,8 @@ class GatedAttention(nn.Module):
         elif gate is not None and past_key_values is None and (self.training or self.form) and not self.off:
             call.form, call.record = self.form or spec.relaxation, self._record
             call.threshold = logit_of(spec.threshold) if self.threshold is None else self.threshold
+        elif self.sequence.size > 1:
+            call.form = "plain"
         else:
             return self.base_layer(hidden_states, past_key_values=past_key_values, **kwargs)
         out = self.base_layer(hidden_states, past_key_values=past_key_values, gatekv=call, **kwargs)

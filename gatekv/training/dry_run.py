@@ -34,15 +34,21 @@ LEFT_OUT = "activations, the teacher's cache, layers gathered for use, the frame
 
 @dataclass(frozen=True)
 class Plan:
-    """How a run is spread: kind, a key of DIVIDED; processes, all machines together."""
+    """How a run is spread: kind, a key of DIVIDED; processes, all machines together; sharing, how many of them share
+    a row."""
 
     kind: str
     processes: int
+    sharing: int = 1
 
     def __post_init__(self):
         check_choice("dry_run plan", self.kind, DIVIDED)
         if self.processes < 1:
             raise ValueError(f"a plan has at least 1 process, not {self.processes}.")
+        if self.sharing < 1 or self.processes % self.sharing:
+            raise ValueError(
+                f"rows are shared by a number that divides {self.processes} processes, not {self.sharing}."
+            )
 
 
 @dataclass(frozen=True)
@@ -68,16 +74,17 @@ class Memory:
 
 
 def plan_of(text: str, environment=os.environ) -> Plan:
-    """A plan from "zero3:16", or, for "auto", from what `accelerate launch` says in the environment.
+    """A plan from "zero3:16", or "zero3:16/8" where 8 share a row; "auto": from what `accelerate launch` says in
+    the environment.
 
     Raises:
         ValueError: not of this form, or an unknown kind.
     """
     if text != "auto":
-        match = re.fullmatch(r"(\w+):(\d+)", text)
+        match = re.fullmatch(r"(\w+):(\d+)(?:/(\d+))?", text)
         if not match:
             raise ValueError(f"dry_run={text!r}: write auto, or a kind and a number of processes as in zero3:16.")
-        return Plan(match[1], int(match[2]))
+        return Plan(match[1], int(match[2]), int(match[3] or 1))
     kind = "ddp"
     if environment.get("ACCELERATE_USE_DEEPSPEED", "false") == "true":
         stage = environment.get("ACCELERATE_DEEPSPEED_ZERO_STAGE", "2")
@@ -87,7 +94,9 @@ def plan_of(text: str, environment=os.environ) -> Plan:
         kind = f"zero{stage}" if int(stage) else "ddp"
     elif environment.get("ACCELERATE_USE_FSDP", "false") == "true":
         kind = "fsdp2"
-    return Plan(kind, int(environment.get("WORLD_SIZE", "1")))
+    split = environment.get("ACCELERATE_USE_PARALLELISM_CONFIG", "false") == "true"
+    sharing = int(environment.get("PARALLELISM_CONFIG_SP_SIZE", "1")) if split else 1
+    return Plan(kind, int(environment.get("WORLD_SIZE", "1")), sharing)
 
 
 def memory(module: nn.Module, plan: Plan) -> Memory:
@@ -127,7 +136,7 @@ def report(module: nn.Module, config: RunConfig) -> dict:
     plan = plan_of(config.dry_run)
     learning = sum(p.numel() for p in trained(module).values())
     every = sum(p.numel() for p in module.parameters())
-    rows = config.batch_size * config.accumulation * plan.processes
+    rows = config.batch_size * config.accumulation * (plan.processes // plan.sharing)
     last = config.max_steps - 1
     steps = sorted({0, round(0.07 * last), last // 4, last // 2, 3 * last // 4, last})
     return {
@@ -150,7 +159,8 @@ def text_of(found: dict) -> str:
     """`report` in lines for a terminal."""
     plan, held = found["plan"], found["bytes"]
     lines = [
-        f"plan        {plan['kind']}, {plan['processes']} processes",
+        f"plan        {plan['kind']}, {plan['processes']} processes"
+        + (f", {plan['sharing']} of which share a row" if plan["sharing"] > 1 else ""),
         f"parameters  {found['parameters']:,}, of which {found['trained']:,} learn ({found['trained_share']:.2%})",
         f"memory      {held['total'] / 1e6:,.0f} MB each process: "
         + ", ".join(f"{k} {held[k] / 1e6:,.0f}" for k in ("frozen", "trained", "gradients", "optimizer", "buckets")),

@@ -19,7 +19,7 @@ from gatekv.cache.layer import KVLayer
 from gatekv.config import GateSpec, LessSpec, check_choice
 from gatekv.modules import base_model, evaluating, gates_off, wrappers
 from gatekv.policies import resolve
-from gatekv.training.losses import distillation_loss
+from gatekv.training.losses import distillation_loss, row_shares
 from gatekv.training.start import check_form, rebuilt
 
 KINDS = ("attention_mse", "kl")
@@ -92,8 +92,9 @@ class LessObjective(nn.Module):
             lessons = [w.recorded for w in layers]
             loss = torch.stack([lesson.error for lesson in lessons]).mean()
             if self.objective == "kl" and not warm:
-                head, weights = base_model(self.model).get_output_embeddings(), batch["weights"][:, split:].float()
-                loss = distillation_loss(self._behind(batch, split, prompt), teacher, head, weights)
+                head = base_model(self.model).get_output_embeddings()
+                shares = row_shares(batch["weights"][:, split:].float())
+                loss = distillation_loss(self._behind(batch, split, prompt), teacher, head, shares)
         finally:
             for w in layers:
                 w.lesson = w.recorded = None

@@ -9,7 +9,7 @@ from accelerate import Accelerator
 from accelerate.utils import broadcast_object_list
 from tqdm import tqdm
 
-from gatekv.training import checkpoint, rotation, sharding
+from gatekv.training import checkpoint, rotation, sharding, shared
 from gatekv.training.data import TrainingData
 from gatekv.training.guard import Fingerprint, LossGuard, failure, peers_named
 from gatekv.training.objective import Objective
@@ -38,9 +38,15 @@ def train(objective: Objective, data: TrainingData, config: RunConfig, accelerat
             is gone. ValueError: nothing to resume, a checkpoint of another run, or no right to write to config.push_to.
     """
     output = Path(config.output_dir)
+    sequence = shared.sequence_of(accelerator)
+    readers = accelerator.num_processes // sequence.size  # each reads rows of its own
+    if sequence.size > 1:
+        if not isinstance(objective, Objective):
+            raise ValueError(f"{type(objective).__name__} computes whole rows: only gates train with sp_size above 1.")
+        objective.share_rows(sequence)
     # Nobody but the optimizer may hold the parameters as they are now: FSDP2 puts parts in their place.
     optimizer = torch.optim.AdamW(checkpoint.trained(objective).values(), lr=config.learning_rate, weight_decay=0.0)
-    identity = checkpoint.identity(config, accelerator.num_processes)
+    identity = checkpoint.identity(config, readers)
     upload = _by_main(accelerator, lambda: Upload(config.push_to)) if config.push_to else None
     module, optimizer = sharding.prepare(accelerator, objective, optimizer, config)
     records = _resume(config, objective, optimizer, data, identity, accelerator)
@@ -72,7 +78,7 @@ def train(objective: Objective, data: TrainingData, config: RunConfig, accelerat
             lr, target = learning_rate_at(step, config), target_at(step, config)
             for group in optimizer.param_groups:
                 group["lr"] = lr
-            record, norm, batches = _step(module, optimizer, data, config, accelerator, step, target)
+            record, norm, batches = _step(module, optimizer, data, config, accelerator, sequence, step, target)
             if verdict := guard.verdict(record["loss"], norm):
                 last = next((str(rotation.folder_of(output, s)) for s in rotation.steps(output)[::-1]), "")
                 raise failure(verdict, step, batches, last)
@@ -135,19 +141,20 @@ def _resume(config, objective, optimizer, data, identity, accelerator) -> list[d
     return state["records"]
 
 
-def _step(module, optimizer, data, config, accelerator, step: int, target: float):
-    """One optimizer step over accumulation · world · batch_size rows, whichever way they are split.
+def _step(module, optimizer, data, config, accelerator, sequence, step: int, target: float):
+    """One optimizer step over accumulation · readers · batch_size rows, whichever way they are split. Readers are the
+    processes, or groups of them that share rows.
 
     Returns (means over all processes, the gradient's norm or None, fingerprints of this process's micro-batches).
     """
     sums, batches, norm = {}, [], None
-    rank, world = accelerator.process_index, accelerator.num_processes
-    rows = config.batch_size * config.accumulation * world
+    reader, readers = accelerator.process_index // sequence.size, accelerator.num_processes // sequence.size
+    rows = config.batch_size * config.accumulation * readers
     aligned = config.prefill == "dense" or config.spec.context == "prompt"  # all rows of a batch share a split
     for micro in range(config.accumulation):
-        first = step * rows + (micro * world + rank) * config.batch_size
+        first = step * rows + (micro * readers + reader) * config.batch_size
         batch = {k: v.to(accelerator.device) for k, v in data.batch(first, config.batch_size, align=aligned).items()}
-        seed = config.seed + first
+        seed = (config.seed + first) * sequence.size + sequence.rank
         torch.manual_seed(seed)  # dropout too is a function of the row, or a resumed run would draw other numbers
         with accelerator.accumulate(module):
             out = module(batch, target, warm=step < config.warm_share * config.max_steps, seed=seed)

@@ -34,21 +34,21 @@ class _FusedHead(torch.autograd.Function):
         return grad * dtotal, None, None, *(None for _ in range(len(ctx.needs_input_grad) - 3))
 
 
-def _row_shares(weights: torch.Tensor) -> torch.Tensor:
+def row_shares(weights: torch.Tensor) -> torch.Tensor:
     """[batch, tokens] weights -> each token's share of the batch mean of per-row weighted means."""
     return weights / weights.sum(-1, keepdim=True).clamp_min(1e-9) / len(weights)
 
 
 def distillation_loss(
-    student: torch.Tensor, teacher: torch.Tensor, head: nn.Linear, weights: torch.Tensor, reverse: bool = False
+    student: torch.Tensor, teacher: torch.Tensor, head: nn.Linear, shares: torch.Tensor, reverse: bool = False
 ):
     """KL(teacher || student) over the vocabulary, weighted mean per row, then the mean over rows, in nats.
 
-    student, teacher: last hidden states [batch, tokens, hidden_size]; weights: [batch, tokens], 0 where no prediction
-    counts. reverse: KL(student || teacher). The logits never exist in full: chunks of tokens, both side by side.
+    student, teacher: last hidden states [batch, tokens, hidden_size]; shares: [batch, tokens] of `row_shares`, 0 where
+    no prediction counts. reverse: KL(student || teacher). The logits never exist in full: chunks of tokens, both side
+    by side.
     """
-    used = weights > 0
-    shares = _row_shares(weights)[used]
+    used = shares > 0
 
     def token_loss(logits, teacher_hidden, share):
         with torch.no_grad():
@@ -57,26 +57,26 @@ def distillation_loss(
         p, q = (mine, target) if reverse else (target, mine)
         return ((p.exp() * (p - q)).sum(-1) * share).sum()
 
-    return _FusedHead.apply(student[used], head, token_loss, teacher[used], shares)
+    return _FusedHead.apply(student[used], head, token_loss, teacher[used], shares[used])
 
 
-def hidden_loss(student: torch.Tensor, teacher: torch.Tensor, weights: torch.Tensor):
+def hidden_loss(student: torch.Tensor, teacher: torch.Tensor, shares: torch.Tensor):
     """Squared error of the last hidden states as a share of the teacher's square (WG-KV), weighted as above."""
     error = (student - teacher).float().square().mean(-1) / teacher.float().square().mean(-1).clamp_min(1e-6)
-    return (error * _row_shares(weights)).sum()
+    return (error * shares).sum()
 
 
-def lm_loss(student: torch.Tensor, labels: torch.Tensor, head: nn.Linear, weights: torch.Tensor):
+def lm_loss(student: torch.Tensor, labels: torch.Tensor, head: nn.Linear, shares: torch.Tensor):
     """Cross-entropy of the next token, weighted mean per row, then the mean over rows, in nats.
 
-    student: [batch, tokens, hidden_size]; labels: [batch, tokens] the token that follows; weights as above.
+    student: [batch, tokens, hidden_size]; labels: [batch, tokens] the token that follows; shares as above.
     """
-    used = weights > 0
+    used = shares > 0
 
     def token_loss(logits, label, share):
         return (nn.functional.cross_entropy(logits, label, reduction="none") * share).sum()
 
-    return _FusedHead.apply(student[used], head, token_loss, labels[used], _row_shares(weights)[used])
+    return _FusedHead.apply(student[used], head, token_loss, labels[used], shares[used])
 
 
 def oracle_loss(logits: torch.Tensor, received: torch.Tensor, valid: torch.Tensor, sinks: int, window: int):

@@ -8,8 +8,10 @@ from gatekv.attention import relaxed_flags
 from gatekv.gates.documents import Documents
 from gatekv.gates.relaxations import logit_of
 from gatekv.modules import base_model, evaluating, gate_spec, gates_off, wrappers
+from gatekv.ops.sequence import ALONE, Sequence
 from gatekv.support import kv_heads
-from gatekv.training.losses import distillation_loss, hidden_loss, lm_loss, oracle_loss
+from gatekv.training import shared
+from gatekv.training.losses import distillation_loss, hidden_loss, lm_loss, oracle_loss, row_shares
 from gatekv.training.prompt import gated_prompt
 from gatekv.training.sparsity import budget_cut, keep_rates, overfull, sparsity_gap, sparsity_loss, undecided
 
@@ -49,20 +51,34 @@ class Objective(nn.Module):
         self.below_learns = any(p.requires_grad for name, p in model.named_parameters() if "gatekv_" not in name)
         layers = wrappers(model)
         self.spec = gate_spec(model)
+        self.sequence = ALONE
         check_objective(objective, prefill, sparsity, scope, self.spec)
         heads = kv_heads(base_model(model).config.get_text_config(decoder=True))
         units = {"global": 1, "layer": len(layers), "head": len(layers) * heads}[scope]
         self.register_buffer("multiplier", torch.zeros(units))
 
+    def share_rows(self, sequence: Sequence) -> None:
+        """From here on each row is computed by several processes (`gatekv.training.shared`); all get the same batches.
+
+        Raises:
+            ValueError: model, gate or objective cannot be computed so.
+        """
+        shared.check(self, sequence)
+        self.sequence = sequence
+
     def _hidden(self, batch, past=None, start: int = 0) -> torch.Tensor:
-        """Last hidden states of the tokens from `start` on; those before are in `past`."""
+        """Last hidden states of the tokens from `start` on; those before are in `past`. Of a shared row, of the tokens
+        of this process."""
         inner, mask = base_model(self.model), batch["attention_mask"]
         positions = (mask.cumsum(-1) - 1).clamp_min(0)
         if "segments" in batch:  # transformers reads the borders off positions that start anew, for sliding layers too
             mask, positions = None, batch["position_ids"]
+        if self.sequence.size > 1:
+            mask = shared.visible(batch)
+        ids, positions = (self.sequence.part(t[:, start:], 1) for t in (batch["input_ids"], positions))
         return inner.base_model(
-            input_ids=batch["input_ids"][:, start:], attention_mask=mask, position_ids=positions[:, start:],
-            past_key_values=past, use_cache=past is not None,
+            input_ids=ids, attention_mask=mask, position_ids=positions, past_key_values=past,
+            use_cache=past is not None,
         ).last_hidden_state  # fmt: skip
 
     def _prepare(self, batch, target: float, seed: int | None) -> int | None:
@@ -70,6 +86,7 @@ class Objective(nn.Module):
         split = int(batch["split"][0]) if self.prefill == "dense" or self.spec.context == "prompt" else None
         documents = Documents(batch["segments"]) if "segments" in batch else None
         for w in wrappers(self.model):
+            w.sequence = self.sequence
             w.split, w.threshold, w.documents = split, None, documents
             w.seed = None if seed is None else seed * 1009 + w.layer_idx
             w.received = self.oracle_weight > 0
@@ -80,9 +97,15 @@ class Objective(nn.Module):
         def threshold(logits, valid):
             if self.sparsity != "budget":
                 return logit_of(self.spec.threshold)
-            return budget_cut(logits[None], valid, target, self.spec.sinks, self.spec.window, self.scope)[0]
+            return self._cut(logits[None], valid, target)[0]
 
         return threshold
+
+    def _cut(self, logits: torch.Tensor, valid: torch.Tensor, target: float) -> torch.Tensor:
+        """See `budget_cut`; logits: [layers, batch, kv_heads, tokens]. In a shared row, of this process."""
+        every = self.sequence.together(logits.detach(), 2)
+        cut = budget_cut(every, valid, target, self.spec.sinks, self.spec.window, self.scope)
+        return self.sequence.part(cut, 2) if self.scope == "head" else cut
 
     def _teacher(self, batch, target: float):
         """(the plain model's hidden states, its cache if the student needs that, oracle loss).
@@ -109,8 +132,7 @@ class Objective(nn.Module):
             oracle = torch.stack(losses).mean()
         if self.sparsity == "budget":
             logits = torch.stack([w.recorded.logits.detach() for w in layers])
-            cuts = budget_cut(logits, layers[0].recorded.valid, target, spec.sinks, spec.window, self.scope)
-            for w, cut in zip(layers, cuts):
+            for w, cut in zip(layers, self._cut(logits, layers[0].recorded.valid, target)):
                 w.threshold = cut
         return hidden, past, oracle
 
@@ -148,14 +170,13 @@ class Objective(nn.Module):
             weights = weights * (torch.arange(weights.shape[1], device=weights.device) >= split)
         if past is not None:
             weights, labels, teacher = weights[:, split:], labels[:, split:], teacher[:, split:]
+        labels, shares = self.sequence.part(labels, 1), self.sequence.size * self.sequence.part(row_shares(weights), 1)
         if self.objective == "lm":
-            loss = lm_loss(student, labels, head, weights)
-            return (
-                loss + self.kl_weight * distillation_loss(student, teacher, head, weights) if self.kl_weight else loss
-            )
+            loss = lm_loss(student, labels, head, shares)
+            return loss + self.kl_weight * distillation_loss(student, teacher, head, shares) if self.kl_weight else loss
         if self.objective == "hidden_mse":
-            return hidden_loss(student, teacher, weights)
-        return distillation_loss(student, teacher, head, weights, reverse=self.objective == "reverse_kl")
+            return hidden_loss(student, teacher, shares)
+        return distillation_loss(student, teacher, head, shares, reverse=self.objective == "reverse_kl")
 
     def forward(
         self, batch: dict[str, torch.Tensor], target: float, warm: bool = False, seed: int | None = None
@@ -167,6 +188,7 @@ class Objective(nn.Module):
         Returns {"loss", "task", "oracle", "sparsity", "keep" (hard rate, scalar), "gap" [units] for the multipliers}.
         """
         layers, spec = wrappers(self.model), self.spec
+        batch = shared.divisible(batch, self.sequence.size)
         split = self._prepare(batch, target, seed)
         teacher, past, oracle = self._teacher(batch, target)
         task = torch.zeros((), device=oracle.device)
@@ -186,7 +208,8 @@ class Objective(nn.Module):
             hard.append(keep_rates(flags, valid, spec.sinks, spec.window))
             shrugs.append(undecided(logits - self._threshold(w), valid, spec.sinks, spec.window))
         self._finish()
-        gap = sparsity_gap(torch.stack(soft), 0.0 if self.sparsity == "capacity" else target, self.scope)
+        rates = self.sequence.together(torch.stack(soft), 2)
+        gap = sparsity_gap(rates, 0.0 if self.sparsity == "capacity" else target, self.scope)
         penalty = sparsity_loss(gap, self.sparsity, self.multiplier)
         loss = task + self.oracle_weight * oracle + self.polarise_weight * torch.stack(shrugs).mean()
         if self.sparsity != "budget":
@@ -199,7 +222,7 @@ class Objective(nn.Module):
     def _finish(self) -> None:
         for w in wrappers(self.model):
             w.recorded = w.threshold = w.split = w.documents = w.seed = w.local = None
-            w.received = True
+            w.received, w.sequence = True, ALONE
 
     @torch.no_grad()
     def move_multipliers(self, gap: torch.Tensor, rate: float = 0.5) -> None:
@@ -212,15 +235,18 @@ class Objective(nn.Module):
         """Train soft, deploy hard: task loss under both, their gap, and how undecided the gates are (share of .05 < p <
         .95). A layer-local objective has no hard loss of its own: nan."""
         layers = wrappers(self.model)
+        mean = lambda part: float(self.sequence.mean(part))  # noqa: E731
+        batch = shared.divisible(batch, self.sequence.size)
         with evaluating(self.model):
             split = self._prepare(batch, target, None)
             teacher, past, _ = self._teacher(batch, target)
-            soft = float(self._task(batch, teacher, past, split, self.spec.relaxation))
+            soft = mean(self._task(batch, teacher, past, split, self.spec.relaxation))
             p = torch.stack([(w.recorded.logits - self._threshold(w)).sigmoid() for w in layers])
+            real = layers[0].recorded.valid[:, None].expand(p.shape[1:])
             local = self.objective == "attention_mse"
-            hard = float("nan") if local else float(self._task(batch, teacher, past, split, "hard"))
+            hard = float("nan") if local else mean(self._task(batch, teacher, past, split, "hard"))
         self._finish()
-        shrugs = float(((p > 0.05) & (p < 0.95)).float().mean())
+        shrugs = mean(((p > 0.05) & (p < 0.95))[:, real].float().mean())
         return {"soft": soft, "hard": hard, "soft_hard_gap": hard - soft, "undecided": shrugs}
 
 

@@ -4,7 +4,7 @@ import torch
 from torch import nn
 
 from gatekv.modules import base_model, evaluating
-from gatekv.training.losses import lm_loss
+from gatekv.training.losses import lm_loss, row_shares
 
 
 class PlainObjective(nn.Module):
@@ -28,7 +28,8 @@ class PlainObjective(nn.Module):
             input_ids=batch["input_ids"], attention_mask=mask, use_cache=False,
             position_ids=(mask.cumsum(-1) - 1).clamp_min(0),
         ).last_hidden_state  # fmt: skip
-        loss = lm_loss(hidden, batch["input_ids"].roll(-1, 1), inner.get_output_embeddings(), batch["weights"].float())
+        labels, shares = batch["input_ids"].roll(-1, 1), row_shares(batch["weights"].float())
+        loss = lm_loss(hidden, labels, inner.get_output_embeddings(), shares)
         zero = torch.zeros((), device=loss.device)
         return {"loss": loss, "task": loss.detach(), "sparsity": zero, "keep": zero + 1, "gap": zero[None]}
 

@@ -9,7 +9,7 @@ from contextlib import contextmanager, nullcontext
 from gatekv.modules import base_model, wrappers
 
 ORDERS = (
-    "form", "off", "threshold", "split", "documents", "seed", "received", "local", "lesson", "recorded",
+    "form", "off", "threshold", "split", "documents", "seed", "received", "local", "lesson", "recorded", "sequence",
 )  # fmt: skip
 
 

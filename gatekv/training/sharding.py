@@ -25,15 +25,8 @@ def prepare(accelerator: Accelerator, module: torch.nn.Module, optimizer, config
     """`accelerator.prepare(module, optimizer)`, told how many rows make a step and along which modules to shard.
 
     Raises:
-        ValueError: FSDP1, ZeRO stage 0, mixed precision or compilation of what is sharded, rows split over processes.
+        ValueError: FSDP1, ZeRO stage 0, mixed precision or compilation of what is sharded.
     """
-    split = accelerator.parallelism_config
-    if split is not None and split.non_data_parallel_size > 1:
-        raise ValueError(
-            f"parallelism_config splits a row's heads or tokens over {split.non_data_parallel_size} processes, and "
-            "gates judge whole rows: set tp_size, cp_size and sp_size to 1 (launch/README.md says why), and train on "
-            "longer rows with --gradient_checkpointing true."
-        )
     accelerator.gradient_accumulation_steps = config.accumulation
     sharded = accelerator.distributed_type in (DistributedType.DEEPSPEED, DistributedType.FSDP)
     if sharded and accelerator.mixed_precision != "no":
@@ -62,7 +55,22 @@ def prepare(accelerator: Accelerator, module: torch.nn.Module, optimizer, config
             raise ValueError("FSDP1 is not supported: set fsdp_version: 2, as launch/fsdp2.yaml does.")
         plugin = accelerator.state.fsdp_plugin
         plugin.auto_wrap_policy, plugin.transformer_cls_names_to_wrap = transformer_auto_wrap_policy, _units(module)
-    return accelerator.prepare(module, optimizer)
+    with _rows_whole(accelerator):
+        return accelerator.prepare(module, optimizer)
+
+
+@contextmanager
+def _rows_whole(accelerator: Accelerator):
+    """Inside, Accelerate sees no shared rows: under DeepSpeed it would give the model another attention for them."""
+    split = accelerator.parallelism_config
+    size = 1 if split is None else split.sp_size
+    if size > 1:
+        split.sp_size = 1
+    try:
+        yield
+    finally:
+        if size > 1:
+            split.sp_size = size
 
 
 @contextmanager

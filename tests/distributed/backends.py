@@ -7,7 +7,7 @@ import sys
 from pathlib import Path
 
 import torch
-from accelerate import PartialState
+from accelerate import ParallelismConfig, PartialState
 from accelerate.utils import DeepSpeedPlugin, DistributedType
 from conftest import tiny
 from tokenizers import Tokenizer, decoders, models, pre_tokenizers
@@ -17,6 +17,7 @@ HERE = Path(__file__).parent
 ROOT = HERE.parents[1]
 CPU = {"OMP_NUM_THREADS": "1", "TOKENIZERS_PARALLELISM": "false"}
 SHARDED = CPU | {"ACCELERATE_TORCH_DEVICE": "cpu", "DS_ACCELERATOR": "cpu"}
+SHARED = {"ACCELERATE_USE_PARALLELISM_CONFIG": "true", "PARALLELISM_CONFIG_SP_SIZE": "2"}  # both have parts of each row
 # Launch flags, environment. What plain accelerate cannot do on a CPU is patched by `on_cpu`.
 BACKENDS = {
     "ddp": (["--config_file", "launch/ddp.yaml"], CPU | {"ACCELERATE_USE_CPU": "true"}),
@@ -25,6 +26,9 @@ BACKENDS = {
     "zero2_offload": (["--config_file", "launch/zero2.yaml", "--offload_optimizer_device", "cpu"], SHARDED),
     "zero3": (["--config_file", "launch/zero3.yaml"], SHARDED),
     "fsdp2": (["--config_file", "launch/fsdp2.yaml"], SHARDED),
+    "sequence_ddp": (["--config_file", "launch/ddp.yaml"], CPU | {"ACCELERATE_USE_CPU": "true"} | SHARED),
+    "sequence_zero2": (["--config_file", "launch/sequence.yaml", "--parallelism_config_sp_size", "2"], SHARDED),
+    "sequence_zero3": (["--config_file", "launch/zero3.yaml"], SHARDED | SHARED),
 }
 ONE = (["--cpu"], CPU)
 ZERO = {"ACCELERATE_USE_DEEPSPEED": "true", "ACCELERATE_DEEPSPEED_ZERO3_INIT": "false"}
@@ -39,7 +43,7 @@ LAUNCHED = {  # what `accelerate launch` would say in the environment
 
 def save_base(folder) -> None:
     """A two-layer model with a tokenizer of characters, on disk, so that ZeRO-3 can load it in parts."""
-    tiny(dtype=torch.float32).save_pretrained(folder)
+    tiny(dtype=torch.float32, num_key_value_heads=2).save_pretrained(folder)
     letters = Tokenizer(models.WordLevel({chr(i): i - 32 for i in range(32, 127)} | {"\n": 95}, unk_token=" "))
     letters.pre_tokenizer, letters.decoder = pre_tokenizers.Split("", "isolated"), decoders.Fuse()
     PreTrainedTokenizerFast(tokenizer_object=letters, eos_token="~").save_pretrained(folder)
@@ -85,7 +89,7 @@ def end(processes: list[subprocess.Popen]) -> list[str]:
 def on_cpu(backend: str, smallest: int = 0) -> None:
     """To be called first in a process that was launched. smallest: numbers in a tensor that ZeRO-3 leaves whole."""
     torch.set_num_threads(1)
-    if backend.startswith("zero"):
+    if "zero" in backend:
         import deepspeed
 
         deepspeed.ops.__compatible_ops__["deepspeed_shm_comm"] = False  # else a minute of compiling
@@ -96,5 +100,7 @@ def on_cpu(backend: str, smallest: int = 0) -> None:
             plugin.deepspeed_config["zero_optimization"]["stage3_param_persistence_threshold"] = smallest
 
         DeepSpeedPlugin.__post_init__ = small
-    if backend.startswith(("zero", "fsdp")):  # accelerate knows them on accelerators only
+    if "zero" in backend or backend == "fsdp2":  # accelerate knows them on accelerators only
         PartialState._prepare_backend = lambda *args, **kwargs: ("gloo", DistributedType.MULTI_GPU)
+    if backend == "sequence_ddp":
+        ParallelismConfig._validate_accelerator = lambda *args: None

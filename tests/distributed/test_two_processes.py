@@ -16,10 +16,15 @@ OF_THE_BASE = ("zero3", "fsdp2")  # what these shard is more than optimizer stat
 JOBS = ["gate", "accumulated", "less"]
 MORE_JOBS = ["behind", "local", "recomputed", "less_kl", "centroids", "joint", "bf16", "sft", "lora_bf16"]
 OFFLOADED = "zero2_offload"  # optimizer state in host memory: ZeRO-2 otherwise, so that one job tells
-WITH_MORE = [(b, j) for b in BACKENDS for j in JOBS if b != OFFLOADED] + [(OFFLOADED, "gate")]
+SHARING = [b for b in BACKENDS if b.startswith("sequence")]  # each row on both processes
+WITH_MORE = [(b, j) for b in BACKENDS for j in JOBS if b not in (OFFLOADED, *SHARING)] + [(OFFLOADED, "gate")]
 WITH_MORE += [(b, j) for b in OF_THE_BASE for j in MORE_JOBS]
 WITH_MORE += [("ddp", "sft"), ("zero2", "lora")]
-STOPPED = [(b, j) for b, j in WITH_MORE if j in ("gate", "less")] + [(b, "sft") for b in OF_THE_BASE]
+WITH_MORE += [("sequence_ddp", j) for j in ("accumulated", "recomputed")] + [(b, "gate") for b in SHARING]
+RECIPES = [(b, r) for b in OF_THE_BASE for r in ("cpt", "less", "sft")] + [("sequence_zero2", "cpt")]
+STOPPED = [(b, j) for b, j in WITH_MORE if j in ("gate", "less") and b not in SHARING[1:]] + [
+    (b, "sft") for b in OF_THE_BASE
+]
 
 
 @pytest.fixture(scope="module")
@@ -37,7 +42,7 @@ def single(base, tmp_path_factory) -> Path:
     """What one process finds."""
     out = tmp_path_factory.mktemp("single")
     every = dict.fromkeys(job for _, job in WITH_MORE)
-    tasks = [*every, *dict.fromkeys(f"{job}:stop" for _, job in STOPPED), "recipes"]
+    tasks = [*every, *dict.fromkeys(f"{job}:stop" for _, job in STOPPED), "recipes:cpt,less,sft"]
     launch("worker.py", "single", base, out, *tasks)
     return out
 
@@ -52,11 +57,12 @@ def two(base, single, tmp_path_factory):
         if backend not in found:
             failed.add(backend)
             out = found[backend] = tmp_path_factory.mktemp(backend)
-            tasks = [j for b, j in WITH_MORE if b == backend] + ["fill"]
+            tasks = [j for b, j in WITH_MORE if b == backend] + ["fill"] * (backend not in SHARING)
             for job in (j for b, j in STOPPED if b == backend):
                 shutil.copytree(single / f"{job}-stop", out / f"{job}-of-one")
                 tasks += [f"{job}:stop", *(f"{job}:{out / job}-{source}" for source in ("stop", "of-one"))]
-            tasks += ["recipes"] if backend in OF_THE_BASE else []
+            recipes = [recipe for b, recipe in RECIPES if b == backend]
+            tasks += ["recipes:" + ",".join(recipes)] if recipes else []
             launch("worker.py", backend, base, out, *tasks)
             failed.remove(backend)
         return found[backend]
@@ -98,7 +104,7 @@ def test_resumed_is_uninterrupted(backend, job, single, two):
         compare(single / job, two(backend) / f"{job}-resumed-{job}-{source}")
 
 
-@pytest.mark.parametrize("backend", BACKENDS)
+@pytest.mark.parametrize("backend", [b for b in BACKENDS if b not in SHARING])
 def test_a_checkpoint_holds_what_every_process_holds(backend, two):
     """worker.fill: every process writes its number, saves, zeroes, loads; the file has the numbers of both."""
     numbers = json.loads((two(backend) / "fill/result.json").read_text())
@@ -112,8 +118,7 @@ def test_a_checkpoint_holds_what_every_process_holds(backend, two):
         assert all(found == [1, 2] for found in numbers.values()), "each tensor is cut in two"
 
 
-@pytest.mark.parametrize("backend", OF_THE_BASE)
-@pytest.mark.parametrize("recipe", ["cpt", "less", "sft"])
+@pytest.mark.parametrize("backend,recipe", RECIPES)
 def test_recipes(backend, recipe, single, two):
     """Calibration and the base's fingerprint too."""
     one, other = single / f"recipe-{recipe}", two(backend) / f"recipe-{recipe}"

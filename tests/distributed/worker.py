@@ -3,7 +3,7 @@
 BASE: the frozen model's folder. TASK: JOB trains jobs.JOBS[JOB] and saves its adapter in OUT/JOB as the recipes do;
 JOB:stop is stopped half-way, by SIGTERM to the last process, OUT/JOB-stop holding a checkpoint; JOB:FOLDER resumes from
 the newest checkpoint in FOLDER, results in OUT/JOB-resumed-FOLDER's name; "fill" checks what a checkpoint holds;
-"recipes" runs recipes. One launch does many tasks, because importing takes longer than a task.
+"recipes:NAME,…" runs recipes. One launch does many tasks, because importing takes longer than a task.
 """
 
 import sys
@@ -45,7 +45,9 @@ def work(job: str, how: str, base: Path, out: Path) -> None:
     folder = out / (job + {"": "", "stop": "-stop"}.get(how, resumed))
     source = Path(how)
     more = {"resume": str(rotation.folder_of(source, rotation.steps(source)[-1]))} if how not in ("", "stop") else {}
-    objective, config = jobs.JOBS[job](base, folder, accelerator.num_processes, **more)
+    shared = accelerator.parallelism_config
+    readers = accelerator.num_processes // (shared.sp_size if shared else 1)
+    objective, config = jobs.JOBS[job](base, folder, readers, **more)
     try:
         records = train(objective, jobs.HalfTheData() if how == "stop" else jobs.ToyData(), config, accelerator)
     except Stopped:
@@ -111,9 +113,9 @@ def fill(backend: str, base: Path, out: Path) -> None:
     accelerator.free_memory()
 
 
-def recipes(base: Path, out: Path) -> None:
-    """recipes/cpt.py, recipes/sft.py, then recipes/less.py beside its gates and LoRA, as a user runs them; and what
-    loading a base takes."""
+def recipes(base: Path, out: Path, names: list[str]) -> None:
+    """recipes/cpt.py, recipes/sft.py, then recipes/less.py beside its gates and LoRA, as a user runs them (those that
+    are named); and what loading a base takes."""
     import cpt
     import less
     import sft
@@ -121,7 +123,8 @@ def recipes(base: Path, out: Path) -> None:
 
     Accelerator.end_training = lambda self: None  # it would end the process group, which the next recipe needs
     common = ["--model", str(base), "--sequence_length", "100", "--max_steps", "2"]
-    common += ["--dtype", "float32", "--accumulation", str(2 // int(os.environ.get("WORLD_SIZE", "1")))]
+    world, shared = (int(os.environ.get(name, "1")) for name in ("WORLD_SIZE", "PARALLELISM_CONFIG_SP_SIZE"))
+    common += ["--dtype", "float32", "--accumulation", str(2 * shared // world)]
     task = ["--data", str(base / "task.jsonl")]
     maps = ["--adapter", str(out / "recipe-sft"), "--policy", "gate+global", "--rank", "4", "--hidden", "8"]
     for name, main, own in (
@@ -129,6 +132,8 @@ def recipes(base: Path, out: Path) -> None:
         ("sft", sft.main, ["--lora_rank", "4", "--hidden", "8", "--batch_size", "1", *task]),
         ("less", less.main, ["--retrieval_share", "0", "--dropout", "0", *maps]),
     ):
+        if name not in names:
+            continue
         reset()
         main([*common, *own, "--target_keep", "0.5", "--output_dir", str(out / f"recipe-{name}")])
         PartialState().wait_for_everyone()  # the next recipe reads what the first process writes
@@ -148,8 +153,8 @@ def main(backend: str, base: Path, out: Path, tasks: list[str]) -> None:
     for task in tasks:
         if task == "fill":
             fill(backend, base, out)
-        elif task == "recipes":
-            recipes(base, out)
+        elif task.startswith("recipes:"):
+            recipes(base, out, task.removeprefix("recipes:").split(","))
         else:
             job, _, how = task.partition(":")
             work(job, how, base, out)

@@ -109,7 +109,9 @@ def test_plans_divide_what_they_say():
 
 
 @pytest.mark.parametrize("text,environment,plan", [
-    ("zero3:16", {}, Plan("zero3", 16)), ("auto", {}, Plan("ddp", 1)), ("auto", {"WORLD_SIZE": "8"}, Plan("ddp", 8)),
+    ("zero3:16", {}, Plan("zero3", 16)), ("zero3:16/8", {}, Plan("zero3", 16, 8)),
+    ("auto", {"WORLD_SIZE": "8", "ACCELERATE_USE_PARALLELISM_CONFIG": "true", "PARALLELISM_CONFIG_SP_SIZE": "4"},
+     Plan("ddp", 8, 4)), ("auto", {}, Plan("ddp", 1)), ("auto", {"WORLD_SIZE": "8"}, Plan("ddp", 8)),
     ("auto", {"WORLD_SIZE": "8", "ACCELERATE_USE_DEEPSPEED": "true", "ACCELERATE_DEEPSPEED_ZERO_STAGE": "3"}, Plan("zero3", 8)),
     ("auto", {"WORLD_SIZE": "2", "ACCELERATE_USE_FSDP": "true"}, Plan("fsdp2", 2)),
 ])  # fmt: skip
@@ -124,7 +126,8 @@ def test_a_deepspeed_file_names_the_stage(tmp_path):
 
 
 @pytest.mark.parametrize(
-    "text,match", [("zero3", "zero3:16"), ("zero4:2", "Did you mean 'zero"), ("ddp:0", "at least 1")]
+    "text,match",
+    [("zero3", "zero3:16"), ("zero4:2", "Did you mean 'zero"), ("ddp:0", "at least 1"), ("ddp:6/4", "divides 6")],
 )
 def test_bad_plans(text, match):
     with pytest.raises(ValueError, match=match):
@@ -161,7 +164,7 @@ def test_the_recipes_say_what_they_will_take_and_do_nothing(tmp_path, model_fold
     )  # fmt: skip
     assert not (tmp_path / "out").exists() and capsys.readouterr().out.count("memory ") == 3
     assert 0 < gates["trained"] < gates["parameters"] and gates["tokens"] == 140 * 128
-    assert both["trained"] == maps["trained"] and both["plan"] == {"kind": "zero2", "processes": 4}
+    assert both["trained"] == maps["trained"] and both["plan"] == {"kind": "zero2", "processes": 4, "sharing": 1}
     assert both["parameters"] > maps["parameters"], "the gate is there, frozen"
     with pytest.raises(ValueError, match="exceeds the model's 512 positions"):
         cpt.main([*options, "--sequence_length", "600"])

@@ -3,15 +3,11 @@
 import re
 import subprocess
 from pathlib import Path
-from types import SimpleNamespace
 
 import pytest
 import yaml
-from accelerate import ParallelismConfig
 from accelerate.commands.config.config_args import load_config_from_file
 from accelerate.commands.launch import launch_command_parser
-
-from gatekv.training import sharding
 
 ROOT = Path(__file__).resolve().parents[2]
 FILES = sorted((ROOT / "launch").glob("*.yaml"))
@@ -23,7 +19,7 @@ def test_accelerate_knows_every_option(path):
     config = load_config_from_file(str(path))  # raises at keys it does not know
     settings = yaml.safe_load(path.read_text())
     assert settings["num_processes"] % settings["num_machines"] == 0
-    for part in ("deepspeed_config", "fsdp_config"):
+    for part in ("deepspeed_config", "fsdp_config", "parallelism_config"):
         assert set(settings.get(part, {})) <= OPTIONS, "accelerate launch has no such flag"
         for value in settings.get(part, {}).values():
             assert not isinstance(value, str) or value in ("none", "standard", "TRANSFORMER_BASED_WRAP")
@@ -31,6 +27,8 @@ def test_accelerate_knows_every_option(path):
     kind = str(config.distributed_type).rpartition(".")[2]
     if "zero" in path.stem:
         assert kind == "DEEPSPEED" and config.deepspeed_config["zero_stage"] == int(path.stem[-1])
+    if path.stem == "sequence":
+        assert config.num_processes % config.parallelism_config["parallelism_config_sp_size"] == 0
     if path.stem in ("fsdp2", "multinode"):
         assert kind == "FSDP" and config.fsdp_config["fsdp_version"] == 2
 
@@ -41,13 +39,6 @@ def test_a_typo_would_be_found(tmp_path):
     with pytest.raises(ValueError, match="num_machine"):
         load_config_from_file(str(tmp_path / "typo.yaml"))
     assert "zero_stages" not in OPTIONS
-
-
-@pytest.mark.parametrize("option", ["tp_size", "cp_size", "sp_size"])
-def test_rows_that_are_split_over_processes_are_refused(option):
-    accelerator = SimpleNamespace(parallelism_config=ParallelismConfig(**{option: 2}))
-    with pytest.raises(ValueError, match=f"{option}.*gradient_checkpointing"):
-        sharding.prepare(accelerator, None, None, None)
 
 
 def test_the_readme_names_every_file_and_no_other():

@@ -69,7 +69,7 @@ def test_distillation_is_the_weighted_kl_and_its_gradient(monkeypatch):
     student = torch.randn(2, 7, 8, dtype=torch.float64, requires_grad=True)
     teacher, weights = torch.randn(2, 7, 8, dtype=torch.float64), torch.rand(2, 7, dtype=torch.float64)
     weights[0, 4:] = 0
-    got = losses.distillation_loss(student, teacher, head, weights)
+    got = losses.distillation_loss(student, teacher, head, losses.row_shares(weights))
     p, q = head(teacher).log_softmax(-1), head(student).log_softmax(-1)
     kl = (p.exp() * (p - q)).sum(-1)
     wanted = ((kl * weights).sum(-1) / weights.sum(-1)).mean()
@@ -84,7 +84,7 @@ def test_lm_loss_is_cross_entropy(monkeypatch):
     head = torch.nn.Linear(8, 97, bias=False).requires_grad_(False)
     student = torch.randn(1, 6, 8, requires_grad=True)
     labels, weights = torch.randint(0, 97, (1, 6)), torch.ones(1, 6)
-    got = losses.lm_loss(student, labels, head, weights)
+    got = losses.lm_loss(student, labels, head, losses.row_shares(weights))
     wanted = torch.nn.functional.cross_entropy(head(student)[0], labels[0])
     torch.testing.assert_close(got, wanted)
     torch.testing.assert_close(torch.autograd.grad(got, student)[0], torch.autograd.grad(wanted, student)[0])
@@ -148,12 +148,12 @@ def test_reverse_and_hidden_losses():
     weights = torch.rand(2, 5)
     share = weights / weights.sum(-1, keepdim=True) / 2
     p, q = head(student).log_softmax(-1), head(teacher).log_softmax(-1)
-    got = losses.distillation_loss(student, teacher, head, weights, reverse=True)
+    got = losses.distillation_loss(student, teacher, head, losses.row_shares(weights), reverse=True)
     wanted = ((p.exp() * (p - q)).sum(-1) * share).sum()
     torch.testing.assert_close(got, wanted)
     torch.testing.assert_close(*(torch.autograd.grad(x, student, retain_graph=True)[0] for x in (got, wanted)))
     error = ((student - teacher) ** 2).mean(-1) / (teacher**2).mean(-1)
-    torch.testing.assert_close(losses.hidden_loss(student, teacher, weights), (error * share).sum())
+    torch.testing.assert_close(losses.hidden_loss(student, teacher, losses.row_shares(weights)), (error * share).sum())
 
 
 @pytest.mark.parametrize("gate", ["mlp", "attention"])
@@ -177,7 +177,8 @@ def test_the_short_pass_over_what_follows_a_prompt_is_the_parallel_form(gate, fo
             position_ids=positions,
             use_cache=False,
         ).last_hidden_state
-    wanted = losses.distillation_loss(student, teacher, inner.get_output_embeddings(), weights.double())
+    shares = losses.row_shares(weights.double())
+    wanted = losses.distillation_loss(student, teacher, inner.get_output_embeddings(), shares)
     torch.testing.assert_close(got, wanted, rtol=1e-6, atol=0)
     assert got > 1e-4
     if form == "log":

@@ -1,0 +1,79 @@
+"""Rows that several processes compute together: what they need to agree on, and what cannot be computed so."""
+
+from typing import TYPE_CHECKING
+
+import torch
+import torch.distributed as dist
+from accelerate import Accelerator, DistributedType
+
+from gatekv.modules import base_model
+from gatekv.ops.naive import causal_mask
+from gatekv.ops.sequence import ALONE, Sequence
+from gatekv.support import kv_heads, sliding_layers
+
+if TYPE_CHECKING:
+    from gatekv.training.objective import Objective
+
+PADS = {"segments": -1}  # a new token's value in a batch, where it is not 0
+
+
+def sequence_of(accelerator: Accelerator) -> Sequence:
+    """The processes that share this one's rows: neighbours, `sp_size` of accelerate's parallelism_config at a time.
+
+    Raises:
+        ValueError: tp_size or cp_size, a backend that cannot, or a size that does not divide the processes.
+    """
+    split = accelerator.parallelism_config
+    if split is None or split.non_data_parallel_size == 1:
+        return ALONE
+    size, world = split.sp_size, accelerator.num_processes
+    if split.non_data_parallel_size != size:
+        raise ValueError(
+            "gates judge whole rows, which tp_size and cp_size cut apart (launch/README.md says why): set them to 1, "
+            "and let processes share rows by sp_size."
+        )
+    if accelerator.distributed_type == DistributedType.FSDP:
+        raise ValueError(f"sp_size={size} is not supported under FSDP2: launch with launch/sequence.yaml (ZeRO).")
+    if world % size:
+        raise ValueError(f"sp_size={size} must divide the number of processes, which is {world}.")
+    group, _ = dist.new_subgroups(size)
+    return Sequence(group, dist.get_rank(group), size)
+
+
+def check(objective: "Objective", sequence: Sequence) -> None:
+    """ValueError where rows cannot be shared: says what to change."""
+    inner, spec, size = base_model(objective.model), objective.spec, sequence.size
+    heads = kv_heads(inner.config.get_text_config(decoder=True))
+    if heads % size:
+        raise ValueError(
+            f"sp_size={size} must divide the model's {heads} KV heads: in attention each process has some."
+        )
+    if any(sliding_layers(inner)):
+        raise ValueError(f"{type(inner).__name__} has sliding layers, whose rows are not shared: set sp_size to 1.")
+    if inner.config._attn_implementation != "gatekv":
+        raise ValueError("sp_size above 1 needs attn_implementation='sdpa', whose masks may be left out.")
+    if spec.gate == "attention":
+        raise ValueError(
+            "gate='attention' reads other tokens, which other processes have: use another gate, or sp_size 1."
+        )
+    if objective.prefill == "dense":
+        raise ValueError("prefill='dense' trains behind a cached prompt, which is not shared: use prefill='sparse'.")
+
+
+def divisible(batch: dict[str, torch.Tensor], size: int) -> dict[str, torch.Tensor]:
+    """The batch with as many pads in front as make its tokens divisible by size; `split` moves with them."""
+    new = -batch["input_ids"].shape[1] % size
+    if not new:
+        return batch
+    pad = lambda name, t: torch.nn.functional.pad(t, (new, 0), value=PADS.get(name, 0))  # noqa: E731
+    return {name: t + new if name == "split" else pad(name, t) for name, t in batch.items()}
+
+
+def visible(batch: dict[str, torch.Tensor]) -> torch.Tensor | None:
+    """Which keys [batch, 1, tokens, tokens] each token of whole rows sees; None: all up to itself."""
+    real = batch["attention_mask"].bool()
+    documents = batch.get("segments")
+    if bool(real.all()) and (documents is None or int(documents.max()) == 0):
+        return None
+    seen = causal_mask(real.shape[1], real.shape[1], real.device) & real[:, None, None]
+    return seen if documents is None else seen & (documents[:, None, :, None] == documents[:, None, None])

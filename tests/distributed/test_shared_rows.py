@@ -1,0 +1,110 @@
+"""Rows whose tokens and heads two processes share (gatekv.ops.sequence): the loss and gradients of whole rows."""
+
+import json
+from types import SimpleNamespace
+
+import pytest
+import torch
+from accelerate import DistributedType, ParallelismConfig
+from backends import HERE, end, start
+from sharer import CASES, build
+from test_training import ToyData
+
+from gatekv.attention import valid_tokens
+from gatekv.ops.sequence import ALONE, Sequence
+from gatekv.training import shared
+from gatekv.training.plain import PlainObjective
+
+
+@pytest.fixture(scope="module")
+def found(tmp_path_factory) -> dict:
+    out = tmp_path_factory.mktemp("shared") / "found.json"
+    processes = start([str(HERE / "sharer.py"), str(out)], "ddp")
+    errors = end(processes)
+    assert not any(p.returncode for p in processes), errors[0][-4000:]
+    return json.loads(out.read_text())
+
+
+@pytest.mark.parametrize("case", CASES)
+def test_losses_and_gradients_are_those_of_whole_rows(case, found):
+    result = found[case]
+    assert result["size"] > 1e-5, "every tensor learns: else agreeing would mean little"
+    assert result["gradient"] < 1e-9
+    for key, (mine, whole) in result["values"].items():
+        assert mine == pytest.approx(whole, rel=1e-6, abs=1e-6), key
+    mine, whole = result["probe"]
+    assert mine == pytest.approx(whole, rel=1e-5, abs=1e-6, nan_ok=True)
+
+
+def launched(kind=DistributedType.MULTI_GPU, processes=4, **split):
+    return SimpleNamespace(
+        parallelism_config=ParallelismConfig(**split), distributed_type=kind, num_processes=processes
+    )
+
+
+@pytest.mark.parametrize("change,match", [
+    ({"tp_size": 2}, "tp_size and cp_size"), ({"cp_size": 2}, "by sp_size"),
+    ({"sp_size": 2, "kind": DistributedType.FSDP}, "not supported under FSDP2.*sequence.yaml"),
+    ({"sp_size": 3}, "sp_size=3 must divide the number of processes, which is 4"),
+])  # fmt: skip
+def test_launches_that_cannot_share_are_refused(change, match):
+    with pytest.raises(ValueError, match=match):
+        shared.sequence_of(launched(**change))
+
+
+def test_whole_rows_need_no_group():
+    assert shared.sequence_of(SimpleNamespace(parallelism_config=None)) is ALONE
+    assert shared.sequence_of(launched(dp_replicate_size=4)) is ALONE
+
+
+@pytest.mark.parametrize("options,size,match", [
+    ({}, 4, "sp_size=4 must divide the model's 2 KV heads"),
+    ({"family": "gemma3"}, 2, "sliding layers"),
+    ({"gate": "attention"}, 2, "gate='attention' reads other tokens"),
+    ({"prefill": "dense"}, 2, "use prefill='sparse'"),
+])  # fmt: skip
+def test_what_cannot_be_shared_is_refused(options, size, match):
+    objective = build(**options)
+    with pytest.raises(ValueError, match=match):
+        objective.share_rows(Sequence(None, 0, size))
+    assert objective.sequence is ALONE
+
+
+def test_eager_attention_is_refused():
+    objective = build()
+    objective.model.get_base_model().config._attn_implementation = "gatekv_eager"
+    with pytest.raises(ValueError, match="attn_implementation='sdpa'"):
+        objective.share_rows(Sequence(None, 0, 2))
+
+
+def test_pads_in_front_change_nothing_but_the_length():
+    batch = ToyData().batch(0, 3) | {"segments": torch.zeros(3, 43).long()}
+    batch = {k: t if k == "split" else t[:, :43] for k, t in batch.items()}
+    assert shared.divisible(batch, 43) is batch
+    padded = shared.divisible(batch, 4)
+    assert padded["input_ids"].shape == (3, 44) and torch.equal(padded["split"], batch["split"] + 1)
+    for name in batch.keys() - {"split"}:
+        assert torch.equal(padded[name][:, 1:], batch[name])
+    assert (padded["segments"][:, 0] == -1).all() and not padded["attention_mask"][:, 0].any()
+
+
+def test_a_mask_is_made_only_where_one_is_needed():
+    whole = {"attention_mask": torch.ones(2, 5).long()}
+    assert shared.visible(whole) is None
+    assert shared.visible(whole | {"segments": torch.zeros(2, 5).long()}) is None
+    two = torch.tensor([[0, 0, 1, 1, 1], [0, 0, 0, 0, 0]])
+    seen = shared.visible(whole | {"segments": two})
+    assert seen.shape == (2, 1, 5, 5) and seen[0, 0, 3].tolist() == [False, False, True, True, False]
+    padded = torch.tensor([[0, 1, 1]])
+    assert valid_tokens(shared.visible({"attention_mask": padded}), 1, 3, None).tolist() == [[False, True, True]]
+
+
+def test_only_gates_share_rows(monkeypatch, tmp_path):
+    from gatekv.training import loop
+
+    monkeypatch.setattr(loop.shared, "sequence_of", lambda accelerator: Sequence(None, 0, 2))
+    with pytest.raises(ValueError, match="PlainObjective computes whole rows"):
+        loop.train(
+            PlainObjective(build(lora={"r": 2}).model), ToyData(), SimpleNamespace(output_dir=str(tmp_path)),
+            SimpleNamespace(num_processes=2),
+        )  # fmt: skip

@@ -77,8 +77,8 @@ class AttentionCall:
         seed: of this layer's noise, for the gumbel relaxation.
         received: measure the attention that tokens receive.
         local: (logits, valid) -> threshold: measure this layer's own error too; None = do not.
-        sequence: the processes that share the rows: `hidden` is of this one's tokens, and from `exchange` on q, k, v
-        and what is judged are of this one's heads and all tokens.
+        sequence: the processes that share the rows: `hidden` is of this one's tokens; in attention q, k, v and what is
+        judged are of this one's heads and all tokens.
         record: called with what the gate said (`Judged`).
         answered: set by the attention function; a model that never calls it would go on without a word.
     """
@@ -107,15 +107,11 @@ class AttentionCall:
         if self.gate is not None and self.gate.reads == "keys":
             self.hidden = key_features(k, self.rotary)
 
-    def exchange(self, *tensors: torch.Tensor) -> tuple[torch.Tensor, ...]:
-        """On the way into attention [batch, heads, tokens, …], out of it [batch, tokens, heads, …]."""
-        return tuple(map(self.sequence.exchange, tensors))
-
     def judge(self, valid: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
         """(logits [batch, kv_heads, tokens], valid [batch, tokens]) of the sequence, or of its prompt where there is a
         split; of each document, where rows are packed."""
         if self.sequence.size > 1:  # each process judges its own tokens; the gate looks at no others
-            logits = self.sequence.exchange(self.gate(self.hidden, self.sequence.part(valid, 1))[0])
+            logits = self.sequence.into(self.gate(self.hidden, self.sequence.part(valid, 1))[0])
             apart = self.documents
             return (logits, valid) if apart is None else (apart.apart(logits, 2), apart.valid)
         if self.documents is not None:
@@ -219,7 +215,7 @@ def output_error(
     out, plain: [batch, tokens, heads, head_dim]; valid: [batch, tokens]. Mean per row, then over rows. sequence: the
     processes that share the rows, each with some of the heads.
     """
-    out, plain, valid = sequence.exchange(out), sequence.exchange(plain), sequence.part(valid, 1)
+    out, plain, valid = sequence.out_of(out), sequence.out_of(plain), sequence.part(valid, 1)
     project = lambda t: module.o_proj(t.flatten(2).to(module.o_proj.weight.dtype)).float() * valid[..., None]  # noqa: E731
     size = sequence.mean(project(plain.detach()).square().sum((1, 2))).clamp_min(1e-6)
     return on_the_spot(lambda x: (project(x).square().sum((1, 2)) / size).mean(), out - plain.detach())
@@ -273,14 +269,14 @@ def _forward(base: str):
             gatekv.answered = True
             check_call(module, k, v, kwargs)
             gatekv.prepare(k)
-            q, k, v = gatekv.exchange(q, k, v)
+            q, k, v = map(gatekv.sequence.into, (q, k, v))
         if gatekv is None or gatekv.form in ("listen", "plain"):
             plain = ALL_ATTENTION_FUNCTIONS.get(base) or sys.modules[type(module).__module__].eager_attention_forward
             out, weights = plain(module, q, k, v, mask, scaling=scaling, **kwargs)
             if gatekv is not None and gatekv.form == "listen":
                 hear = gatekv.listen if gatekv.lesson is None else gatekv.learn
                 hear(module, q, k, v, visible_keys(module, mask), scaling, out)
-            return (out, weights) if gatekv is None else (*gatekv.exchange(out), weights)
+            return (out if gatekv is None else gatekv.sequence.out_of(out)), weights
         mask = visible_keys(module, mask)
         if gatekv.form == "lesson":
             out = segments.merge(gatekv.remember(q, k, v, mask, scaling))[0].to(q.dtype)
@@ -288,7 +284,7 @@ def _forward(base: str):
             out = gatekv.memory.attend(gatekv, q, k, v, mask, scaling)
         else:
             out = gatekv.parallel(q, k, v, mask, scaling)
-        return gatekv.exchange(out.transpose(1, 2))[0].contiguous(), None
+        return gatekv.sequence.out_of(out.transpose(1, 2)).contiguous(), None
 
     return attention
 

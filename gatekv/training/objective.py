@@ -86,7 +86,7 @@ class Objective(nn.Module):
         split = int(batch["split"][0]) if self.prefill == "dense" or self.spec.context == "prompt" else None
         documents = Documents(batch["segments"]) if "segments" in batch else None
         for w in wrappers(self.model):
-            w.sequence = self.sequence
+            w.sequence = self.sequence.of(batch["input_ids"].shape[1])
             w.split, w.threshold, w.documents = split, None, documents
             w.seed = None if seed is None else seed * 1009 + w.layer_idx
             w.received = self.oracle_weight > 0
@@ -188,7 +188,6 @@ class Objective(nn.Module):
         Returns {"loss", "task", "oracle", "sparsity", "keep" (hard rate, scalar), "gap" [units] for the multipliers}.
         """
         layers, spec = wrappers(self.model), self.spec
-        batch = shared.divisible(batch, self.sequence.size)
         split = self._prepare(batch, target, seed)
         teacher, past, oracle = self._teacher(batch, target)
         task = torch.zeros((), device=oracle.device)
@@ -236,7 +235,6 @@ class Objective(nn.Module):
         .95). A layer-local objective has no hard loss of its own: nan."""
         layers = wrappers(self.model)
         mean = lambda part: float(self.sequence.mean(part))  # noqa: E731
-        batch = shared.divisible(batch, self.sequence.size)
         with evaluating(self.model):
             split = self._prepare(batch, target, None)
             teacher, past, _ = self._teacher(batch, target)

@@ -14,8 +14,6 @@ from gatekv.support import kv_heads, sliding_layers
 if TYPE_CHECKING:
     from gatekv.training.objective import Objective
 
-PADS = {"segments": -1}  # a new token's value in a batch, where it is not 0
-
 
 def sequence_of(accelerator: Accelerator) -> Sequence:
     """The processes that share this one's rows: neighbours, `sp_size` of accelerate's parallelism_config at a time.
@@ -58,15 +56,6 @@ def check(objective: "Objective", sequence: Sequence) -> None:
         )
     if objective.prefill == "dense":
         raise ValueError("prefill='dense' trains behind a cached prompt, which is not shared: use prefill='sparse'.")
-
-
-def divisible(batch: dict[str, torch.Tensor], size: int) -> dict[str, torch.Tensor]:
-    """The batch with as many pads in front as make its tokens divisible by size; `split` moves with them."""
-    new = -batch["input_ids"].shape[1] % size
-    if not new:
-        return batch
-    pad = lambda name, t: torch.nn.functional.pad(t, (new, 0), value=PADS.get(name, 0))  # noqa: E731
-    return {name: t + new if name == "split" else pad(name, t) for name, t in batch.items()}
 
 
 def visible(batch: dict[str, torch.Tensor]) -> torch.Tensor | None:

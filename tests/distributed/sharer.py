@@ -96,7 +96,7 @@ def main(out: Path) -> None:
         options = dict(options)
         data = Packed() if options.pop("packed", False) else ToyData()
         objective, batch = build(**options), data.batch(3, 3)
-        assert batch["input_ids"].shape[1] % 2, "a pad in front"
+        assert batch["input_ids"].shape[1] % 2, "parts of unequal length"
         whole, wanted = gradients(objective, batch)
         probe = objective.soft_hard(batch, 0.4)
         objective.share_rows(sequence)

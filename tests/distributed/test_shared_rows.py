@@ -77,15 +77,18 @@ def test_eager_attention_is_refused():
         objective.share_rows(Sequence(None, 0, 2))
 
 
-def test_pads_in_front_change_nothing_but_the_length():
-    batch = ToyData().batch(0, 3) | {"segments": torch.zeros(3, 43).long()}
-    batch = {k: t if k == "split" else t[:, :43] for k, t in batch.items()}
-    assert shared.divisible(batch, 43) is batch
-    padded = shared.divisible(batch, 4)
-    assert padded["input_ids"].shape == (3, 44) and torch.equal(padded["split"], batch["split"] + 1)
-    for name in batch.keys() - {"split"}:
-        assert torch.equal(padded[name][:, 1:], batch[name])
-    assert (padded["segments"][:, 0] == -1).all() and not padded["attention_mask"][:, 0].any()
+def test_parts_differ_by_one_token_at_most():
+    sequences = [Sequence(None, rank, 4).of(10) for rank in range(4)]
+    assert sequences[0].parts() == [3, 3, 2, 2]
+    row = torch.arange(10)[None]
+    assert torch.equal(torch.cat([s.part(row, 1) for s in sequences], 1), row)
+    assert all(s.part(row, 1).shape[1] == n for s, n in zip(sequences, sequences[0].parts()))
+
+
+def test_a_process_alone_exchanges_nothing():
+    x = torch.randn(1, 2, 3)
+    for same in (ALONE.into(x), ALONE.out_of(x), ALONE.together(x, 1), ALONE.part(x, 1), ALONE.mean(x)):
+        assert torch.equal(same, x)
 
 
 def test_a_mask_is_made_only_where_one_is_needed():

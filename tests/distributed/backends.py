@@ -30,6 +30,7 @@ BACKENDS = {
     "sequence_zero2": (["--config_file", "launch/sequence.yaml", "--parallelism_config_sp_size", "2"], SHARDED),
     "sequence_zero3": (["--config_file", "launch/zero3.yaml"], SHARDED | SHARED),
 }
+SHARING = [name for name in BACKENDS if name.startswith("sequence")]
 ONE = (["--cpu"], CPU)
 ZERO = {"ACCELERATE_USE_DEEPSPEED": "true", "ACCELERATE_DEEPSPEED_ZERO3_INIT": "false"}
 LAUNCHED = {  # what `accelerate launch` would say in the environment
@@ -41,9 +42,9 @@ LAUNCHED = {  # what `accelerate launch` would say in the environment
 }  # fmt: skip
 
 
-def save_base(folder) -> None:
+def save_base(folder, **changes) -> None:
     """A two-layer model with a tokenizer of characters, on disk, so that ZeRO-3 can load it in parts."""
-    tiny(dtype=torch.float32, num_key_value_heads=2).save_pretrained(folder)
+    tiny(dtype=torch.float32, **changes).save_pretrained(folder)
     letters = Tokenizer(models.WordLevel({chr(i): i - 32 for i in range(32, 127)} | {"\n": 95}, unk_token=" "))
     letters.pre_tokenizer, letters.decoder = pre_tokenizers.Split("", "isolated"), decoders.Fuse()
     PreTrainedTokenizerFast(tokenizer_object=letters, eos_token="~").save_pretrained(folder)

@@ -1,19 +1,64 @@
-"""Rows whose tokens and heads two processes share (gatekv.ops.sequence): the loss and gradients of whole rows."""
+"""Rows whose tokens and heads two processes share (gatekv.ops.sequence): losses, gradients and runs of whole rows."""
 
 import json
+import shutil
+from pathlib import Path
 from types import SimpleNamespace
 
 import pytest
 import torch
 from accelerate import DistributedType, ParallelismConfig
-from backends import HERE, end, start
+from backends import HERE, SHARING, end, launch, save_base, start
 from sharer import CASES, build
 from test_training import ToyData
+from test_two_processes import adapters_agree, compare
 
 from gatekv.attention import valid_tokens
 from gatekv.ops.sequence import ALONE, Sequence
 from gatekv.training import shared
 from gatekv.training.plain import PlainObjective
+
+RUNS = [(backend, "gate") for backend in SHARING] + [("sequence_ddp", "accumulated"), ("sequence_ddp", "recomputed")]
+
+
+@pytest.fixture(scope="module")
+def runs(tmp_path_factory) -> Path:
+    """A folder for each backend, and one for a process alone, of what is trained there in 20 steps."""
+    out, base = tmp_path_factory.mktemp("runs"), tmp_path_factory.mktemp("base")
+    save_base(base, num_key_value_heads=2)
+    for backend in ("single", *SHARING):
+        (out / backend).mkdir()
+        jobs = [job for b, job in RUNS if backend in (b, "single")]
+        tasks = [*dict.fromkeys(jobs)] + ["recipes:cpt"] * (backend in ("single", "sequence_zero2"))
+        if backend == "single":
+            tasks += ["gate:stop"]
+        if backend == "sequence_ddp":
+            shutil.copytree(out / "single" / "gate-stop", out / backend / "gate-of-one")
+            tasks += ["gate:stop", *(f"gate:{out / backend / name}" for name in ("gate-stop", "gate-of-one"))]
+        launch("worker.py", backend, base, out / backend, *tasks)
+    return out
+
+
+@pytest.mark.parametrize("backend,job", RUNS)
+def test_twenty_steps_are_those_of_one_process(backend, job, runs):
+    compare(runs / "single" / job, runs / backend / job)
+
+
+@pytest.mark.parametrize("source", ["gate-stop", "gate-of-one"])
+def test_resumed_is_uninterrupted(source, runs):
+    """From a checkpoint of shared rows, and from one of a single process."""
+    compare(runs / "single" / "gate", runs / "sequence_ddp" / f"gate-resumed-{source}")
+
+
+def test_the_recipe(runs):
+    """With launch/sequence.yaml: calibration, and the row that is judged, too."""
+    one, two = runs / "single" / "recipe-cpt", runs / "sequence_zero2" / "recipe-cpt"
+    adapters_agree(one, two)
+    a, b = (json.loads((f / "adapter_config.json").read_text())["calibration"]["table"] for f in (one, two))
+    for row, wanted in zip(b, a, strict=True):
+        assert row == pytest.approx(wanted, abs=1e-4)
+    found, wanted = (json.loads((f / "training.json").read_text())["soft_hard"] for f in (two, one))
+    assert found == pytest.approx(wanted, abs=1e-5)
 
 
 @pytest.fixture(scope="module")

@@ -9,22 +9,17 @@ from pathlib import Path
 
 import pytest
 import torch
-from backends import BACKENDS, launch, save_base
+from backends import BACKENDS, SHARING, launch, save_base
 from safetensors.torch import load_file
 
 OF_THE_BASE = ("zero3", "fsdp2")  # what these shard is more than optimizer state: the forward passes differ too
 JOBS = ["gate", "accumulated", "less"]
 MORE_JOBS = ["behind", "local", "recomputed", "less_kl", "centroids", "joint", "bf16", "sft", "lora_bf16"]
 OFFLOADED = "zero2_offload"  # optimizer state in host memory: ZeRO-2 otherwise, so that one job tells
-SHARING = [b for b in BACKENDS if b.startswith("sequence")]  # each row on both processes
 WITH_MORE = [(b, j) for b in BACKENDS for j in JOBS if b not in (OFFLOADED, *SHARING)] + [(OFFLOADED, "gate")]
 WITH_MORE += [(b, j) for b in OF_THE_BASE for j in MORE_JOBS]
 WITH_MORE += [("ddp", "sft"), ("zero2", "lora")]
-WITH_MORE += [("sequence_ddp", j) for j in ("accumulated", "recomputed")] + [(b, "gate") for b in SHARING]
-RECIPES = [(b, r) for b in OF_THE_BASE for r in ("cpt", "less", "sft")] + [("sequence_zero2", "cpt")]
-STOPPED = [(b, j) for b, j in WITH_MORE if j in ("gate", "less") and b not in SHARING[1:]] + [
-    (b, "sft") for b in OF_THE_BASE
-]
+STOPPED = [(b, j) for b, j in WITH_MORE if j in ("gate", "less")] + [(b, "sft") for b in OF_THE_BASE]
 
 
 @pytest.fixture(scope="module")
@@ -57,12 +52,11 @@ def two(base, single, tmp_path_factory):
         if backend not in found:
             failed.add(backend)
             out = found[backend] = tmp_path_factory.mktemp(backend)
-            tasks = [j for b, j in WITH_MORE if b == backend] + ["fill"] * (backend not in SHARING)
+            tasks = [j for b, j in WITH_MORE if b == backend] + ["fill"]
             for job in (j for b, j in STOPPED if b == backend):
                 shutil.copytree(single / f"{job}-stop", out / f"{job}-of-one")
                 tasks += [f"{job}:stop", *(f"{job}:{out / job}-{source}" for source in ("stop", "of-one"))]
-            recipes = [recipe for b, recipe in RECIPES if b == backend]
-            tasks += ["recipes:" + ",".join(recipes)] if recipes else []
+            tasks += ["recipes:cpt,less,sft"] if backend in OF_THE_BASE else []
             launch("worker.py", backend, base, out, *tasks)
             failed.remove(backend)
         return found[backend]
@@ -118,7 +112,8 @@ def test_a_checkpoint_holds_what_every_process_holds(backend, two):
         assert all(found == [1, 2] for found in numbers.values()), "each tensor is cut in two"
 
 
-@pytest.mark.parametrize("backend,recipe", RECIPES)
+@pytest.mark.parametrize("backend", OF_THE_BASE)
+@pytest.mark.parametrize("recipe", ["cpt", "less", "sft"])
 def test_recipes(backend, recipe, single, two):
     """Calibration and the base's fingerprint too."""
     one, other = single / f"recipe-{recipe}", two(backend) / f"recipe-{recipe}"

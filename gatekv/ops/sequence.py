@@ -51,7 +51,8 @@ class Sequence:
 
     def parts(self) -> list[int]:
         """How many of the tokens each process has."""
-        return [len(part) for part in torch.arange(self.tokens).tensor_split(self.size)]
+        each, more = divmod(self.tokens, self.size)
+        return [each + (rank < more) for rank in range(self.size)]  # as tensor_split
 
 
 ALONE = Sequence(None, 0, 1)

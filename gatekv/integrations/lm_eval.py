@@ -148,8 +148,8 @@ class GateKVLM(HFLM):
         """As the harness asks; see the module. Raises ValueError where the question is to be seen later."""
         if self.format.compress == "before_question":
             raise ValueError(
-                "compress='before_question' is for tasks that generate; this one scores continuations, whose question is "
-                "all of the context: use compress='prompt', or leave such tasks out."
+                "compress='before_question' is for tasks that generate; this one scores continuations: use "
+                "compress='prompt', or leave such tasks out."
             )
         with self._of("loglikelihood"):
             return super().loglikelihood(requests, disable_tqdm)
@@ -175,9 +175,7 @@ class GateKVLM(HFLM):
             text = request.args[0]
             prompt = self.format.prompt(request.task_name or "", request.doc, text, self._framed.get(text))
             if prompts.setdefault(text, prompt) != prompt:
-                raise ValueError(
-                    f"{request.task_name} and another task read the same prompt in two ways: run them apart."
-                )
+                raise ValueError(f"{request.task_name} and another task read one prompt in two ways: run them apart.")
         before, self._prompts = self._prompts, prompts
         try:
             with self._of("generate_until"):

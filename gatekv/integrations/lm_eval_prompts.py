@@ -1,7 +1,7 @@
 """Prompts of lm-evaluation-harness, read as LongBench and RULER read theirs: see `PromptFormat`.
 
-The harness hands a model finished strings: the chat template stands around them already, nothing says where the question
-begins, and what is too long loses its left end. Here such a string is taken apart again.
+The harness hands a model finished strings: the chat template stands around them already, nothing says where the
+question begins, and what is too long loses its left end. Here such a string is taken apart again.
 """
 
 from dataclasses import dataclass

@@ -20,6 +20,7 @@ from pathlib import Path
 
 from gatekv.config import option
 from gatekv.evaluation import tasks as known
+from gatekv.extras import missing
 from gatekv.hardware import Hardware
 from gatekv.options import LoadOptions, load
 from gatekv.recipes.common import load_adapted, run
@@ -179,10 +180,13 @@ def main(argv: list[str]) -> dict:
     found = {"rows": rows, "comparisons": comparisons, "run": provenance(argv, hardware)}
     (out / "results.json").write_text(json.dumps(found, indent=1))
     print_table(rows, comparisons)
-    report.frontier(found, out / "frontier.png")
+    drawn = not missing("matplotlib")
+    if drawn:
+        report.frontier(found, out / "frontier.png")
     if (out / "training.json").is_file():
         write_card(out)
-    print(f"wrote {out}/records.jsonl, results.json and frontier.png", file=sys.stderr)
+    last = "frontier.png" if drawn else 'no picture, which needs pip install "gatekv[plot]"'
+    print(f"wrote {out}/records.jsonl, results.json and {last}", file=sys.stderr)
     return found
 
 

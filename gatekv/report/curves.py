@@ -2,6 +2,8 @@
 
 from pathlib import Path
 
+from gatekv.extras import need
+
 GREY = "#767676"
 
 
@@ -15,6 +17,7 @@ def curves(rows: list[dict], policies: dict[str, tuple[str, str]], path: Path, t
     Raises:
         ImportError: matplotlib is missing.
     """
+    need("matplotlib", what="pictures")
     import matplotlib
 
     matplotlib.use("Agg")

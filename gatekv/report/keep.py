@@ -4,6 +4,7 @@ import math
 from pathlib import Path
 
 from gatekv.evaluation.keepmap import unpack
+from gatekv.extras import need
 
 COLUMNS = 3
 
@@ -16,6 +17,7 @@ def keep(maps: dict, path: Path) -> bool:
     """
     if not maps["maps"]:
         return False
+    need("matplotlib", what="pictures")
     import matplotlib
 
     matplotlib.use("Agg")

@@ -21,7 +21,7 @@ LEVELS = [
     ["modules", "fingerprint", "adapter_file"],
     ["attention"],
     ["policies", "gates", "less", "presets", "questions", "fetch", "options"],
-    ["ops", "config", "facts", "support", "version", "bases", "hardware", "bundled"],
+    ["ops", "config", "facts", "support", "version", "bases", "hardware", "bundled", "extras"],
 ]
 
 

@@ -33,7 +33,7 @@ def parse(argv: list[str]) -> argparse.Namespace:
     )
     parser.add_argument("--model", default="", help="base model; empty: the adapter's, or the embedded one")
     parser.add_argument("--policies", default=POLICIES, help="names of the README's tables: nacl, d2o, fastgen, …")
-    parser.add_argument("--budgets", default=".25,.125")
+    parser.add_argument("--budgets", default=".25,.125", help="shares like .25, or numbers of tokens like 512")
     parser.add_argument("--tasks", default="niah_multikey,ppl")
     parser.add_argument("--mode", default="agnostic", help="agnostic, aware, or both with a comma")
     parser.add_argument("--n", type=int, default=100, help="scored answers per task and seed")
@@ -73,7 +73,8 @@ def print_table(rows: list[dict], comparisons: list[dict]) -> None:
     columns = f"{'policy':18} {'budget':>6} {'bytes':>6} {'at end':>6} {'score':>7} {'KL':>7} {'n':>4}"
     print(f"{'task':24} {'mode':9} {columns}  spread over seeds")
     for r in rows:
-        head = f"{r['task']:24} {r['mode']:9} {r['policy']:18} {r['budget']:6.3f}"
+        budget = f"{r['budget']:6.3f}" if isinstance(r["budget"], float) else f"{r['budget']:6}"
+        head = f"{r['task']:24} {r['mode']:9} {r['policy']:18} {budget}"
         if r["score"] is None:
             print(f"{head} {refusal(r['refused'])}")
             continue
@@ -107,16 +108,17 @@ def provenance(argv: list[str]) -> dict:
     return {"commit": git.stdout.strip(), "versions": versions, "command": command}
 
 
-def checked_arguments(args: argparse.Namespace) -> tuple[list[str], list[float], list[str], list[str], list[int]]:
+def checked_arguments(args: argparse.Namespace) -> tuple[list[str], list[float | int], list[str], list[str], list[int]]:
     """(policies, budgets, tasks, modes, seeds), or ValueError before anything is loaded."""
     from gatekv import policies
     from gatekv.config import check_choice
     from gatekv.evaluation import frontier, tasks
+    from gatekv.policies.amount import read_budget
 
     names = [p for p in args.policies.split(",") if p and p != "full"]
     alone = ["+".join(part for part in p.split("+") if part != "less") for p in names]  # LESS's control, unasked
     names = list(dict.fromkeys([*names, *alone]))
-    budgets = [float(b) for b in args.budgets.split(",") if b]
+    budgets = [read_budget(b) for b in args.budgets.split(",") if b]
     for name in names:
         for budget in budgets:
             policies.resolve(name.replace(frontier.UNTRAINED, "gate"), budget)

@@ -33,7 +33,7 @@ def main(argv: list[str]) -> None:
     parser.add_argument("--adapter", default="", help="folder or Hub name; empty: training-free policies")
     parser.add_argument("--model", default="", help="base model; empty: the adapter's, or the embedded one")
     parser.add_argument("--policy", default="", help="empty: gate+global with an adapter, snapkv+ada without")
-    parser.add_argument("--budget", type=float, default=0.25)
+    parser.add_argument("--budget", default=".25", help="a share like .25, or tokens like 512")
     parser.add_argument("--data", default="", help="text files, with commas; empty: the bundled held-out ones")
     parser.add_argument("--tokens", type=int, default=1024, help="a row")
     parser.add_argument("--rows", type=int, default=64, help="at most")
@@ -54,6 +54,7 @@ def main(argv: list[str]) -> None:
     from gatekv.evaluation.tasks import heldout_texts
     from gatekv.fingerprint import gates_sha256
     from gatekv.modules import wrappers
+    from gatekv.policies.amount import read_budget
 
     base = base_of(args.adapter) if args.adapter and not args.model else (args.model, None)
     model, tokenizer = load_model(base[0], args.dtype, base[1])
@@ -63,20 +64,20 @@ def main(argv: list[str]) -> None:
     if not rows:
         raise ValueError(f"no text of --data is as long as --tokens {args.tokens}: lower it.")
     policy = args.policy or ("gate+global" if args.adapter else "snapkv+ada")
-    out = Path(args.out)
+    budget, out = read_budget(args.budget), Path(args.out)
     out.mkdir(parents=True, exist_ok=True)
     for shard, first in enumerate(range(0, len(rows), SHARD)):
         part, keep = torch.tensor(rows[first : first + SHARD], dtype=torch.int32), []
         for row in tqdm(part, desc=f"shard {shard}"):
-            kept = gatekv.flags(model, row[None].long().to(model.device), policy=policy, budget=args.budget)
+            kept = gatekv.flags(model, row[None].long().to(model.device), policy=policy, budget=budget, strict=True)
             keep.append(torch.from_numpy(numpy.packbits(kept[:, 0].cpu().numpy(), axis=-1)))
         said = {
-            "policy": policy, "budget": str(args.budget), "tokens": str(args.tokens), "gatekv": gatekv.__version__,
+            "policy": policy, "budget": str(budget), "tokens": str(args.tokens), "gatekv": gatekv.__version__,
             "model": args.model or base[0] or "embedded", "adapter": gates_sha256(model) or "",
             "layers": ",".join(str(w.layer_idx) for w in wrappers(model)),
         }  # fmt: skip
         save_file({"input_ids": part, "keep": torch.stack(keep)}, out / f"flags-{shard:05}.safetensors", said)
-    print(f"wrote {len(rows)} rows of {args.tokens} tokens under {policy} at {args.budget} to {out}")
+    print(f"wrote {len(rows)} rows of {args.tokens} tokens under {policy} at {budget} to {out}")
 
 
 if __name__ == "__main__":

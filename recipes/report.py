@@ -24,7 +24,7 @@ def parse(argv: list[str]) -> argparse.Namespace:
     parser.add_argument("--adapter", default="", help="folder or Hub name; empty: training-free policies only")
     parser.add_argument("--model", default="", help="base model; empty: the adapter's, or the embedded one")
     parser.add_argument("--policies", default="", help="empty: the adapter's gates and the training-free ones")
-    parser.add_argument("--budgets", default=".25", help="shares of the tokens, with commas")
+    parser.add_argument("--budgets", default=".25", help="shares of the tokens, or numbers of them, with commas")
     parser.add_argument("--text", default="", help="file to read; empty: a held-out text with four facts written in")
     parser.add_argument("--dtype", default="bfloat16")
     parser.add_argument("--out", default="results", help="folder for the pictures and the page")
@@ -64,10 +64,11 @@ def main(argv: list[str]) -> None:
 
     from gatekv import report
     from gatekv.evaluation.keepmap import keep_map
+    from gatekv.policies.amount import read_budget
 
     names = args.policies or (f"{LEARNED},{FREE}" if args.adapter else FREE)
     names = [p for p in names.split(",") if p]
-    budgets = [float(b) for b in args.budgets.split(",") if b]
+    budgets = [read_budget(b) for b in args.budgets.split(",") if b]
     base = base_of(args.adapter) if args.adapter and not args.model else (args.model, None)
     model, tokenizer = load_model(base[0], args.dtype, base[1])
     if args.adapter:

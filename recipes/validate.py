@@ -20,7 +20,7 @@ def parse(argv: list[str]) -> argparse.Namespace:
     parser.add_argument("--adapter", default="", help="folder or Hub name of a gatekv adapter")
     parser.add_argument("--model", default="", help="base model; empty: the adapter's, or the embedded one")
     parser.add_argument("--policies", default="", help="empty: gate+global with an adapter's gate, else snapkv")
-    parser.add_argument("--budgets", default=".5,.25,.125,.0625", help="none: a gate's own threshold")
+    parser.add_argument("--budgets", default=".5,.25,.125,.0625", help="shares like .25, tokens like 512; none: a gate's own threshold")
     parser.add_argument("--prompt_tokens", default="1024,8192", help="lengths of prompts")
     parser.add_argument("--new_tokens", type=int, default=128, help="generated behind each")
     parser.add_argument("--batch_size", type=int, default=1)
@@ -39,10 +39,6 @@ def numbers(argument: str, text: str, kind) -> list:
         raise ValueError(f"{argument} {text!r} must be numbers with commas.") from error
 
 
-def share(text: str) -> float | None:
-    return None if text == "none" else float(text)
-
-
 def empty_model(adapter: str, model: str, dtype: str):
     """The model without weights, gates on it; ValueError where gatekv does not serve one, or not one on the other."""
     from peft import get_peft_model
@@ -59,7 +55,7 @@ def empty_model(adapter: str, model: str, dtype: str):
     return found
 
 
-def examine(model, policy: str, budget: float | None, length: int, new: int, batch: int, options: dict) -> dict:
+def examine(model, policy: str, budget: float | int | None, length: int, new: int, batch: int, options: dict) -> dict:
     """One row: {"forecast": …}, or {"refused": …, "from": the shortest prompt that is not}."""
     import gatekv
     from gatekv.cache.forecast import forecast, shortest
@@ -67,7 +63,7 @@ def examine(model, policy: str, budget: float | None, length: int, new: int, bat
 
     row = {"policy": policy, "budget": budget, "prompt_tokens": length, "forecast": None, "refused": None, "from": None}
     try:
-        cache = gatekv.KVCache(model, policy, budget, **options)
+        cache = gatekv.KVCache(model, policy, budget, strict=True, **options)
         row["forecast"] = forecast(cache, length, new, batch)
     except BudgetError as error:
         row |= {"refused": str(error), "from": shortest(cache, length)}
@@ -77,7 +73,8 @@ def examine(model, policy: str, budget: float | None, length: int, new: int, bat
 
 
 def text_of(row: dict, limit: int) -> str:
-    budget = "" if row["budget"] is None else f"{row['budget']:.4f}"
+    budget = row["budget"]
+    budget = "" if budget is None else f"{budget:.4f}" if isinstance(budget, float) else f"{budget:,}"
     head = f"{row['policy']:22} {budget:>6} {row['prompt_tokens']:>8,}"
     found = row["forecast"]
     if found is None:
@@ -97,8 +94,9 @@ def text_of(row: dict, limit: int) -> str:
 def main(argv: list[str]) -> list[dict]:
     args = parse(argv)
     from gatekv.modules import base_model, gate_spec, wrappers
+    from gatekv.policies.amount import read_budget
 
-    budgets = numbers("--budgets", args.budgets, share)
+    budgets = numbers("--budgets", args.budgets, read_budget)
     lengths = numbers("--prompt_tokens", args.prompt_tokens, int)
     if min([*lengths, args.batch_size]) < 1 or args.new_tokens < 0:
         raise ValueError("--prompt_tokens and --batch_size count from 1, --new_tokens from 0.")

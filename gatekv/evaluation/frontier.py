@@ -166,7 +166,7 @@ def run_item(model, item: Item | Generated, cells: list[tuple[str, float]], kind
     return found
 
 
-def evaluate(model, tokenizer, texts, policies: list[str], budgets: list[float], task: str, mode: str, n: int,
+def evaluate(model, tokenizer, texts, policies: list[str], budgets: list[float | int], task: str, mode: str, n: int,
              seed: int, records: Records, *, tokens: int | None = None, progress: bool = True, build=None,
              **options) -> None:  # fmt: skip
     """Score every policy at every budget on at least n questions; what `records` holds already is not done again.

@@ -31,10 +31,10 @@ def checked_budget(budget: Amount | None) -> Amount | None:
 
 
 def read_budget(text: str) -> Amount | None:
-    """The budget that a command line names: ".25" and "1" are shares, "512" tokens, "none" no budget at all.
+    """The budget that a command line names, for `checked_budget`: ".25" and "1" are shares, "512" tokens, "none" is None.
 
     Raises:
-        ValueError: as `checked_budget`, and for what is no number.
+        ValueError: what is no number.
     """
     if text.strip().lower() == "none":
         return None
@@ -42,7 +42,7 @@ def read_budget(text: str) -> Amount | None:
         number = float(text) if "." in text else int(text)
     except ValueError:
         raise ValueError(f"budget {text!r} is no number: use shares like .25, or tokens like 512.") from None
-    return checked_budget(number)
+    return float(number) if number <= 1 else number
 
 
 def budget_text(budget: Amount | None) -> str:

@@ -16,10 +16,11 @@ LEVELS = [
     ["report", "evaluation", "training", "integrations"],
     ["adapter"],
     ["lora"],
+    ["generation"],
     ["cache"],
     ["modules", "fingerprint", "adapter_file"],
     ["attention"],
-    ["policies", "gates", "less", "presets", "questions"],
+    ["policies", "gates", "less", "presets", "prompts", "questions"],
     ["ops", "config", "facts", "support", "version", "bases"],
 ]
 

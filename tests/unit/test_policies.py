@@ -178,8 +178,8 @@ def test_a_budget_is_a_share_or_a_number_of_tokens():
     for text, wanted in ((".25", 0.25), ("1", 1.0), ("512", 512), ("1.0", 1.0), ("none", None)):
         found = read_budget(text)
         assert found == wanted and type(found) is type(wanted)
-    for text in ("half", "", "0", "-2", "nan", "1.5"):
-        with pytest.raises(ValueError, match="budget"):
+    for text in ("half", "", "nan", "1.5.2"):
+        with pytest.raises(ValueError, match="is no number: use shares like .25, or tokens like 512"):
             read_budget(text)
     assert [budget_text(b) for b in (0.125, 512, None)] == ["12.5 %", "512 tokens", "no budget"]
     assert share_of(512, 1024) == 0.5 and share_of(512, 100) == 1.0 and share_of(0.3, 100) == 0.3

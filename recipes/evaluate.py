@@ -33,7 +33,7 @@ def parse(argv: list[str]) -> argparse.Namespace:
     )
     parser.add_argument("--model", default="", help="base model; empty: the adapter's, or the embedded one")
     parser.add_argument("--policies", default=POLICIES, help="names of the README's tables: nacl, d2o, fastgen, …")
-    parser.add_argument("--budgets", default=".25,.125", help="shares like .25, or numbers of tokens like 512")
+    parser.add_argument("--budgets", default=".25,.125", help="shares like .25, tokens like 512")
     parser.add_argument("--tasks", default="niah_multikey,ppl")
     parser.add_argument("--mode", default="agnostic", help="agnostic, aware, or both with a comma")
     parser.add_argument("--n", type=int, default=100, help="scored answers per task and seed")

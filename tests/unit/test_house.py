@@ -17,10 +17,11 @@ LEVELS = [
     ["report", "evaluation", "training", "integrations"],
     ["adapter"],
     ["lora"],
+    ["generation"],
     ["cache"],
     ["modules", "fingerprint", "adapter_file"],
     ["attention"],
-    ["policies", "gates", "less", "presets", "questions", "fetch", "options"],
+    ["policies", "gates", "less", "presets", "prompts", "questions", "fetch", "options"],
     ["ops", "config", "facts", "support", "version", "bases", "hardware", "bundled", "extras"],
 ]
 

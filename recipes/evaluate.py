@@ -28,9 +28,7 @@ def parse(argv: list[str]) -> argparse.Namespace:
     parser.add_argument(
         "--adapter", default="", help="folder or Hub name of a gatekv adapter; empty: training-free only"
     )
-    parser.add_argument(
-        "--maps", default="", help="a second adapter, whose low-rank maps stand beside --adapter's gate"
-    )
+    parser.add_argument("--maps", default="", help="a second adapter, with low-rank maps beside --adapter's gate")
     parser.add_argument("--model", default="", help="base model; empty: the adapter's, or the embedded one")
     parser.add_argument("--policies", default=POLICIES, help="names of the README's tables: nacl, d2o, fastgen, …")
     parser.add_argument("--budgets", default=".25,.125", help="shares like .25, tokens like 512")
@@ -73,8 +71,7 @@ def print_table(rows: list[dict], comparisons: list[dict]) -> None:
     columns = f"{'policy':18} {'budget':>6} {'bytes':>6} {'at end':>6} {'score':>7} {'KL':>7} {'n':>4}"
     print(f"{'task':24} {'mode':9} {columns}  spread over seeds")
     for r in rows:
-        budget = f"{r['budget']:6.3f}" if isinstance(r["budget"], float) else f"{r['budget']:6}"
-        head = f"{r['task']:24} {r['mode']:9} {r['policy']:18} {budget}"
+        head = f"{r['task']:24} {r['mode']:9} {r['policy']:18} {r['budget']:6{'.3f' if r['budget'] <= 1 else ''}}"
         if r["score"] is None:
             print(f"{head} {refusal(r['refused'])}")
             continue

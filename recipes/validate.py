@@ -20,7 +20,9 @@ def parse(argv: list[str]) -> argparse.Namespace:
     parser.add_argument("--adapter", default="", help="folder or Hub name of a gatekv adapter")
     parser.add_argument("--model", default="", help="base model; empty: the adapter's, or the embedded one")
     parser.add_argument("--policies", default="", help="empty: gate+global with an adapter's gate, else snapkv")
-    parser.add_argument("--budgets", default=".5,.25,.125,.0625", help="shares like .25, tokens like 512; none: a gate's own threshold")
+    parser.add_argument(
+        "--budgets", default=".5,.25,.125,.0625", help="shares like .25, tokens like 512; none: a gate's own threshold"
+    )
     parser.add_argument("--prompt_tokens", default="1024,8192", help="lengths of prompts")
     parser.add_argument("--new_tokens", type=int, default=128, help="generated behind each")
     parser.add_argument("--batch_size", type=int, default=1)

@@ -199,7 +199,9 @@ class KVCache(Cache):
 
 
 @torch.no_grad()
-def flags(model, input_ids, attention_mask=None, policy=None, budget: float | int | None = None, **kwargs) -> torch.Tensor:
+def flags(
+    model, input_ids, attention_mask=None, policy=None, budget: float | int | None = None, **kwargs
+) -> torch.Tensor:
     """Which tokens of a prompt a policy keeps, without generating anything.
 
     input_ids, attention_mask: [batch, tokens], pads on the left; policy, budget and more: see `KVCache`, errors too.

@@ -19,7 +19,9 @@ def checked_budget(budget: Amount | None) -> Amount | None:
     if isinstance(budget, bool) or not isinstance(budget, numbers.Real):
         raise ValueError(f"budget is a number, a share like 0.25 or tokens like 512; got {budget!r}.")
     if not 0 < budget < math.inf:
-        raise ValueError(f"budget is a share of the prompt, above 0 and at most 1, or a number of tokens; got {budget}.")
+        raise ValueError(
+            f"budget is a share of the prompt, above 0 and at most 1, or a number of tokens; got {budget}."
+        )
     if budget <= 1:
         return float(budget)
     if budget != int(budget):
@@ -31,7 +33,8 @@ def checked_budget(budget: Amount | None) -> Amount | None:
 
 
 def read_budget(text: str) -> Amount | None:
-    """The budget that a command line names, for `checked_budget`: ".25" and "1" are shares, "512" tokens, "none" is None.
+    """The budget that a command line names, for `checked_budget`: ".25" and "1" are shares, "512" tokens, "none" is
+    None.
 
     Raises:
         ValueError: what is no number.

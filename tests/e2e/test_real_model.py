@@ -47,7 +47,9 @@ def test_generate_in_a_new_process_prints_text_kept_share_and_bytes(adapter):
     ratio = float(re.search(r"after prefill: .* ratio ([\d.]+)", out)[1])
     assert 0.2 < ratio < 0.27 and "generated:" in out and "kept" in out
     assert "expected" in run("recipes/generate.py", "--policy", "snapkv", "--budget", ".5", "--max_new_tokens", "4")
-    short = run("recipes/generate.py", "--policy", "random", "--budget", ".05", "--prompt", "short", "--max_new_tokens", "4")
+    short = run(
+        "recipes/generate.py", "--policy", "random", "--budget", ".05", "--prompt", "short", "--max_new_tokens", "4"
+    )
     assert "1 rows too short for the budget held whole" in short
 
 

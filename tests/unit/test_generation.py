@@ -65,7 +65,9 @@ def test_texts_are_the_five_lines(policy, budget, model, letters):
     assert gatekv.generate(model, TEXT, **options) == by_hand(model, letters, [TEXT], policy, budget)[0]
 
 
-@pytest.mark.parametrize("policy,budget", [("snapkv+ada", 0.5), ("keydiff+global", 60), ("h2o", 0.3), ("streaming_llm", 40)])
+@pytest.mark.parametrize(
+    "policy,budget", [("snapkv+ada", 0.5), ("keydiff+global", 60), ("h2o", 0.3), ("streaming_llm", 40)]
+)
 def test_ids_give_ids_and_chunks_change_nothing(policy, budget, model):
     ids, mask = padded_batch([60, 41])
     cache = gatekv.KVCache(model, policy, budget)
@@ -188,7 +190,9 @@ def test_beams_several_sequences_streams_and_drafts(model, letters, capsys):
 
 
 def test_fastgen_learns_what_a_token_is(model, letters):
-    found = gatekv.generate(model, [TEXT, "a, b."], "fastgen", 0.4, tokenizer=letters, return_dict=True, num_beams=2, **GREEDY)
+    found = gatekv.generate(
+        model, [TEXT, "a, b."], "fastgen", 0.4, tokenizer=letters, return_dict=True, num_beams=2, **GREEDY
+    )
     assert found.caches[0].plan.kinds is not None
     qa = gatekv.ContextQA(model, "fastgen", 0.4, tokenizer=letters, **GREEDY)
     assert len(qa(TEXT, questions=["Who?", "Why now?"])) == 2 and qa.cache.plan.kinds is not None

@@ -87,11 +87,16 @@ def test_no_row_is_refused_or_left_with_nothing_and_each_is_its_solo_run(name, b
     assert cache.memory()["whole_rows"] == whole
 
 
-@pytest.mark.parametrize("name", [n for n in POLICIES if n not in ("snapkv+think", "h2o+think", "snapkv+qaq", "l2", "d2o")])
+@pytest.mark.parametrize(
+    "name", [n for n in POLICIES if n not in ("snapkv+think", "h2o+think", "snapkv+qaq", "l2", "d2o")]
+)
 def test_a_row_held_whole_is_the_plain_model_and_the_long_one_is_compressed(name):
     model = model_for(name)
     budget = 0.75 if name in ("l2-one", "d2o-one") else 0.5
-    lengths = [90, 1 if name.startswith(("keydiff", "h2o", "tova", "fastgen", "l2", "d2o")) else 3]  # these protect none
+    lengths = [
+        90,
+        1 if name.startswith(("keydiff", "h2o", "tova", "fastgen", "l2", "d2o")) else 3,
+    ]  # these protect none
     ids, mask = padded_batch(lengths)
     known = {"prompt_tokens": 90} if name == "gate" else {}  # a threshold must know where the prompt ends
     cache = cache_for(model, name, budget, **known)
@@ -136,7 +141,9 @@ def test_a_buffer_fills_up_to_what_is_protected_before_anything_leaves(name):
         assert flags.sum(-1).max() < 30, "and then they do leave"
 
 
-@pytest.mark.parametrize("name", ["snapkv", "snapkv+ada", "keydiff+global", "snapkv+pyramid", "h2o", "gate+global", "decay"])
+@pytest.mark.parametrize(
+    "name", ["snapkv", "snapkv+ada", "keydiff+global", "snapkv+pyramid", "h2o", "gate+global", "decay"]
+)
 def test_tokens_as_budget_are_what_is_held(name):
     model = model_for(name)
     ids, mask = padded_batch([80, 60, 30])

@@ -14,6 +14,7 @@ from torch import nn
 from transformers import DynamicCache
 
 from gatekv.adapter import GateKVConfig
+from gatekv.bundled import adapter_path
 from gatekv.cache.kvcache import KVCache
 from gatekv.cache.layer import KVLayer
 from gatekv.config import GateSpec, LessSpec, check_choice
@@ -132,7 +133,7 @@ def with_maps(model, adapter: str, gate: GateSpec | None = None, train_gate: boo
     if not adapter:
         gate = {"gate": "none"} if gate is None else vars(gate)
         return get_peft_model(model, GateKVConfig(task_type="CAUSAL_LM", **gate, **less))
-    trained = PeftModel.from_pretrained(model, adapter)
+    trained = PeftModel.from_pretrained(model, adapter_path(adapter))
     old = trained.peft_config["default"]
     if old.less_rank:
         check_form(adapter, "maps", old, LessSpec(**less), ("less_form", "less_rank", "less_hidden"))

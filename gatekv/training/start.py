@@ -3,6 +3,7 @@
 from peft import PeftModel, get_peft_model
 
 from gatekv.adapter import GateKVConfig
+from gatekv.bundled import adapter_path
 from gatekv.lora import detach
 
 FORM = ("gate", "context", "hidden", "heads", "head_dim", "context_window", "mask_prompt", "logit_scale")
@@ -36,7 +37,7 @@ def start_from(model, adapter: str, config: GateKVConfig):
     """
     if not adapter:
         return get_peft_model(model, config)
-    trained = PeftModel.from_pretrained(model, adapter)
+    trained = PeftModel.from_pretrained(model, adapter_path(adapter))
     old = trained.peft_config["default"]
     if old.gate == "none":
         raise ValueError(f"{adapter} has no gate to begin with: leave --adapter out for a fresh one.")

@@ -16,8 +16,8 @@ from mock_device import MixedDevices, MockDevices, MockTensor, host
 
 import gatekv
 from gatekv.cache.layer import KVLayer
+from gatekv.recipes import common
 
-ROOT = Path(__file__).resolve().parents[2]
 IDS = torch.randint(1, 90, (2, 160), generator=torch.Generator().manual_seed(0))
 POLICIES = [
     ("full", None),
@@ -139,22 +139,14 @@ def test_flags_are_on_the_device(devices):
     assert isinstance(found, MockTensor) and torch.equal(host(found), wanted)
 
 
-def recipe(name):
-    try:
-        return importlib.import_module(f"gatekv.recipes.{name}")
-    except ImportError:
-        sys.path[:0] = [str(ROOT / "recipes"), str(ROOT)]
-        return importlib.import_module(name)
-
-
 def both(name, argv, letters, devices, monkeypatch, tmp_path, capsys):
     """What a recipe printed and wrote, on the CPU and on a device: ((text, folder), (text, folder))."""
-    module, found = recipe(name), []
+    module, found = importlib.import_module(f"gatekv.recipes.{name}"), []
     for mock in (False, True):
         folder = tmp_path / ("device" if mock else "cpu")
         model = devices.move(model_of()) if mock else model_of()
-        monkeypatch.setattr(module, "load_model", lambda *args, model=model, **kwargs: (model, letters))
-        given = [part.replace("OUT", str(folder)) for part in argv]
+        monkeypatch.setattr(common, "load_model", lambda *args, model=model, **kwargs: (model, letters))
+        given = ["--device", "cpu", "--dtype", "float32", *(part.replace("OUT", str(folder)) for part in argv)]
         with torch.no_grad():
             if mock:
                 with devices:
@@ -173,13 +165,13 @@ def test_generate_on_a_device(letters, devices, monkeypatch, tmp_path, capsys):
 
 
 def test_evaluate_on_a_device(letters, devices, monkeypatch, tmp_path, capsys):
-    argv = ["--policies", "gate+global,gate,snapkv,h2o,d2o,untrained", "--budgets", "0.5", "--tasks", "ppl,recall"]
+    argv = ["--policies", "gate+global,snapkv,h2o,untrained+global", "--budgets", "0.5", "--tasks", "ppl,recall"]
     argv += ["--n", "1", "--n_ppl", "1", "--tokens", "400", "--out", "OUT", "--sinks", "2", "--window", "8"]
     (_, cpu), (_, device) = both("evaluate", argv, letters, devices, monkeypatch, tmp_path, capsys)
     wanted, found = (json.loads((folder / "results.json").read_text())["rows"] for folder in (cpu, device))
     assert len(found) == len(wanted) > 6
     for a, b in zip(wanted, found):
-        assert a["score"] is not None and (a["policy"], a["task"]) == (b["policy"], b["task"])
+        assert a.get("refused") is None and (a["policy"], a["task"]) == (b["policy"], b["task"])
         numbers = [key for key in a if isinstance(a[key], float)]
         assert {"score", "bytes_ratio", "bytes_ratio_end"} <= set(numbers)
         assert [b[key] for key in numbers] == pytest.approx([a[key] for key in numbers], abs=1e-5)
@@ -197,14 +189,13 @@ def test_report_on_a_device(letters, devices, monkeypatch, tmp_path, capsys):
 
 def test_calibration_on_a_device(letters, devices, tmp_path):
     from gatekv.evaluation.tasks import heldout_texts
-    from gatekv.modules import wrappers
     from gatekv.training.calibrate import calibrate
     from gatekv.training.data import TrainingData
 
     (tmp_path / "text.txt").write_text(heldout_texts([])[0][:60_000])
     found = []
     for mock in (False, True):
-        data = TrainingData(letters, [str(tmp_path / "text.txt")], 256)
+        data = TrainingData(letters, [str(tmp_path / "text.txt")], 256, retrieval_share=0.0, answer_weight=1.0, seed=0)
         model = model_of()
         if mock:
             with torch.no_grad(), devices:

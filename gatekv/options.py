@@ -82,7 +82,7 @@ def _add(group: Any, field: dataclasses.Field, said: Mapping[str, Any], kind: An
         shown["metavar"] = "|".join(known) if known and len(known) <= SHOWN else _metavar(kind)
     if said.get("positional"):
         many = {"nargs": "+"} if typing.get_origin(kind) is list else {}
-        group.add_argument(field.name, **shown, **many)
+        group.add_argument(field.name, help=shown["help"], **many)
         return
     if bare is not None:
         shown |= {"nargs": "?", "const": bare}
@@ -153,7 +153,8 @@ def load(
     first = argparse.ArgumentParser(add_help=False, allow_abbrev=False)
     first.add_argument("--config", nargs="?")
     path = first.parse_known_args(list(argv))[0].config
-    settings = _read_yaml(path, known) if path else {}
+    named = [name for name, (_, field) in known.items() if not field.metadata.get("positional")]
+    settings = _read_yaml(path, named) if path else {}
     bare = {name: field.metadata["bare"] for name, (_, field) in known.items() if field.metadata.get("bare")}
     settings |= {name: bare[name] for name, value in settings.items() if value is True and name in bare}
     words = [*as_arguments(settings), *_with_nearest(argv, known)]
@@ -188,7 +189,7 @@ def _with_nearest(argv: Sequence[str], known: dict) -> list[str]:
     return list(argv)
 
 
-def _read_yaml(path: str, known: dict) -> dict[str, Any]:
+def _read_yaml(path: str, known: Sequence[str]) -> dict[str, Any]:
     file = Path(path)
     if not file.is_file():
         raise ValueError(f"--config {path}: no such file.")

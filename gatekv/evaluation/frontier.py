@@ -13,6 +13,7 @@ from gatekv.evaluation.tasks import TASKS, Generated, Item
 from gatekv.modules import wrappers
 from gatekv.ops.naive import accumulation_dtype
 from gatekv.policies import Full, Gate, Policy, resolve
+from gatekv.policies.amount import share_of
 from gatekv.policies.budgets import Threshold
 from gatekv.policies.fastgen import token_kinds
 from gatekv.policies.less import Less
@@ -48,7 +49,7 @@ def _named(policy: str) -> str:
 
 
 def _fitted(model, undecided: KVCache, policy: Policy, budget: float) -> tuple[Policy, float]:
-    """(policy, share of the tokens to keep) for a share of the bytes: a state costs tokens, narrow ones leave room.
+    """(policy, share of the tokens to keep) for a budget of bytes, as a share or as tokens' bytes: a state costs tokens, narrow ones leave room.
 
     So a policy without its remainder, at the same budget, is LESS's control with the state's bytes as extra tokens.
 
@@ -57,6 +58,9 @@ def _fitted(model, undecided: KVCache, policy: Policy, budget: float) -> tuple[P
     """
     keys = undecided.evicting()[0].tail.keys
     length, head_dim = keys.shape[2], keys.shape[3]
+    if policy.remainder is None and policy.width is None:
+        return policy, budget
+    budget = share_of(budget, length)
     if isinstance(policy.remainder, Less):
         maps = next((w.less() for w in wrappers(model) if w.less()), None)
         if maps is None:
@@ -79,8 +83,7 @@ def _compressed(model, undecided: KVCache, context, policy: str, budget: float, 
     if policy.startswith(("gate", UNTRAINED)):
         use_gate(model, UNTRAINED if policy.startswith(UNTRAINED) else "default")
     policy, budget = _fitted(model, undecided, resolve(_named(policy), budget), budget)
-    if not policy.scorer.streams:
-        options = {**options, "decode": "keep"}
+    options = {**options, "strict": True} | ({} if policy.scorer.streams else {"decode": "keep"})
     if isinstance(policy.scorer, Gate) and isinstance(policy.rule, Threshold):
         cache = KVCache(model, policy, budget, **options)
         model(context, past_key_values=cache, logits_to_keep=1)
@@ -163,7 +166,7 @@ def run_item(model, item: Item | Generated, cells: list[tuple[str, float]], kind
     return found
 
 
-def evaluate(model, tokenizer, texts, policies: list[str], budgets: list[float], task: str, mode: str, n: int,
+def evaluate(model, tokenizer, texts, policies: list[str], budgets: list[float | int], task: str, mode: str, n: int,
              seed: int, records: Records, *, tokens: int | None = None, progress: bool = True, build=None,
              **options) -> None:  # fmt: skip
     """Score every policy at every budget on at least n questions; what `records` holds already is not done again.

@@ -24,7 +24,7 @@ from peft import PeftModel
 from tqdm import tqdm
 
 from gatekv.adapter import GateKVConfig
-from gatekv.cache.decision import admit
+from gatekv.cache.decision import rooms
 from gatekv.cache.kvcache import KVCache
 from gatekv.config import check_choice
 from gatekv.integrations.lm_eval_prompts import Framed, Prompt, PromptFormat
@@ -74,7 +74,7 @@ class GateKVLM(HFLM):
     Args:
         pretrained: folder, Hub name, or a transformers or PEFT model; "": the base that the adapter names.
         adapter: folder or Hub name of a gatekv adapter, or None.
-        policy, budget, prefill, decode, sinks, window: as for `gatekv.KVCache`.
+        policy, budget, prefill, decode, sinks, window: as for `gatekv.KVCache`; budget=512 are tokens, .25 a share.
         short: prompts too short for the budget: "refuse", or "whole": they evict nothing, and are counted in the
             results (`kv_prompts_whole`).
         compress: "prompt", or "before_question": the question of a generating task is not seen when tokens are evicted.
@@ -92,7 +92,7 @@ class GateKVLM(HFLM):
     """
 
     def __init__(self, pretrained="", *, adapter: str | None = None, policy: str | None = None,
-                 budget: float | None = None, prefill: str | None = None, decode: str | None = None,
+                 budget: float | int | None = None, prefill: str | None = None, decode: str | None = None,
                  sinks: int | None = None, window: int | None = None, short: str = "refuse",
                  compress: str = "prompt", truncate: str = "left", no_chat: str | list[str] = "",
                  batch_size: int | str = 1, **harness):  # fmt: skip
@@ -112,18 +112,17 @@ class GateKVLM(HFLM):
         super().__init__(pretrained, batch_size=batch_size, device=device, **harness)
         if adapter is not None:
             self._model = PeftModel.from_pretrained(self._model, adapter).eval()
-        self.short = short
         self.held: dict[str, Held] = defaultdict(Held)
         self.kind = "loglikelihood"  # of the requests that are answered now
         self._options = {"policy": policy, "budget": budget, "prefill": prefill, "decode": decode, "sinks": sinks,
-                         "window": window}  # fmt: skip
+                         "window": window, "strict": short == "refuse"}  # fmt: skip
         empty = self._cache()  # what gatekv refuses, it refuses here
         self.plan, self._layers = empty.plan, len(empty.evicting())
 
     @property
     def keeps_all(self) -> bool:
         """Nothing is ever evicted or thinned."""
-        return self.plan.policy.ratio == 1 and not self.plan.waits
+        return self.plan.policy.budget == 1 and not self.plan.waits
 
     @property
     def needs_prompt(self) -> bool:
@@ -138,7 +137,7 @@ class GateKVLM(HFLM):
         """What the harness writes into results["config"], the bytes held among it: see `Held`."""
         every = Held(*(sum(column) for column in zip(*(asdict(held).values() for held in self.held.values()))))
         kinds = {kind: held.report() for kind, held in self.held.items()}
-        settings = {"kv_policy": str(self.plan.policy), "kv_budget": self.plan.policy.ratio}
+        settings = {"kv_policy": str(self.plan.policy), "kv_budget": self.plan.policy.budget}
         settings |= {f"kv_{name}": value for name, value in asdict(self.format).items()}
         return super().get_model_info() | settings | every.report() | {"kv_by_request": kinds}
 
@@ -339,15 +338,12 @@ class GateKVLM(HFLM):
 
     def _too_short(self, prompt: int) -> bool:
         """Whether a prompt of so many tokens can only be held whole; BudgetError where that is refused."""
-        try:
-            if not prompt:
-                raise BudgetError("one token of context leaves nothing before it to compress: use longer prompts.")
-            admit(self.plan, self._layers, prompt)
-            return False
-        except BudgetError as error:
-            if self.short == "whole":
-                return True
-            raise BudgetError(f"{error} Or evict nothing from such prompts, and count them: short='whole'.") from error
+        why = "one token of context leaves nothing before it to compress: use longer prompts."
+        if prompt:
+            why = rooms(self.plan, self._layers, prompt)[1]
+        if why is not None and self.plan.strict:
+            raise BudgetError(f"{why} Or evict nothing from such prompts, and count them: short='whole'.")
+        return why is not None
 
     def _count(self, cache: KVCache, prompts: int, whole: bool = False, *, start=False, end=False) -> None:
         held, memory = self.held[self.kind], cache.memory()

@@ -3,6 +3,7 @@
 import math
 from pathlib import Path
 
+from gatekv.extras import need
 from gatekv.report.style import measure, styles
 
 TICKS = [2.0**-i for i in range(8)]
@@ -56,6 +57,7 @@ def frontier(results: dict, path: Path) -> None:
     results: {"rows": […]} as `recipes/evaluate.py` writes them; refused rows are left out. Without rows the picture
     says so. Needs matplotlib.
     """
+    need("matplotlib", what="pictures")
     import matplotlib
 
     matplotlib.use("Agg")

@@ -3,6 +3,8 @@
 import math
 from pathlib import Path
 
+from gatekv.extras import need
+
 COLUMNS = 4
 
 
@@ -34,6 +36,7 @@ def needle(results: dict, path: Path) -> bool:
     rows = placed(results["rows"])
     if not rows:
         return False
+    need("matplotlib", what="pictures")
     import matplotlib
 
     matplotlib.use("Agg")

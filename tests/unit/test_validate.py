@@ -39,7 +39,7 @@ def asked(folders, *more):
 
 @torch.no_grad()
 def held(model, policy, budget, length, new=0):
-    cache = gatekv.KVCache(model, policy, budget)
+    cache = gatekv.KVCache(model, policy, budget, strict=True)
     ids, _ = padded_batch([length + new])
     for a, b in [(0, length), *((i, i + 1) for i in range(length, length + new))]:
         model(ids[:, a:b], past_key_values=cache)
@@ -63,7 +63,7 @@ def test_what_it_prints_is_what_is_held(folders, capsys):
 @pytest.mark.parametrize("policy,budget,length", [
     ("snapkv", 0.25, 100), ("gate+global", 0.25, 20), ("l2", 0.5, 200), ("gate", 0.5, 200), ("snapkv+less", 0.5, 200),
     ("snapkv", None, 200), ("snapkv+threshold", 0.5, 200), ("snapkv+pyramid+global", 0.5, 200), ("gate+decay", 0.5, 200),
-    ("snapkv", 1.5, 200), ("gatte", 0.5, 200),
+    ("snapkv", 1.5, 200), ("snapkv", 20, 200), ("gatte", 0.5, 200),
 ])  # fmt: skip
 def test_it_refuses_in_the_words_of_the_run(policy, budget, length, folders, capsys):
     said = "none" if budget is None else str(budget)
@@ -95,7 +95,7 @@ def test_what_is_not_served_is_said_first(folders, tmp_path):
         validate.main(["--model", str(tmp_path / "gemma2")])
     for options, match in (
         (["--model", "nowhere"], "config of model 'nowhere' cannot be read"), (["--adapter", base], "is no adapter"),
-        (["--model", base, "--budgets", "half"], "numbers with commas"), (["--model", base, "--prompt_tokens", "0"], "count from 1"),
+        (["--model", base, "--budgets", "half"], "'half' is no number"), (["--model", base, "--prompt_tokens", "0"], "count from 1"),
     ):  # fmt: skip
         with pytest.raises(ValueError, match=match):
             validate.main(options)

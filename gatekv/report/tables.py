@@ -73,7 +73,8 @@ def best_of(rows: list[dict], tasks: dict[tuple[str, str], str], policy: str, bu
     lines.append("|---|---|---|---|---|")
     for (task, mode), label in tasks.items():
         here = _at(rows, task, mode)
-        free = [p for p in dict.fromkeys(p for p, _ in here) if not p.startswith(("gate", "untrained", "paper", "full"))]
+        learned = ("gate", "untrained", "paper", "full")
+        free = [p for p in dict.fromkeys(p for p, _ in here) if not p.startswith(learned)]
         best = []
         for b in budgets:
             scored = [here[p, b] for p in free if (p, b) in here and here[p, b]["score"] is not None]

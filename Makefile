@@ -18,7 +18,7 @@ lint: .venv/ready
 	$(BIN)/ruff check . && $(BIN)/ruff format --check .
 
 docs: .venv/ready  ## the documentation as a site, in site/; a broken link is an error
-	$(BIN)/python -m mkdocs build --strict
+	NO_MKDOCS_2_WARNING=1 $(BIN)/python -m mkdocs build --strict
 
 peer:  ## the environment of `recipes/benchmark.py decode --peer kvpress`: it needs an older transformers
 	test -d .venv-peer || $(PYTHON) -m venv .venv-peer

@@ -54,7 +54,7 @@ def summary(rows: list[dict], budgets: list[float], policies: dict[str, str] | N
     """
     facts, text = _at(rows, "niah_multikey", "agnostic"), _at(rows, "ppl", "agnostic")
     policies = policies or {p: f"`{p}`" for p, _ in facts if p != "full"}
-    percents = [f"{100 * b:g} %" for b in budgets]
+    percents = [f"{100 * b:g}\u00a0%" for b in budgets]  # a head of a narrow column does not break there
     head = [f"retrieval at {percents[0]}", *percents[1:], f"KL at {percents[0]}", *percents[1:]]
     lines = ["| |" + "".join(f" {h} |" for h in head), "|---|" + "---|" * len(head)]
     full = _number(facts["full", 1.0]["score"], 2)

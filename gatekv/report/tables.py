@@ -129,7 +129,7 @@ def runs_table(tasks: dict[str, list[dict]], budget: float) -> str:
                 continue
             cell = _number(r["score"], 3)
             if r["difference"] or r["difference_low"] != r["difference_high"]:
-                cell += f" ({r['difference']:+.3f}, {r['difference_low']:+.3f} … {r['difference_high']:+.3f})"
+                cell += f" ({r['difference']:+.3f}, {r['difference_low']:+.3f}\u00a0…\u00a0{r['difference_high']:+.3f})"
             cells.append(cell if policy == "full" else f"{cell}, {_number(r['bytes_ratio'], 3)}")
         lines.append(f"| {name} |" + "".join(f" {c} |" for c in cells))
     return "\n".join(lines) + "\n"

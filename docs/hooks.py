@@ -3,7 +3,7 @@
 import re
 from pathlib import Path
 
-from mkdocs.structure.files import File
+from mkdocs.structure.files import File, InclusionLevel
 
 ROOT = Path(__file__).resolve().parents[1]
 BORROWED = ("CONTRIBUTING.md", "CHANGELOG.md")
@@ -15,7 +15,8 @@ def _as_page(text: str) -> str:
 
     def link(match: re.Match) -> str:
         target = match[2].removeprefix("docs/")
-        there = (ROOT / "docs" / target).is_file() and match[2].startswith("docs/") or target in BORROWED
+        page = match[2].startswith("docs/") and (ROOT / "docs" / target).is_file()
+        there = page or target in BORROWED and (ROOT / target).is_file()
         return f"[{match[1]}]({target}{match[3] or ''})" if there else match[1]
 
     return LINK.sub(link, text)
@@ -25,7 +26,8 @@ def on_files(files, config):
     """Add the root's own pages."""
     for name in BORROWED:
         if (ROOT / name).is_file():
-            files.append(File.generated(config, name, content=_as_page((ROOT / name).read_text(encoding="utf-8"))))
+            text = _as_page((ROOT / name).read_text(encoding="utf-8"))
+            files.append(File.generated(config, name, content=text, inclusion=InclusionLevel.NOT_IN_NAV))
     return files
 
 

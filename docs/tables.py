@@ -53,7 +53,8 @@ def fine_tuning(budget: float) -> str:
     from gatekv.report.tables import provenance, runs_table
 
     tasks = {name: read(f"sft/{name}.json") for name in ("squad", "family", "haystack", "syllogism")}
-    return runs_table({n: t["rows"] for n, t in tasks.items()}, budget) + "\n" + provenance(tasks["squad"].get("run", {}))
+    run = tasks["squad"].get("run", {})
+    return runs_table({n: t["rows"] for n, t in tasks.items()}, budget) + "\n" + provenance(run)
 
 
 def ablation() -> str:

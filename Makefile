@@ -1,7 +1,7 @@
 PYTHON ?= python3
 BIN := .venv/bin
 
-.PHONY: demo test quick lint peer wheel
+.PHONY: demo test quick lint docs peer wheel
 
 demo: .venv/ready  ## train, generate, compare, draw: at most a quarter of an hour on two cores
 	$(BIN)/gatekv demo
@@ -21,6 +21,9 @@ wheel: .venv/ready  ## build the package, install it into an empty environment, 
 	.venv-wheel/bin/python -m pip install -q -c constraints.txt torch
 	.venv-wheel/bin/python -m pip install -q -c constraints.txt "$$(ls dist/*.whl)[demo,plot]"
 	cd dist && ../.venv-wheel/bin/python ../tests/printed.py ../README.md
+
+docs: .venv/ready  ## the documentation as a site, in site/; a broken link is an error
+	NO_MKDOCS_2_WARNING=1 $(BIN)/python -m mkdocs build --strict
 
 peer:  ## the environment of `recipes/benchmark.py decode --peer kvpress`: it needs an older transformers
 	test -d .venv-peer || $(PYTHON) -m venv .venv-peer

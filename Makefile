@@ -1,18 +1,24 @@
 PYTHON ?= python3
 BIN := .venv/bin
 
-.PHONY: demo test quick lint peer
+# As many workers as cores, each with its share of the threads (tests/conftest.py).
+PYTEST := $(BIN)/python -m pytest -n logical --maxprocesses 8 --dist loadgroup
+
+.PHONY: demo test test-all quick lint peer
 
 demo: .venv/ready  ## train, reload, generate, compare, draw: a quarter of an hour on two cores
 	$(BIN)/accelerate launch --num_processes 1 --num_machines 1 --mixed_precision no --dynamo_backend no recipes/cpt.py
 	$(BIN)/python recipes/generate.py --adapter checkpoints/demo --budget .25
 	$(BIN)/python recipes/evaluate.py --adapter checkpoints/demo
 
-test: .venv/ready  ## everything that needs no GPU
-	$(BIN)/python -m pytest
+test: .venv/ready  ## every promise once, without a GPU: at most ten minutes on two cores
+	$(PYTEST) -m "not exhaustive"
 
-quick: .venv/ready  ## unit tests only
-	$(BIN)/python -m pytest tests/unit
+test-all: .venv/ready  ## the rest too: whole matrices, every backend, the benchmarks and pages on the real model
+	$(PYTEST)
+
+quick: .venv/ready  ## the unit tests of `make test`
+	$(PYTEST) -m "not exhaustive" tests/unit
 
 lint: .venv/ready
 	$(BIN)/ruff check . && $(BIN)/ruff format --check .

@@ -2,12 +2,14 @@
 
 import bisect
 import math
+from collections.abc import Callable
 from dataclasses import dataclass
 
 import torch
 
 from gatekv.config import MOST
 
+Thresholds = Callable[[float, torch.Tensor, int | None], torch.Tensor]  # what `Calibration.thresholds` returns
 CURE = "Calibrate again (gatekv.training.calibrate), or load the adapter as it was saved."
 
 
@@ -25,7 +27,7 @@ class Calibration:
     levels: list[float]
     table: list[list[float]]
 
-    def __post_init__(self):
+    def __post_init__(self) -> None:
         numbers = [self.ratios, self.levels, *(self.table if isinstance(self.table, list) else [None])]
         for row in numbers:
             if not isinstance(row, list) or not all(type(v) in (int, float) and abs(v) <= MOST for v in row):
@@ -57,7 +59,7 @@ class Calibration:
         low, high = self.levels[right - 1], self.levels[right]
         return row[right - 1] + (level - low) / (high - low) * (row[right] - row[right - 1])
 
-    def thresholds(self, sinks: int, window: int):
+    def thresholds(self, sinks: int, window: int) -> Thresholds:
         """(ratio, tokens seen [...], prompt length or None) -> logit thresholds [...] of tokens that leave the window.
 
         A row that has seen T tokens may hold ratio·T, sinks and window inside. Flags are final, so the share that keeps

@@ -5,6 +5,7 @@ its sample.
 """
 
 import functools
+from collections.abc import Callable
 from pathlib import Path
 
 from gatekv.evaluation.tasks import longbench as _longbench
@@ -20,7 +21,7 @@ from gatekv.evaluation.tasks.ruler import ruler
 from gatekv.training.data import read_source
 
 HELDOUT = Path(__file__).resolve().parents[3] / "data" / "sample" / "heldout"
-TASKS = {
+TASKS: dict[str, Callable[..., Item]] = {
     "ppl": ppl,
     "niah_multikey": niah_multikey,
     "niah_seen": niah_seen,

@@ -5,8 +5,10 @@ compares with the whole one. The objective does, in two passes of one model, gat
 """
 
 from collections import defaultdict
+from typing import Any
 
 import torch
+from torch import nn
 
 try:
     from trl import SFTTrainer
@@ -49,7 +51,7 @@ class GatedSFTTrainer(SFTTrainer):
 
     loss_is_scaled_for_ga = False  # a mean over rows: Trainer divides it by the number of micro-batches
 
-    def __init__(self, *args, keep: float = 0.25, objective: dict | None = None, **kwargs):
+    def __init__(self, *args: Any, keep: float = 0.25, objective: dict | None = None, **kwargs: Any) -> None:
         super().__init__(*args, **kwargs)
         if self.args.gradient_checkpointing:
             raise ValueError(
@@ -82,7 +84,13 @@ class GatedSFTTrainer(SFTTrainer):
         batch = collate(rows, aligned)
         return {k: v.to(inputs["input_ids"].device) for k, v in batch.items() if k not in ("segments", "position_ids")}
 
-    def compute_loss(self, model, inputs, return_outputs: bool = False, num_items_in_batch=None) -> torch.Tensor:
+    def compute_loss(
+        self,
+        model: nn.Module,
+        inputs: dict[str, Any],
+        return_outputs: bool = False,
+        num_items_in_batch: torch.Tensor | int | None = None,
+    ) -> torch.Tensor:
         """The objective's loss of a batch, a scalar."""
         if return_outputs:
             raise ValueError("the objective gives a loss and no logits: leave compute_metrics out.")

@@ -46,7 +46,9 @@ class Uniform:
 
     scope = "layer"
 
-    def keep(self, scores, protected, valid, counts):
+    def keep(
+        self, scores: torch.Tensor, protected: torch.Tensor, valid: torch.Tensor, counts: torch.Tensor
+    ) -> torch.Tensor:
         return top(ranked(scores, protected, valid), counts[:, :, None, None])
 
 
@@ -56,7 +58,9 @@ class Global:
 
     scope = "model"
 
-    def keep(self, scores, protected, valid, counts):
+    def keep(
+        self, scores: torch.Tensor, protected: torch.Tensor, valid: torch.Tensor, counts: torch.Tensor
+    ) -> torch.Tensor:
         layers, batch, heads, tokens = scores.shape
         total = (counts * heads).sum(0)  # per row
         everything = ranked(scores, protected, valid).transpose(0, 1).flatten(1)  # [batch, layers·heads·tokens]
@@ -76,7 +80,9 @@ class Above:
 
     scope = "layer"
 
-    def keep(self, scores, protected, valid, counts):
+    def keep(
+        self, scores: torch.Tensor, protected: torch.Tensor, valid: torch.Tensor, counts: torch.Tensor
+    ) -> torch.Tensor:
         return ((scores > 0) | protected) & valid[:, None]
 
 
@@ -92,6 +98,8 @@ class Decay:
 
     scope = "layer"
 
-    def keep(self, scores, protected, valid, counts):
+    def keep(
+        self, scores: torch.Tensor, protected: torch.Tensor, valid: torch.Tensor, counts: torch.Tensor
+    ) -> torch.Tensor:
         age = torch.arange(scores.shape[-1] - 1, -1, -1, device=scores.device)
         return top(ranked(faded(scores, age), protected, valid), counts[:, :, None, None])

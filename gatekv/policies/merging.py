@@ -43,7 +43,7 @@ class MergeSimilar:
     beta: float = 0.5
     later = True  # what leaves while decoding merges too
 
-    def __post_init__(self):
+    def __post_init__(self) -> None:
         if not 0 <= self.beta <= 1:
             raise ValueError(f"beta is the weight of the newest similarity, 0 to 1; got {self.beta}.")
 
@@ -73,7 +73,7 @@ class MergeNear:
     spare: int = 4
     later = False  # what leaves while decoding is forgotten
 
-    def __post_init__(self):
+    def __post_init__(self) -> None:
         if self.spare < 0:
             raise ValueError(f"spare counts the first kept tokens that take nothing in, at least 0; got {self.spare}.")
 

@@ -103,7 +103,7 @@ def _parse(name: str) -> Policy:
     return Policy(SCORERS[first](), **found)
 
 
-def resolve(policy, budget: float | None) -> Policy:
+def resolve(policy: Policy | Scorer | str, budget: float | None) -> Policy:
     """Turn "snapkv+ada+pyramid", `SnapKV(window=16)` or a `Policy` into a Policy with its budget checked.
 
     Raises:

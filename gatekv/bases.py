@@ -1,16 +1,18 @@
 """What the base of an adapter is called, so that others find the same weights.
 
-The demo's base has two names: the Hub's, which adapters bear, and a folder of this checkout. So an adapter that was
+The demo's base has two names: the Hub's, which adapters bear, and a folder of this user's cache. So an adapter that was
 trained on the folder can be loaded by anyone, and here without a network.
 """
 
 from pathlib import Path
 
 from huggingface_hub import try_to_load_from_cache
+from huggingface_hub.constants import HF_ASSETS_CACHE
 from huggingface_hub.errors import HFValidationError
 
 HUB_NAME = "HuggingFaceTB/SmolLM2-135M-Instruct"
-FOLDER = Path(__file__).resolve().parents[1] / "checkpoints" / "SmolLM2-135M-Instruct"
+# Where `gatekv fetch` puts it: what huggingface_hub.cached_assets_path names, which makes folders as it is asked.
+FOLDER = Path(HF_ASSETS_CACHE) / "gatekv" / "bases" / "SmolLM2-135M-Instruct"
 
 
 def public_name(base: str | None) -> str | None:

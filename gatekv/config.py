@@ -3,10 +3,12 @@
 import dataclasses
 import difflib
 import functools
-import numbers
-import types
 import typing
+from collections.abc import Sequence
 from dataclasses import dataclass
+from typing import Any
+
+from huggingface_hub.dataclasses import type_validator
 
 
 def nearest(name: str, known) -> str:
@@ -42,33 +44,68 @@ def strict(cls):
     return cls
 
 
+def option(default: Any, help: str, *, choices: Sequence[str] = (), positional: bool = False, bare: str | None = None):
+    """A field of an options class.
+
+    Args:
+        default: lists and dicts are copied for each instance. help: one sentence. choices: all that it may be.
+        positional: given by its place instead of by `--name`. bare: what `--name` without a value means.
+    """
+    metadata = {"help": help, "choices": tuple(choices), "positional": positional, "bare": bare}
+    if isinstance(default, (list, dict)):
+        return dataclasses.field(default_factory=lambda: type(default)(default), metadata=metadata)
+    return dataclasses.field(default=default, metadata=metadata)
+
+
+def check_options(options: Any) -> None:
+    """ValueError for a field of a dataclass instance that has choices and is none of them; lists are read through."""
+    for name, (_, field) in declared(type(options)).items():
+        if known := field.metadata.get("choices"):
+            value = getattr(options, name)
+            for one in value if isinstance(value, list) else [value]:
+                check_choice(name, one, known)
+
+
+def declared(cls: type) -> dict[str, tuple[type, dataclasses.Field]]:
+    """Field name -> (the class that declares it first, its field there: help, choices), in the order of `cls`."""
+    found = {}
+    for owner in reversed(cls.__mro__):
+        for name, field in vars(owner).get("__dataclass_fields__", {}).items():
+            if name in vars(owner).get("__annotations__", {}) and field.init:
+                found.setdefault(name, (owner, field))
+    order = [field.name for field in dataclasses.fields(cls) if field.init]
+    return {name: found[name] for name in order}
+
+
 MOST = 2**31 - 1  # of any number: what positions are held in
 WIDEST = 2**20  # of any part of a gate or map: no model is so wide, and products of two still fit in a size
-KINDS = {int: numbers.Integral, float: numbers.Real}
 
 
-def _is_a(value, kind) -> bool:
-    origin, inner = typing.get_origin(kind), typing.get_args(kind)
-    if origin in (types.UnionType, typing.Union):
-        return any(_is_a(value, k) for k in inner)
-    if origin is list:
-        return isinstance(value, list) and all(_is_a(v, inner[0]) for v in value)
-    if kind in KINDS:  # a bool is a number for Python, and not for a config; NaN and infinity are JSON for Python
-        return isinstance(value, KINDS[kind]) and not isinstance(value, bool) and abs(value) <= MOST
-    return isinstance(value, kind)
-
-
-def check_types(owner: type, config) -> None:
+def check_types(owner: type, config: Any) -> None:
     """TypeError unless every field of the dataclass `owner` has its type in `config`; whole numbers pass as floats."""
     for name, kind in typing.get_type_hints(owner).items():
         value = getattr(config, name)
-        if not _is_a(value, kind):
+        parts = [part for part in typing.get_args(kind) if part is not type(None)]
+        optional = type(None) in typing.get_args(kind) and len(parts) == 1
+        if optional and value is None:
+            continue
+        one = parts[0] if optional else kind
+        number = one in (int, float)  # NaN, infinity and numbers of any length are JSON for Python
+        try:
+            if number and (isinstance(value, bool) or not abs(value) <= MOST):
+                raise TypeError
+            type_validator(name, float(value) if one is float else value, one)
+        except TypeError as error:
             said = kind.__name__ if isinstance(kind, type) else str(kind)
-            limit = f" of at most {MOST}" if kind in KINDS else ""
-            raise TypeError(f"{name} must be {said}{limit}, not {repr(value)[:60]}: set it to one, or leave it out.")
+            limit = f" of at most {MOST}" if number else ""
+            raise TypeError(
+                f"{name} must be {said}{limit}, not {repr(value)[:60]}: set it to one, or leave it out."
+            ) from error
 
 
 GATES = ("linear", "mlp", "key_mlp", "attention", "none")
+LESS_FORMS = ("kernel", "centroids")
+CONTEXTS = ("causal", "prompt")
 RELAXATIONS = ("log", "ste", "gumbel", "decay")
 
 
@@ -77,45 +114,43 @@ RELAXATIONS = ("log", "ste", "gumbel", "decay")
 class GateSpec:
     """What a gate is and when its flags act; everything inference needs to know about it.
 
-    Attributes:
-        gate: form: `linear` or `mlp` (token-wise, from the layer's input), `key_mlp` (from each head's own key),
-            `attention` (the paper's reduced multi-head attention), `none` (an adapter of low-rank maps alone).
-        context: `causal`: judged as tokens come (`attention`: over a short ring); `prompt`: the paper's `attention`
-            gate, which reads the whole prompt before it judges any of it.
-        mask_prompt: with context="prompt": flags also act for the prompt's own queries (the paper).
-        hidden: width of the `mlp` and `key_mlp` gates.
-        heads, head_dim: of the `attention` gate's MHA'.
-        context_window: tokens the `attention` gate looks back on; its ring is counted by `KVCache.memory()`.
-        relaxation: how the hard flag is made differentiable: `ste` (Attention-Gate), `log` (bias log sigmoid) or
-            `gumbel` (the same with logistic noise at `temperature`, as DMS has it), or `decay` (TRIM-KV: sigmoid(logit)
-            is what a token keeps of its weight from one step to the next; deployed under the `decay` budget rule).
-        logit_scale: of the `linear` gate's output (DMS: 100).
-        window: tokens behind the query that ignore their flag (grace; 0 = the paper).
-        sinks: first real tokens of a row that are always kept.
-        threshold: keep iff sigmoid(logit) > threshold.
-        initial_logit: bias of the last layer at the start; 4.6 means p = .99: training starts from "keep everything".
+    Raises:
+        ValueError, TypeError: a value out of range, or of another type.
     """
 
-    gate: str = "mlp"
-    context: str = "causal"
-    mask_prompt: bool = True
-    hidden: int = 128
-    heads: int = 4
-    head_dim: int = 32
-    context_window: int = 64
-    relaxation: str = "log"
-    window: int = 32
-    sinks: int = 4
-    threshold: float = 0.5
-    initial_logit: float = 4.6
-    logit_scale: float = 1.0
-    temperature: float = 0.1
+    _argument_group_name = "gate"
+
+    gate: str = option(
+        "mlp",
+        "Form: linear or mlp read each token's layer input, key_mlp each head's own key, attention (the paper's "
+        "reduced multi-head attention) a short past, none: no gate.",
+        choices=GATES,
+    )
+    context: str = option(
+        "causal", "Tokens are judged as they come, or by the attention gate after the whole prompt (the paper).",
+        choices=CONTEXTS,
+    )  # fmt: skip
+    mask_prompt: bool = option(True, "With context=prompt: flags act for the prompt's own queries too (the paper).")
+    hidden: int = option(128, "Width of the mlp and key_mlp gates.")
+    heads: int = option(4, "Of the attention gate.")
+    head_dim: int = option(32, "Of the attention gate.")
+    context_window: int = option(64, "Tokens that the attention gate looks back on; its ring counts as cache.")
+    relaxation: str = option(
+        "log",
+        "How a hard flag has a gradient: ste (Attention-Gate, straight-through), log (bias log sigmoid), gumbel (the "
+        "same with logistic noise, as DMS), decay (TRIM-KV: tokens fade at the rate of their gate).",
+        choices=RELAXATIONS,
+    )
+    window: int = option(32, "Tokens behind the query that ignore their flag (0: the paper).")
+    sinks: int = option(4, "First real tokens of a row that are always kept.")
+    threshold: float = option(0.5, "A token stays where its probability is above this.")
+    initial_logit: float = option(4.6, "Bias of the last layer at the start; 4.6 is p = .99: everything is kept.")
+    logit_scale: float = option(1.0, "Factor of the linear gate's output (DMS: 100).")
+    temperature: float = option(0.1, "Of the gumbel noise.")
 
     def __post_init__(self):
         check_types(GateSpec, self)
-        check_choice("gate", self.gate, GATES)
-        check_choice("relaxation", self.relaxation, RELAXATIONS)
-        check_choice("context", self.context, ("causal", "prompt"))
+        check_options(self)
         if self.context == "prompt" and self.gate != "attention":
             raise ValueError(f"context='prompt' is the attention gate's: set gate='attention', not {self.gate!r}.")
         if self.temperature <= 0 or self.logit_scale <= 0:
@@ -156,7 +191,7 @@ class LessSpec:
             raise ValueError(f"less_rank and less_hidden are sizes of at most {WIDEST}, got {sizes}.")
         if not 0 <= self.less_dropout < 1:
             raise ValueError(f"less_dropout is a share, at least 0 and below 1; got {self.less_dropout}.")
-        check_choice("less_form", self.less_form, ("kernel", "centroids"))
+        check_choice("less_form", self.less_form, LESS_FORMS)
 
     def state_numbers(self, head_dim: int) -> int:
         """Numbers that a state holds for one KV head."""

@@ -7,52 +7,63 @@
 A recipe is a YAML file of `recipes/cpt.py` options. What is trained or scored already is not done again.
 """
 
-import argparse
 import json
 import os
 import subprocess
 import sys
 from concurrent.futures import ThreadPoolExecutor
+from dataclasses import dataclass
 from pathlib import Path
 
-from common import ROOT, run
+from gatekv.config import check_choice, option
+from gatekv.hardware import cores
+from gatekv.options import load
+from gatekv.recipes.common import run
 
-CONFIGS = ROOT / "recipes" / "configs" / "ablation"
+HERE = Path(__file__).resolve().parent
 BASELINES = "snapkv+ada,snapkv,h2o,l2,sinks_recent,random"
 
 
-def parse(argv: list[str]) -> argparse.Namespace:
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("--configs", default=str(CONFIGS), help="folder of YAML files, one recipe each")
-    parser.add_argument("--only", default="", help="names of recipes, without .yaml")
-    parser.add_argument("--work", default=str(ROOT / "checkpoints" / "ablation"), help="where adapters land")
-    parser.add_argument("--out", default="", help="where the table goes; empty: --work")
-    parser.add_argument("--budgets", default=".25,.125")
-    parser.add_argument("--n", type=int, default=100, help="scored answers a recipe")
-    parser.add_argument("--n_ppl", type=int, default=16)
-    parser.add_argument("--seed", type=int, default=2, help="of the evaluation's samples")
-    parser.add_argument(
-        "--jobs", type=int, default=2, help="recipes at a time, one thread each where there are several"
-    )
-    return parser.parse_args(argv)
+@dataclass
+class AblationOptions:
+    """Which recipes, scored how."""
+
+    configs: str = option(str(HERE / "configs" / "ablation"), "Folder of YAML files, one recipe each.")
+    only: list[str] = option([], "Names of recipes, without .yaml.")
+    work: str = option("checkpoints/ablation", "Where adapters land.")
+    out: str = option("", "Where the table goes; left out: as work.")
+    budgets: list[float] = option([0.25, 0.125], "Shares of the prompt's tokens.")
+    n: int = option(100, "Scored answers of a recipe.")
+    n_ppl: int = option(16, "Stretches of 128 tokens for ppl.")
+    seed: int = option(2, "Of the evaluation's samples.")
+    jobs: int = option(2, "Recipes at a time, which share the cores.")
 
 
 def call(script: str, options: list[str], log: Path, threads: int) -> None:
     """Run a recipe as its user would; what it prints goes to a file."""
-    env = os.environ | ({"OMP_NUM_THREADS": str(threads)} if threads else {})
-    command = [sys.executable, str(ROOT / "recipes" / script), *options]
+    env = os.environ | {"OMP_NUM_THREADS": str(threads)}
+    command = [sys.executable, str(HERE / script), *options]
     with log.open("w") as file:
         code = subprocess.run(command, stdout=file, stderr=subprocess.STDOUT, env=env).returncode
     if code:
         raise ValueError(f"{script} failed on {log.stem}: {log} says why.")
 
 
-def one(name: str, args: argparse.Namespace) -> dict:
+def one(name: str, args: AblationOptions) -> dict:
     """Train and score one recipe, or training-free policies and the untrained gate where name is "baselines"."""
-    folder, threads = Path(args.work) / name, 1 if args.jobs > 1 else 0
+    folder, threads = Path(args.work) / name, cores() // args.jobs or 1
     folder.mkdir(parents=True, exist_ok=True)
     scores = folder / f"scores-{args.seed}-{args.n}-{args.n_ppl}"
-    options = ["--budgets", args.budgets, "--n", str(args.n), "--n_ppl", str(args.n_ppl), "--seeds", str(args.seed)]
+    options = [
+        "--budgets",
+        ",".join(map(str, args.budgets)),
+        "--n",
+        str(args.n),
+        "--n_ppl",
+        str(args.n_ppl),
+        "--seeds",
+        str(args.seed),
+    ]
     if name == "baselines":
         options += ["--policies", BASELINES]
     else:
@@ -94,19 +105,16 @@ def table(results: list[dict], budgets: list[float]) -> str:
 
 
 def main(argv: list[str]) -> None:
-    args = parse(argv)
+    args = load(argv, AblationOptions, __doc__)
     known = sorted(p.stem for p in Path(args.configs).glob("*.yaml"))
-    from gatekv.config import check_choice
-
-    names = [n for n in args.only.split(",") if n] or known
+    names = args.only or known
     for name in names:
         check_choice("recipe", name, known)
     with ThreadPoolExecutor(max(1, args.jobs)) as pool:
         results = list(pool.map(lambda name: one(name, args), ["baselines", *names]))
     out = Path(args.out or args.work)
     out.mkdir(parents=True, exist_ok=True)
-    budgets = [float(b) for b in args.budgets.split(",")]
-    text = table(results, budgets)
+    text = table(results, args.budgets)
     (out / "table.md").write_text(text + "\n")
     (out / "results.json").write_text(json.dumps(results, indent=1))
     print(text)

@@ -14,20 +14,49 @@ repeat, because that often a cache folds its window and a gate reads. `train` ta
 FlexAttention with its dense causal mask ("flex").
 """
 
-import argparse
 import json
 import statistics
+from dataclasses import dataclass, replace
+from pathlib import Path
 
-import measure
-import measure_training
-from common import ROOT, load_model, run
-from measure import full_cache, interleaved, report, resident
-from peer import Peer
+import torch
 
-PEER_PYTHON = ROOT / ".venv-peer" / "bin" / "python"
+from gatekv.config import LESS_FORMS, option
+from gatekv.hardware import choose
+from gatekv.modules import base_model
+from gatekv.options import HardwareOptions, load
+from gatekv.recipes import measure, measure_training
+from gatekv.recipes.common import announce, load_model, run
+from gatekv.recipes.measure import full_cache, interleaved, report, resident
+from gatekv.recipes.peer import Peer
+
+PEER_PYTHON = Path(".venv-peer") / "bin" / "python"  # `make peer` makes it
+QUICK = {
+    "decode": {"contexts": [1024, 4096], "keeps": [0.25, 0.125], "repeats": 2},
+    "cache": {"contexts": [512], "keeps": [0.25]},
+    "train": {"contexts": [256, 512], "keeps": [1.0]},
+}
 
 
-def decode(model, args) -> list[dict]:
+@dataclass
+class BenchmarkOptions(HardwareOptions):
+    """What is measured, and how often."""
+
+    what: str = option("", "decode, cache or train.", choices=tuple(QUICK), positional=True)
+    quick: bool = option(False, "One context, few ratios: under a minute on two cores.")
+    model: str = option("", "Folder or Hub name; left out: the embedded one; small: a random Llama of 30 M parameters.")
+    contexts: list[int] = option([1024, 2048, 4096, 8192], "Tokens.")
+    batches: list[int] = option([1, 8], "Rows.")
+    keeps: list[float] = option([1, 0.5, 0.25, 0.125, 0.0625], "Shares of the tokens.")
+    repeats: int = option(3, "Of which the median counts.")
+    memory: float = option(12.0, "GiB that one row's caches may take.")
+    gate: str = option("", "decode: also with random gates of this form, judging as they go.")
+    less: str = option("", "decode: also with a remainder.", choices=("", *LESS_FORMS))
+    peer: str = option("", "decode: beside this library, in an environment of its own.", choices=("", "kvpress"))
+    gradient_checkpointing: bool = option(False, "train: the plain model's steps too.")
+
+
+def decode(model, args: BenchmarkOptions) -> list[dict]:
     rows, device = [], model.device.type
     for context in args.contexts:
         for batch in args.batches:
@@ -43,7 +72,7 @@ def decode(model, args) -> list[dict]:
             caches |= {(k, "limit"): full_cache(model, batch, max(1, int(k * context))) for k in args.keeps if k < 1}
             work = {key: measure.step(model, c, batch) for key, c in caches.items()}
             work["full"] = measure.step(model, full, batch)
-            peers = [(k, n, Peer(str(PEER_PYTHON), args.path, args.dtype, n))
+            peers = [(k, n, Peer(str(PEER_PYTHON), base_model(model), n))
                      for k in args.keeps if args.peer and k < 1 for n in ("snap", "ada")]  # fmt: skip
             for k, name, peer in peers:
                 held = peer.ask(context=context, batch=batch, keep=k)
@@ -71,8 +100,7 @@ def decode(model, args) -> list[dict]:
     return rows
 
 
-def cache(model, args) -> list[dict]:
-    import torch
+def cache(model, args: BenchmarkOptions) -> list[dict]:
     from transformers import DynamicCache
 
     import gatekv
@@ -117,7 +145,7 @@ def cache(model, args) -> list[dict]:
     return rows
 
 
-def train(model, args) -> list[dict]:
+def train(model, args: BenchmarkOptions) -> list[dict]:
     from peft import get_peft_model
 
     from gatekv import GateKVConfig, detach
@@ -151,43 +179,21 @@ def train(model, args) -> list[dict]:
 
 
 def main(argv: list[str]) -> None:
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("what", choices=["decode", "cache", "train"])
-    parser.add_argument("--quick", action="store_true", help="one context, few ratios, under 45 s on two cores")
-    parser.add_argument("--model", default="", help="folder or Hub name; 'small' = a random Llama of 30 M parameters")
-    parser.add_argument("--dtype", default="bfloat16")
-    parser.add_argument("--device", default="cpu")
-    parser.add_argument("--contexts", default="1024,2048,4096,8192")
-    parser.add_argument("--batches", default="1,8")
-    parser.add_argument("--keeps", default="1,.5,.25,.125,.0625")
-    parser.add_argument("--repeats", type=int, default=3)
-    parser.add_argument("--memory", type=float, default=12.0, help="GiB that one row's caches may take")
-    parser.add_argument("--gate", default="", help="decode: also with random gates of this form, judging as they go")
-    parser.add_argument("--less", default="", choices=["", "kernel", "centroids"], help="decode: also with a remainder")
-    parser.add_argument("--peer", default="", choices=["", "kvpress"])
-    parser.add_argument("--gradient_checkpointing", action="store_true", help="train: the plain model's steps too")
-    args = parser.parse_args(argv)
-    import torch
-
-    if args.quick:
-        args.contexts, args.batches, args.keeps = {
-            "decode": ("1024,4096", "1", ".25,.125"), "cache": ("512", "1", ".25"), "train": ("256,512", "1", "1"),
-        }[args.what]  # fmt: skip
-        args.repeats = 2 if args.what == "decode" else 3
-    args.contexts, args.batches = ([int(v) for v in t.split(",")] for t in (args.contexts, args.batches))
-    args.keeps = [float(v) for v in args.keeps.split(",")]
+    args = load(argv, BenchmarkOptions, __doc__)
+    args = replace(args, batches=[1], **QUICK[args.what]) if args.quick else args
+    hardware = choose(args.device, args.dtype)
+    announce(hardware)
     torch.manual_seed(0)
-    model = measure.small_llama(args.dtype) if args.model == "small" else load_model(args.model, args.dtype)[0]
-    model, args.path = model.to(args.device), model.name_or_path
+    small = args.model == "small"
+    model = measure.small_llama(hardware.dtype).to(hardware.device) if small else load_model(args.model, hardware)[0]
     if args.gate or args.less:
         model = measure.with_adapter(model, args.gate, args.less)
     with torch.set_grad_enabled(args.what == "train"):
         rows = {"decode": decode, "cache": cache, "train": train}[args.what](model, args)
     memory = {"memory": measure_training.memory(rows)} if args.what == "train" else {}
-    print(json.dumps({
-        "rows": rows, "what": args.what, "model": args.model or "SmolLM2-135M-Instruct",
-        "device": args.device, "threads": torch.get_num_threads(), **memory,
-    }))  # fmt: skip
+    where = {"device": str(hardware.device), "machine": hardware.machine, "dtype": hardware.dtype_name}
+    where |= {"threads": hardware.threads, "model": args.model or "SmolLM2-135M-Instruct"}
+    print(json.dumps({"rows": rows, "what": args.what, **where, **memory}))
 
 
 if __name__ == "__main__":

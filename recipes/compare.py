@@ -8,29 +8,35 @@ score, its mean in each run, bytes held after the prompt as a share of the full 
 --baseline (arm:policy) with a 95 % interval that resamples contexts.
 """
 
-import argparse
 import json
 import shlex
+from dataclasses import dataclass
 from pathlib import Path
 
-from common import run
+from gatekv.config import option
+from gatekv.options import load
+from gatekv.recipes.common import run
 
 
-def parse(argv: list[str]) -> tuple[argparse.Namespace, dict[str, list[str]]]:
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("arms", nargs="+", metavar="NAME=FOLDER,…")
-    parser.add_argument("--baseline", required=True, metavar="NAME:POLICY")
-    parser.add_argument("--out", default="results", help="folder for arms.json and arms.md")
-    args = parser.parse_args(argv)
-    arms = {}
-    for arm in args.arms:
+@dataclass
+class CompareOptions:
+    """What is compared with what."""
+
+    arms: list[str] = option([], "NAME=FOLDER,FOLDER,… for each arm.", positional=True)
+    baseline: str = option("", "NAME:POLICY that all others are compared with.")
+    out: str = option("results", "Folder for arms.json and arms.md.")
+
+
+def parse(argv: list[str]) -> tuple[CompareOptions, dict[str, list[str]]]:
+    options, arms = load(argv, CompareOptions, __doc__), {}
+    for arm in options.arms:
         name, equals, folders = arm.partition("=")
         if not (name and equals and folders) or name in arms:
             raise ValueError(f"{arm!r} is not NAME=FOLDER,FOLDER,… with a name of its own.")
         arms[name] = folders.split(",")
-    if ":" not in args.baseline:
-        raise ValueError(f"--baseline {args.baseline!r} is not NAME:POLICY, as in {next(iter(arms))}:full.")
-    return args, arms
+    if ":" not in options.baseline:
+        raise ValueError(f"--baseline {options.baseline!r} is not NAME:POLICY, as in {next(iter(arms))}:full.")
+    return options, arms
 
 
 def markdown(rows: list[dict]) -> str:

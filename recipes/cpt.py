@@ -7,11 +7,12 @@
     python recipes/cpt.py --dry_run                                    # memory, tokens, schedules; loads no weights
     python recipes/cpt.py --config recipes/configs/llama-3.1-8b.yaml --dry_run fsdp2:8
 
-Options: gatekv.training.config.CPTConfig. Writes checkpoints, then the adapter, its card and training.json to
+Writes checkpoints, then the adapter, its card and training.json to
 output_dir. SIGTERM and Ctrl-C finish the step, save a checkpoint and exit with code 75: --resume goes on.
 """
 
-from common import begin, finish, fit, judge, predict, run, save
+from gatekv.recipes.common import run
+from gatekv.recipes.frame import begin, finish, fit, judge, predict, save
 
 
 def main(argv: list[str]) -> dict | None:
@@ -30,7 +31,7 @@ def main(argv: list[str]) -> dict | None:
         with whole_sample(model):
             return get_peft_model(model, GateKVConfig(task_type="CAUSAL_LM", **vars(config.spec)))
 
-    config = load_config(argv, CPTConfig)
+    config = load_config(argv, CPTConfig, __doc__)
     if config.dry_run:
         return predict(config, gated)
     accelerator, model, tokenizer = begin(config)

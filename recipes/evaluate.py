@@ -11,57 +11,50 @@ policies, budgets, tasks, seeds or samples are added to what is there. Writes re
 of all records, and renews the adapter's card.
 """
 
-import argparse
 import functools
 import json
 import subprocess
 import sys
+from dataclasses import dataclass
 from pathlib import Path
 
-from common import ROOT, base_of, load_model, run
+from gatekv.config import option
+from gatekv.evaluation import tasks as known
+from gatekv.hardware import Hardware
+from gatekv.options import LoadOptions, load
+from gatekv.recipes.common import load_adapted, run
 
-POLICIES = "gate+global,gate,snapkv,snapkv+ada,h2o,l2,value_norm,sinks_recent,random,untrained_alone+global"
+POLICIES = [
+    "gate+global", "gate", "snapkv", "snapkv+ada", "h2o", "l2", "value_norm", "sinks_recent", "random",
+    "untrained_alone+global",
+]  # fmt: skip
+DECODES = ("keep", "evict")
 
 
-def parse(argv: list[str]) -> argparse.Namespace:
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument(
-        "--adapter", default="", help="folder or Hub name of a gatekv adapter; empty: training-free only"
+@dataclass
+class EvaluateOptions(LoadOptions):
+    """What is scored, and how."""
+
+    policies: list[str] = option(POLICIES, "Names of the methods page: gate+global, snapkv+ada, h2o, …")
+    budgets: list[float] = option([0.25, 0.125], "Shares of the prompt's tokens to hold.")
+    tasks: list[str] = option(["niah_multikey", "ppl"], "Names of the evaluation page.", choices=known.NAMES)
+    mode: list[str] = option(
+        ["agnostic"], "Compress the context before the question is seen, with it, or both.", choices=known.MODES
     )
-    parser.add_argument(
-        "--maps", default="", help="a second adapter, whose low-rank maps stand beside --adapter's gate"
-    )
-    parser.add_argument("--model", default="", help="base model; empty: the adapter's, or the embedded one")
-    parser.add_argument("--policies", default=POLICIES, help="names of the README's tables: nacl, d2o, fastgen, …")
-    parser.add_argument("--budgets", default=".25,.125")
-    parser.add_argument("--tasks", default="niah_multikey,ppl")
-    parser.add_argument("--mode", default="agnostic", help="agnostic, aware, or both with a comma")
-    parser.add_argument("--n", type=int, default=100, help="scored answers per task and seed")
-    parser.add_argument("--n_ppl", type=int, default=16, help="stretches of 128 tokens for ppl, per seed")
-    parser.add_argument("--seeds", default="0", help="of the samples, with commas")
-    parser.add_argument("--tokens", type=int, help="of the contexts; left out: each task's own, 600 to 1280")
-    parser.add_argument("--data", default="", help="held-out text files; empty: the bundled ones")
-    parser.add_argument("--choices", default="", help="JSONL for classification: context, question, choices, answer")
-    parser.add_argument("--longbench", default="", help="folder of its .jsonl files, or Hub name; empty: the original")
-    parser.add_argument("--ruler", default="", help="folder or Hub name of a RULER set; empty: samples are made")
-    parser.add_argument(
-        "--decode", default="keep", help="keep: tokens after the prompt stay; evict: policies that stream go on"
-    )
-    parser.add_argument("--sinks", type=int, help="protected by every policy; left out: what its paper protects")
-    parser.add_argument("--window", type=int, help="as --sinks, of recent tokens")
-    parser.add_argument("--dtype", default="bfloat16")
-    parser.add_argument("--out", default="", help="folder for the results; empty: the adapter's, or results")
-    parser.add_argument("--fresh", action="store_true", help="throw away the records in --out")
-    return parser.parse_args(argv)
-
-
-def checked(argument: str, text: str, known) -> list[str]:
-    from gatekv.config import check_choice
-
-    names = [t for t in text.split(",") if t]
-    for name in names:
-        check_choice(argument, name, known)
-    return names
+    n: int = option(100, "Scored answers of each task and seed.")
+    n_ppl: int = option(16, "Stretches of 128 tokens for ppl, of each seed.")
+    seeds: list[int] = option([0], "Of the samples.")
+    tokens: int | None = option(None, "Of the contexts; left out: each task's own, 600 to 1280.")
+    data: list[str] = option([], "Held-out text files; left out: the bundled ones.")
+    choices: str = option("", "JSONL for classification: context, question, choices, answer.")
+    longbench: str = option("", "Folder of its .jsonl files, or Hub name; left out: the original.")
+    ruler: str = option("", "Folder or Hub name of a RULER set; left out: samples are made.")
+    maps: str = option("", "A second adapter, whose low-rank maps stand beside the first one's gate.")
+    decode: str = option("keep", "Tokens after the prompt stay, or policies that stream go on.", choices=DECODES)
+    sinks: int | None = option(None, "Protected by every policy; left out: what its paper protects.")
+    window: int | None = option(None, "As sinks, of recent tokens.")
+    out: str = option("", "Folder for the results; left out: the adapter's, or results.")
+    fresh: bool = option(False, "Throw away the records that are there.")
 
 
 def refusal(reason: str) -> str:
@@ -94,106 +87,103 @@ def print_table(rows: list[dict], comparisons: list[dict]) -> None:
         )
 
 
-def provenance(argv: list[str]) -> dict:
+def provenance(argv: list[str], hardware: Hardware) -> dict:
+    """What made a result: commit (of a checkout), versions, command, kind of machine."""
     import peft
     import torch
     import transformers
 
     import gatekv
 
-    git = subprocess.run(["git", "rev-parse", "--short", "HEAD"], cwd=ROOT, capture_output=True, text=True)
+    source = Path(gatekv.__file__).parent
+    git = subprocess.run(["git", "rev-parse", "--short", "HEAD"], cwd=source, capture_output=True, text=True)
     versions = {m.__name__: m.__version__ for m in (gatekv, torch, transformers, peft)}
     command = "python recipes/evaluate.py " + " ".join(argv)
-    return {"commit": git.stdout.strip(), "versions": versions, "command": command}
+    machine = {"machine": hardware.machine, "threads": hardware.threads, "dtype": hardware.dtype_name}
+    return {"commit": git.stdout.strip(), "versions": versions, "command": command, **machine}
 
 
-def checked_arguments(args: argparse.Namespace) -> tuple[list[str], list[float], list[str], list[str], list[int]]:
-    """(policies, budgets, tasks, modes, seeds), or ValueError before anything is loaded."""
+def check(options: EvaluateOptions) -> list[str]:
+    """The policies to score, LESS's controls among them; ValueError before anything is loaded."""
     from gatekv import policies
-    from gatekv.config import check_choice
-    from gatekv.evaluation import frontier, tasks
+    from gatekv.evaluation import frontier
 
-    names = [p for p in args.policies.split(",") if p and p != "full"]
+    names = [p for p in options.policies if p != "full"]
     alone = ["+".join(part for part in p.split("+") if part != "less") for p in names]  # LESS's control, unasked
     names = list(dict.fromkeys([*names, *alone]))
-    budgets = [float(b) for b in args.budgets.split(",") if b]
     for name in names:
-        for budget in budgets:
+        for budget in options.budgets:
             policies.resolve(name.replace(frontier.UNTRAINED, "gate"), budget)
-    chosen, modes = checked("task", args.tasks, tasks.NAMES), checked("mode", args.mode, tasks.MODES)
-    check_choice("decode", args.decode, ("keep", "evict"))
-    if args.n < 1 or args.n_ppl < 1:
+    if options.n < 1 or options.n_ppl < 1:
         raise ValueError("--n and --n_ppl count scored answers and must be at least 1.")
-    if args.tokens is not None and args.tokens < 64:
-        raise ValueError(f"--tokens {args.tokens} leaves no room for facts: use at least 64.")
-    try:
-        seeds = [int(s) for s in args.seeds.split(",") if s]
-    except ValueError as error:
-        raise ValueError(f"--seeds {args.seeds!r} must be whole numbers with commas, like 0,1.") from error
-    if args.maps and not args.adapter:
+    if options.tokens is not None and options.tokens < 64:
+        raise ValueError(f"--tokens {options.tokens} leaves no room for facts: use at least 64.")
+    if options.maps and not options.adapter:
         raise ValueError(
             "--maps stand beside a gate: name its adapter with --adapter; maps alone are an --adapter too."
         )
-    return names, budgets, chosen, modes, seeds or [0]
+    return names
 
 
-def main(argv: list[str]) -> None:
-    args = parse(argv)
+def main(argv: list[str]) -> dict:
+    """Returns what results.json holds: {"rows", "comparisons", "run"}."""
+    options = load(argv, EvaluateOptions, __doc__)
     import torch
-    from peft import PeftModel
 
     from gatekv import report
-    from gatekv.evaluation import frontier, results, tasks
-    from gatekv.evaluation.records import Records, settings
+    from gatekv.bundled import adapter_path
+    from gatekv.evaluation import frontier, results
+    from gatekv.evaluation.records import Records, pinned_dtype, settings
     from gatekv.evaluation.tasks.classification import classification, load_choices
     from gatekv.modules import gate_spec
     from gatekv.training.card import write_card
 
     torch.manual_seed(0)
-    names, budgets, chosen, modes, seeds = checked_arguments(args)
-    examples = load_choices(args.choices) if args.choices else None
-    if examples and "classification" in chosen and len(examples) < args.n:
-        raise ValueError(f"--choices has {len(examples)} examples: lower --n from {args.n}.")
-    texts = tasks.heldout_texts([d for d in args.data.split(",") if d])
-    published = {t: tasks.published(t, args.longbench, args.ruler) for t in chosen if t in tasks.PUBLISHED}
+    names, chosen = check(options), options.tasks
+    examples = load_choices(options.choices) if options.choices else None
+    if examples and "classification" in chosen and len(examples) < options.n:
+        raise ValueError(f"--choices has {len(examples)} examples: lower --n from {options.n}.")
+    texts = known.heldout_texts(options.data)
+    published = {t: known.published(t, options.longbench, options.ruler) for t in chosen if t in known.PUBLISHED}
 
-    base, revision = base_of(args.adapter) if args.adapter and not args.model else (args.model, None)
-    model, tokenizer = load_model(base, args.dtype, revision)
-    if args.adapter:
-        model = PeftModel.from_pretrained(model, args.adapter)
-    if args.maps:
+    beside = (
+        options.adapter if Path(options.adapter).is_dir() else ""
+    )  # a folder named as a repository would be taken for it
+    out = Path(options.out or beside or "results")
+    earlier = "" if options.fresh else pinned_dtype(out / "records.jsonl")
+    model, tokenizer, hardware, base = load_adapted(options, earlier)
+    if options.maps:
         if model.peft_config["default"].less_rank:
-            raise ValueError(f"{args.adapter} has low-rank maps of its own: leave --maps out.")
-        model.load_adapter(args.maps, "maps")
+            raise ValueError(f"{options.adapter} has low-rank maps of its own: leave --maps out.")
+        model.load_adapter(adapter_path(options.maps), "maps")
         frontier.use_gate(model, "default")
-    model.eval()
+        model.eval()
     if gate_spec(model) is None:
         names = [p for p in names if not p.startswith(("gate", frontier.UNTRAINED))]
 
-    beside = args.adapter if Path(args.adapter).is_dir() else ""  # a folder named as a repository would be taken for it
-    out = Path(args.out or beside or "results")
-    options = {"tokens": args.tokens, "decode": args.decode, "sinks": args.sinks, "window": args.window}
-    pinned = {"dtype": args.dtype, **options, "longbench": args.longbench or None, "ruler": args.ruler or None}
-    pinned = settings(model, base, pinned, texts, examples)
-    records = Records(out / "records.jsonl", pinned, args.fresh)
+    protection = {name: getattr(options, name) for name in ("tokens", "decode", "sinks", "window")}
+    pinned = {"dtype": hardware.dtype_name, **protection}
+    pinned |= {"longbench": options.longbench or None, "ruler": options.ruler or None}
+    records = Records(out / "records.jsonl", settings(model, base, pinned, texts, examples), options.fresh)
     for task in chosen:
-        n = args.n_ppl if task == "ppl" else args.n
+        n = options.n_ppl if task == "ppl" else options.n
         build = functools.partial(classification, examples=examples) if task == "classification" else None
         if task in published:
             room = model.config.get_text_config().max_position_embeddings
             build, n = functools.partial(published[task][0], room=room), min(n, published[task][1] or n)
-        for mode in modes if task not in tasks.AGNOSTIC_ONLY else ["agnostic"]:
-            for seed in seeds:
-                where = (names, budgets, task, mode, n, seed, records)
-                frontier.evaluate(model, tokenizer, texts, *where, build=build, **options)
+        for mode in options.mode if task not in known.AGNOSTIC_ONLY else ["agnostic"]:
+            for seed in options.seeds or [0]:
+                where = (names, options.budgets, task, mode, n, seed, records)
+                frontier.evaluate(model, tokenizer, texts, *where, build=build, **protection)
     rows, comparisons = results.rows(records.lines), results.comparisons(records.lines)
-    found = {"rows": rows, "comparisons": comparisons, "run": provenance(argv)}
+    found = {"rows": rows, "comparisons": comparisons, "run": provenance(argv, hardware)}
     (out / "results.json").write_text(json.dumps(found, indent=1))
     print_table(rows, comparisons)
     report.frontier(found, out / "frontier.png")
     if (out / "training.json").is_file():
         write_card(out)
     print(f"wrote {out}/records.jsonl, results.json and frontier.png", file=sys.stderr)
+    return found
 
 
 if __name__ == "__main__":

@@ -9,10 +9,12 @@ Texts are cut into rows of --tokens tokens, each judged as a prompt of its own. 
 first in the highest bit (numpy.unpackbits). The metadata names policy, budget, model, adapter and layers.
 """
 
-import argparse
+from dataclasses import dataclass
 from pathlib import Path
 
-from common import base_of, load_model, run
+from gatekv.config import option
+from gatekv.options import LoadOptions, load
+from gatekv.recipes.common import load_adapted, run
 
 SHARD = 256  # rows a file
 
@@ -28,25 +30,26 @@ def rows_of(texts: list[str], tokenizer, tokens: int, most: int) -> list[list[in
     return rows[:most]
 
 
+@dataclass
+class ExportOptions(LoadOptions):
+    """Whose flags, of what."""
+
+    policy: str = option("", "Left out: gate+global with an adapter, snapkv+ada without.")
+    budget: float = option(0.25, "Share of a row's tokens to keep.")
+    data: list[str] = option([], "Text files; left out: the bundled held-out ones.")
+    tokens: int = option(1024, "Of a row, a multiple of 8.")
+    rows: int = option(64, "At most.")
+    out: str = option("flags", "Folder.")
+
+
 def main(argv: list[str]) -> None:
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("--adapter", default="", help="folder or Hub name; empty: training-free policies")
-    parser.add_argument("--model", default="", help="base model; empty: the adapter's, or the embedded one")
-    parser.add_argument("--policy", default="", help="empty: gate+global with an adapter, snapkv+ada without")
-    parser.add_argument("--budget", type=float, default=0.25)
-    parser.add_argument("--data", default="", help="text files, with commas; empty: the bundled held-out ones")
-    parser.add_argument("--tokens", type=int, default=1024, help="a row")
-    parser.add_argument("--rows", type=int, default=64, help="at most")
-    parser.add_argument("--dtype", default="bfloat16")
-    parser.add_argument("--out", default="flags", help="folder")
-    args = parser.parse_args(argv)
+    args = load(argv, ExportOptions, __doc__)
     if args.tokens < 8 or args.tokens % 8:
         raise ValueError(f"--tokens {args.tokens}: eight flags go into a byte, so use a multiple of 8.")
     if args.rows < 1:
         raise ValueError(f"--rows {args.rows}: at least 1.")
     import numpy
     import torch
-    from peft import PeftModel
     from safetensors.torch import save_file
     from tqdm import tqdm
 
@@ -55,11 +58,8 @@ def main(argv: list[str]) -> None:
     from gatekv.fingerprint import gates_sha256
     from gatekv.modules import wrappers
 
-    base = base_of(args.adapter) if args.adapter and not args.model else (args.model, None)
-    model, tokenizer = load_model(base[0], args.dtype, base[1])
-    if args.adapter:
-        model = PeftModel.from_pretrained(model, args.adapter).eval()
-    rows = rows_of(heldout_texts([d for d in args.data.split(",") if d]), tokenizer, args.tokens, args.rows)
+    model, tokenizer, _, base = load_adapted(args)
+    rows = rows_of(heldout_texts(args.data), tokenizer, args.tokens, args.rows)
     if not rows:
         raise ValueError(f"no text of --data is as long as --tokens {args.tokens}: lower it.")
     policy = args.policy or ("gate+global" if args.adapter else "snapkv+ada")
@@ -72,7 +72,7 @@ def main(argv: list[str]) -> None:
             keep.append(torch.from_numpy(numpy.packbits(kept[:, 0].cpu().numpy(), axis=-1)))
         said = {
             "policy": policy, "budget": str(args.budget), "tokens": str(args.tokens), "gatekv": gatekv.__version__,
-            "model": args.model or base[0] or "embedded", "adapter": gates_sha256(model) or "",
+            "model": base or "embedded", "adapter": gates_sha256(model) or "",
             "layers": ",".join(str(w.layer_idx) for w in wrappers(model)),
         }  # fmt: skip
         save_file({"input_ids": part, "keep": torch.stack(keep)}, out / f"flags-{shard:05}.safetensors", said)

@@ -5,37 +5,37 @@ python recipes/generate.py --policy snapkv --budget .25 --prompt "…"
 python recipes/generate.py --adapter checkpoints/demo --file notes.txt --question "Who owns the lantern?"
 """
 
-import argparse
 import random
+from dataclasses import dataclass
 from pathlib import Path
 
-from common import base_of, load_model, run
+from gatekv.config import option
+from gatekv.options import LoadOptions, load
+from gatekv.recipes.common import load_adapted, run
+
+
+@dataclass
+class GenerateOptions(LoadOptions):
+    """What is read, asked and held."""
+
+    policy: str = option("", "Left out: gate+global with an adapter, else full.")
+    budget: float | None = option(None, "Share of the prompt's tokens to hold; left out: a quarter, or all of them.")
+    prompt: str = option("", "Text to read; left out: a held-out text with four facts written in.")
+    file: str = option("", "File to read the context from.")
+    question: str = option("", "Asked after the context was compressed.")
+    max_new_tokens: int = option(24, "Tokens to generate.")
 
 
 def main(argv: list[str]) -> None:
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("--adapter", default="")
-    parser.add_argument("--model", default="")
-    parser.add_argument("--policy", default="", help="empty: gate+global with an adapter, else full")
-    parser.add_argument("--budget", type=float, default=None)
-    parser.add_argument("--prompt", default="", help="empty: a held-out text with four facts written in")
-    parser.add_argument("--file", default="", help="context to read from a file")
-    parser.add_argument("--question", default="", help="asked after the context was compressed")
-    parser.add_argument("--max_new_tokens", type=int, default=24)
-    parser.add_argument("--dtype", default="bfloat16")
-    args = parser.parse_args(argv)
+    args = load(argv, GenerateOptions, __doc__)
     import torch
-    from peft import PeftModel
 
     import gatekv
     from gatekv.evaluation.tasks import heldout_texts
     from gatekv.facts import chat_frame, make_sample
     from gatekv.policies.fastgen import token_kinds
 
-    base = base_of(args.adapter) if args.adapter and not args.model else (args.model, None)
-    model, tokenizer = load_model(base[0], args.dtype, base[1])
-    if args.adapter:
-        model = PeftModel.from_pretrained(model, args.adapter)
+    model, tokenizer, _, _ = load_adapted(args)
     frame = chat_frame(tokenizer)
     if args.prompt or args.file:
         context = frame[0] + (Path(args.file).read_text() if args.file else args.prompt)
@@ -50,7 +50,7 @@ def main(argv: list[str]) -> None:
     ids = encode(context)
     policy = args.policy or ("gate+global" if args.adapter else "full")
     kinds = token_kinds(tokenizer)[ids.cpu()] if policy.startswith("fastgen") else None
-    budget = args.budget if args.budget or policy == "full" else 0.25
+    budget = 0.25 if args.budget is None and policy != "full" else args.budget
     cache = gatekv.KVCache(model, policy, budget, kinds=kinds)
     model(input_ids=ids, past_key_values=cache, logits_to_keep=1)  # the context alone is the prompt that is compressed
     after_prefill = cache.memory()

@@ -12,7 +12,8 @@ Options: gatekv.training.less_config.LessConfig. Writes the adapter (with the ga
 card and training.json to output_dir, checkpoints before; use it as KVCache(model, "snapkv+less", 0.125).
 """
 
-from common import begin, finish, fit, judge, predict, run, save
+from gatekv.recipes.common import run
+from gatekv.recipes.frame import begin, finish, fit, judge, predict, save
 
 
 def main(argv: list[str]) -> dict | None:
@@ -30,7 +31,7 @@ def main(argv: list[str]) -> dict | None:
             maps |= {"less_policy": config.policy, "less_budget": config.target_keep}
             return with_maps(model, config.adapter, config.fresh_gate, config.train_gate, **maps)
 
-    config = load_config(argv, LessConfig)
+    config = load_config(argv, LessConfig, __doc__)
     if config.dry_run:
         return predict(config, gated)
     accelerator, model, tokenizer = begin(config)

@@ -17,7 +17,7 @@ def clock(device: str) -> float:
         return time.process_time()
     import torch
 
-    torch.cuda.synchronize()
+    torch.accelerator.synchronize()
     return time.perf_counter()
 
 
@@ -67,7 +67,7 @@ def peak(work, device: str) -> tuple[object, int]:
     return result, torch.cuda.max_memory_allocated() - before
 
 
-def small_llama(dtype: str):
+def small_llama(dtype):
     """A random Llama of 30 million parameters: 10 layers, 8 heads over 2 KV heads of 64."""
     import torch
     from transformers import LlamaConfig, LlamaForCausalLM
@@ -77,7 +77,7 @@ def small_llama(dtype: str):
         hidden_size=512, intermediate_size=1280, num_hidden_layers=10, num_attention_heads=8, num_key_value_heads=2,
         head_dim=64, vocab_size=8192, max_position_embeddings=131072, tie_word_embeddings=True,
     )  # fmt: skip
-    return LlamaForCausalLM(config).to(getattr(torch, dtype)).eval()
+    return LlamaForCausalLM(config).to(dtype).eval()
 
 
 def skewed():

@@ -8,11 +8,11 @@ from pathlib import Path
 class Peer:
     """kvpress in its own environment: a process that prefills under a press and then steps when told to."""
 
-    def __init__(self, python: str, model: str, dtype: str, press: str):
+    def __init__(self, python: str, model, press: str):
         script = Path(__file__).with_name("peer_kvpress.py")
         if not Path(python).is_file():
             raise ValueError(f"no python at {python}: `make peer` builds the environment that --peer kvpress needs.")
-        command = [python, str(script), model, dtype, press]
+        command = [python, str(script), model.name_or_path, str(model.dtype).removeprefix("torch."), press]
         self.process = subprocess.Popen(command, stdin=subprocess.PIPE, stdout=subprocess.PIPE, text=True)
 
     def ask(self, **request) -> dict:

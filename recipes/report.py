@@ -1,34 +1,34 @@
 """Draw a results.json, and show on a text which tokens the policies keep: pictures and one page for a browser.
 
-    python recipes/report.py                                     # the committed results; training-free policies
-    python recipes/report.py --adapter checkpoints/demo --results checkpoints/demo/results.json --budgets .25,.125
-    python recipes/report.py --results "" --text notes.txt --policies snapkv,snapkv+ada,l2      # only the text
+    python recipes/report.py --adapter checkpoints/demo --budgets .25,.125       # its results, and a text
+    python recipes/report.py --results docs/results.json                         # those of the documentation
+    python recipes/report.py --text notes.txt --policies snapkv,snapkv+ada,l2    # only the text
 
 Writes report.html, frontier.png, tables.md, keep.png and, where the results have needle cells, needle.png to --out.
 """
 
-import argparse
 import json
 import random
 import sys
+from dataclasses import dataclass
 from pathlib import Path
 
-from common import ROOT, base_of, load_model, run
+from gatekv.config import option
+from gatekv.options import LoadOptions, load
+from gatekv.recipes.common import load_adapted, run
 
-LEARNED, FREE = "gate+global,gate", "snapkv,snapkv+ada,l2,sinks_recent,random"
+LEARNED, FREE = ["gate+global", "gate"], ["snapkv", "snapkv+ada", "l2", "sinks_recent", "random"]
 
 
-def parse(argv: list[str]) -> argparse.Namespace:
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("--results", default=str(ROOT / "docs" / "results.json"), help="empty: only the text")
-    parser.add_argument("--adapter", default="", help="folder or Hub name; empty: training-free policies only")
-    parser.add_argument("--model", default="", help="base model; empty: the adapter's, or the embedded one")
-    parser.add_argument("--policies", default="", help="empty: the adapter's gates and the training-free ones")
-    parser.add_argument("--budgets", default=".25", help="shares of the tokens, with commas")
-    parser.add_argument("--text", default="", help="file to read; empty: a held-out text with four facts written in")
-    parser.add_argument("--dtype", default="bfloat16")
-    parser.add_argument("--out", default="results", help="folder for the pictures and the page")
-    return parser.parse_args(argv)
+@dataclass
+class ReportOptions(LoadOptions):
+    """What is drawn."""
+
+    results: str = option("", "A results.json that evaluate wrote; left out: the adapter's, where it has one.")
+    policies: list[str] = option([], "Left out: the adapter's gates and the training-free ones.")
+    budgets: list[float] = option([0.25], "Shares of the tokens.")
+    text: str = option("", "File to read; left out: a held-out text with four facts written in.")
+    out: str = option("results", "Folder for the pictures and the page.")
 
 
 def sample_text(tokenizer, path: str) -> str:
@@ -46,11 +46,14 @@ def sample_text(tokenizer, path: str) -> str:
     return make_sample(heldout_texts([])[0], rng, facts=4, characters=3000, split="heldout", frame=frame).context
 
 
-def read_results(path: str) -> dict:
+def read_results(path: str, adapter: str) -> dict:
     if not path:
-        return {"rows": []}
+        beside = Path(adapter) / "results.json"
+        if not (adapter and beside.is_file()):
+            return {"rows": []}
+        path = str(beside)
     if not Path(path).is_file():
-        raise ValueError(f"--results {path} is no file: run recipes/evaluate.py, or leave it empty for the text alone.")
+        raise ValueError(f"--results {path} is no file: run evaluate, or leave it out for the text alone.")
     results = json.loads(Path(path).read_text(encoding="utf-8"))
     if not isinstance(results, dict) or "rows" not in results:
         raise ValueError(f"--results {path} has no rows: name a results.json that recipes/evaluate.py wrote.")
@@ -58,22 +61,18 @@ def read_results(path: str) -> dict:
 
 
 def main(argv: list[str]) -> None:
-    args = parse(argv)
-    results = read_results(args.results)
-    from peft import PeftModel
+    args = load(argv, ReportOptions, __doc__)
+    from gatekv.bundled import adapter_path
+
+    results = read_results(args.results, adapter_path(args.adapter))
 
     from gatekv import report
     from gatekv.evaluation.keepmap import keep_map
 
-    names = args.policies or (f"{LEARNED},{FREE}" if args.adapter else FREE)
-    names = [p for p in names.split(",") if p]
-    budgets = [float(b) for b in args.budgets.split(",") if b]
-    base = base_of(args.adapter) if args.adapter and not args.model else (args.model, None)
-    model, tokenizer = load_model(base[0], args.dtype, base[1])
-    if args.adapter:
-        model = PeftModel.from_pretrained(model, args.adapter).eval()
+    names = args.policies or ([*LEARNED, *FREE] if args.adapter else FREE)
+    model, tokenizer, _, _ = load_adapted(args)
     ids = tokenizer(sample_text(tokenizer, args.text), add_special_tokens=False, return_tensors="pt").input_ids
-    maps = keep_map(model, tokenizer, ids, names, budgets)
+    maps = keep_map(model, tokenizer, ids.to(model.device), names, args.budgets)
     for entry in maps["refused"]:
         print(f"{entry['policy']} at {entry['budget']} refused: {entry['refused']}", file=sys.stderr)
     maps["run"] = {"command": "python recipes/report.py " + " ".join(argv), "tokens": ids.shape[1]}

@@ -12,16 +12,18 @@
     python recipes/evaluate.py --adapter checkpoints/sft/vitaminc --tasks classification --mode aware \\
         --choices data/cache/sft/vitaminc/heldout.jsonl --policies gate+global,snapkv,h2o,l2 --budgets .372
 
-Options: gatekv.training.sft_config.SFTConfig. With --adapter the gates begin as those trained on plain text. The loss
+With --adapter the gates begin as those trained on plain text. The loss
 is on completions alone, behind the compressed prompt. Writes checkpoints, then the adapter (one folder, gate and LoRA),
 its card and training.json to output_dir.
 """
 
-from common import ROOT, begin, finish, fit, judge, predict, run, save
+from gatekv.recipes.common import run
+from gatekv.recipes.frame import begin, finish, fit, judge, predict, save
 
 
 def main(argv: list[str]) -> dict | None:
     from gatekv import GateKVConfig
+    from gatekv.bundled import TASK
     from gatekv.training.calibrate import calibrate
     from gatekv.training.examples import Examples
     from gatekv.training.objective import Objective
@@ -37,13 +39,13 @@ def main(argv: list[str]) -> dict | None:
             adapter = GateKVConfig(task_type="CAUSAL_LM", lora=config.lora, **vars(config.spec))
             return start_from(model, config.adapter, adapter)
 
-    config = load_config(argv, SFTConfig)
+    config = load_config(argv, SFTConfig, __doc__)
     if config.dry_run:
         return predict(config, tuned)
     accelerator, model, tokenizer = begin(config)
     data = Examples(
         tokenizer,
-        config.data or [str(ROOT / "data" / "sample" / "sft.jsonl")],
+        config.data or [str(TASK)],
         config.sequence_length,
         mode=config.mode,
         seed=config.seed,

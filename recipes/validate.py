@@ -9,38 +9,35 @@ will not. A model or adapter that gatekv does not serve is one line, and exit co
 attention can tell is not told: a base of the same shapes but other weights, arguments its layers pass to attention.
 """
 
-import argparse
 import functools
+from dataclasses import dataclass
 
-from common import base_of, read_shape, run
-
-
-def parse(argv: list[str]) -> argparse.Namespace:
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("--adapter", default="", help="folder or Hub name of a gatekv adapter")
-    parser.add_argument("--model", default="", help="base model; empty: the adapter's, or the embedded one")
-    parser.add_argument("--policies", default="", help="empty: gate+global with an adapter's gate, else snapkv")
-    parser.add_argument("--budgets", default=".5,.25,.125,.0625", help="none: a gate's own threshold")
-    parser.add_argument("--prompt_tokens", default="1024,8192", help="lengths of prompts")
-    parser.add_argument("--new_tokens", type=int, default=128, help="generated behind each")
-    parser.add_argument("--batch_size", type=int, default=1)
-    parser.add_argument("--dtype", default="bfloat16", help="of the model, and so of its keys and values")
-    parser.add_argument("--prefill", help="dense or sparse; left out: the policy's own")
-    parser.add_argument("--decode", help="keep or evict; left out: the policy's own")
-    parser.add_argument("--sinks", type=int, help="left out: as trained, or as the policy's paper has it")
-    parser.add_argument("--window", type=int, help="as --sinks, of recent tokens")
-    return parser.parse_args(argv)
+from gatekv.config import option
+from gatekv.hardware import choose
+from gatekv.options import LoadOptions, load
+from gatekv.recipes.common import base_of, read_shape, run
 
 
-def numbers(argument: str, text: str, kind) -> list:
-    try:
-        return [kind(part) for part in text.split(",") if part]
-    except ValueError as error:
-        raise ValueError(f"{argument} {text!r} must be numbers with commas.") from error
+@dataclass
+class ValidateOptions(LoadOptions):
+    """What is asked of a cache that is not there yet."""
+
+    policies: list[str] = option([], "Left out: gate+global with an adapter's gate, else snapkv.")
+    budgets: list[str] = option([".5", ".25", ".125", ".0625"], "Shares of the tokens; none: a gate's own threshold.")
+    prompt_tokens: list[int] = option([1024, 8192], "Lengths of prompts.")
+    new_tokens: int = option(128, "Generated behind each.")
+    batch_size: int = option(1, "Rows.")
+    prefill: str | None = option(None, "dense or sparse; left out: the policy's own.")
+    decode: str | None = option(None, "keep or evict; left out: the policy's own.")
+    sinks: int | None = option(None, "Left out: as trained, or as the policy's paper has it.")
+    window: int | None = option(None, "As sinks, of recent tokens.")
 
 
 def share(text: str) -> float | None:
-    return None if text == "none" else float(text)
+    try:
+        return None if text == "none" else float(text)
+    except ValueError as error:
+        raise ValueError(f"--budgets {text!r} must be numbers with commas.") from error
 
 
 def empty_model(adapter: str, model: str, dtype: str):
@@ -95,18 +92,19 @@ def text_of(row: dict, limit: int) -> str:
 
 
 def main(argv: list[str]) -> list[dict]:
-    args = parse(argv)
+    args = load(argv, ValidateOptions, __doc__)
+    from gatekv.bundled import adapter_path
     from gatekv.modules import base_model, gate_spec, wrappers
 
-    budgets = numbers("--budgets", args.budgets, share)
-    lengths = numbers("--prompt_tokens", args.prompt_tokens, int)
+    budgets, lengths = [share(text) for text in args.budgets], args.prompt_tokens
+    adapter, hardware = adapter_path(args.adapter), choose(args.device, args.dtype)
     if min([*lengths, args.batch_size]) < 1 or args.new_tokens < 0:
         raise ValueError("--prompt_tokens and --batch_size count from 1, --new_tokens from 0.")
-    model = empty_model(args.adapter, args.model, args.dtype)
-    policies = args.policies.split(",") if args.policies else ["gate+global" if gate_spec(model) else "snapkv"]
+    model = empty_model(adapter, args.model, hardware.dtype_name)
+    policies = args.policies or ["gate+global" if gate_spec(model) else "snapkv"]
     config = base_model(model).config.get_text_config(decoder=True)
     gated, every = len(wrappers(model)), config.num_hidden_layers
-    print(f"{config.model_type}: {gated} layers evict, {every - gated} have a sliding window; {args.dtype}")
+    print(f"{config.model_type}: {gated} layers evict, {every - gated} have a sliding window; {hardware.dtype_name}")
     if args.adapter:
         own = sum(p.numel() for name, p in model.named_parameters() if "gatekv_" in name or "lora_" in name)
         print(f"{args.adapter}: {own:,} parameters beside the cache")

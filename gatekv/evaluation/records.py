@@ -31,6 +31,15 @@ def settings(model: nn.Module, name: str, options: dict, texts: list[str], examp
     return {"gatekv": VERSION, "model": base, "adapter": adapter, **options, **data}
 
 
+def pinned_dtype(path: Path) -> str:
+    """The dtype of the results that a file holds; "" where it is none, or says nothing (`Records` says why)."""
+    try:
+        with path.open() as file:
+            return json.loads(file.readline())["pinned"]["dtype"]
+    except (OSError, ValueError, KeyError, TypeError):
+        return ""
+
+
 class Records:
     """Lines of a JSONL file behind one header line that pins what they were made with.
 

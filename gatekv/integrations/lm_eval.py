@@ -6,6 +6,7 @@
 
 A context is read and compressed, and then its last token is fed to what is left of it: the first token of a
 continuation, scored or generated, comes from the compressed cache. The bytes really held go into results["config"].
+Tasks that generate are also read as LongBench and RULER read their prompts, where asked to: see `PromptFormat`.
 The harness (0.4.13) loads no plugins, so that `--model gatekv` needs this module's own command line.
 """
 
@@ -18,6 +19,7 @@ import torch
 from lm_eval.__main__ import cli_evaluate
 from lm_eval.api.registry import register_model
 from lm_eval.models.huggingface import HFLM
+from lm_eval.models.utils import has_bos_prefix
 from peft import PeftModel
 from tqdm import tqdm
 
@@ -25,6 +27,7 @@ from gatekv.adapter import GateKVConfig
 from gatekv.cache.decision import admit
 from gatekv.cache.kvcache import KVCache
 from gatekv.config import check_choice
+from gatekv.integrations.lm_eval_prompts import Framed, Prompt, PromptFormat
 from gatekv.policies.budgets import BudgetError
 
 Request = tuple[
@@ -74,6 +77,10 @@ class GateKVLM(HFLM):
         policy, budget, prefill, decode, sinks, window: as for `gatekv.KVCache`.
         short: prompts too short for the budget: "refuse", or "whole": they evict nothing, and are counted in the
             results (`kv_prompts_whole`).
+        compress: "prompt", or "before_question": the question of a generating task is not seen when tokens are evicted.
+        truncate: "left", as the harness does, or "middle", as LongBench does, of a generating task's prompt.
+        no_chat: tasks without the chat template, as patterns with "+" between them; "longbench": LongBench's own.
+            compress, truncate and no_chat: see `PromptFormat`.
         batch_size: prompts read together, and continuations scored together; a number.
         harness: of `lm_eval.models.huggingface.HFLM`.
 
@@ -87,8 +94,13 @@ class GateKVLM(HFLM):
     def __init__(self, pretrained="", *, adapter: str | None = None, policy: str | None = None,
                  budget: float | None = None, prefill: str | None = None, decode: str | None = None,
                  sinks: int | None = None, window: int | None = None, short: str = "refuse",
+                 compress: str = "prompt", truncate: str = "left", no_chat: str | list[str] = "",
                  batch_size: int | str = 1, **harness):  # fmt: skip
         check_choice("short", short, ("refuse", "whole"))
+        self.format = PromptFormat.of(compress, truncate, no_chat)
+        self._framed: dict[str, Framed] = {}  # text with the chat template -> what it was put around
+        self._prompts: dict[str, Prompt] = {}  # text of the requests that are answered now -> its parts
+        self._asked: list[int] = []  # tokens of the batch's questions, row by row
         _refuse(batch_size, harness)
         if isinstance(pretrained, str) and not pretrained:
             if adapter is None:
@@ -127,12 +139,18 @@ class GateKVLM(HFLM):
         every = Held(*(sum(column) for column in zip(*(asdict(held).values() for held in self.held.values()))))
         kinds = {kind: held.report() for kind, held in self.held.items()}
         settings = {"kv_policy": str(self.plan.policy), "kv_budget": self.plan.policy.ratio}
+        settings |= {f"kv_{name}": value for name, value in asdict(self.format).items()}
         return super().get_model_info() | settings | every.report() | {"kv_by_request": kinds}
 
     # -- the three kinds of request
 
     def loglikelihood(self, requests, disable_tqdm: bool = False) -> list[Answer]:
-        """As the harness asks; see the module."""
+        """As the harness asks; see the module. Raises ValueError where the question is to be seen later."""
+        if self.format.compress == "before_question":
+            raise ValueError(
+                "compress='before_question' is for tasks that generate; this one scores continuations: use "
+                "compress='prompt', or leave such tasks out."
+            )
         with self._of("loglikelihood"):
             return super().loglikelihood(requests, disable_tqdm)
 
@@ -151,9 +169,38 @@ class GateKVLM(HFLM):
             return super().loglikelihood_rolling(requests, disable_tqdm)
 
     def generate_until(self, requests, disable_tqdm: bool = False) -> list[str]:
-        """As the harness asks; see the module."""
-        with self._of("generate_until"):
-            return super().generate_until(requests, disable_tqdm)
+        """As the harness asks; see the module, and `PromptFormat` for what it raises."""
+        prompts = {}
+        for request in [] if self.format.plain else requests:
+            text = request.args[0]
+            prompt = self.format.prompt(request.task_name or "", request.doc, text, self._framed.get(text))
+            if prompts.setdefault(text, prompt) != prompt:
+                raise ValueError(f"{request.task_name} and another task read one prompt in two ways: run them apart.")
+        before, self._prompts = self._prompts, prompts
+        try:
+            with self._of("generate_until"):
+                return super().generate_until(requests, disable_tqdm)
+        finally:
+            self._prompts, self._asked = before, []
+
+    def apply_chat_template(self, chat_history: list[dict[str, str]], add_generation_prompt: bool = True) -> str:
+        """As the harness asks; what the template was put around is remembered where prompts are taken apart."""
+        text = super().apply_chat_template(chat_history, add_generation_prompt)
+        if not self.format.plain:
+            self._framed[text] = Framed(tuple((m["role"], m["content"]) for m in chat_history), text)
+        return text
+
+    def tok_batch_encode(self, strings, padding_side="left", left_truncate_len=None, truncation=False):
+        """(ids, mask), [batch, tokens] each: prompts padded on the left, of at most left_truncate_len tokens."""
+        if not all(text in self._prompts for text in strings):
+            return super().tok_batch_encode(strings, padding_side, left_truncate_len, truncation)
+        parts = []
+        for text in strings:
+            prompt = self._prompts[text]
+            begun = has_bos_prefix(prompt.before or prompt.body, getattr(self.tokenizer, "bos_token", None))
+            parts.append(prompt.ids(self.tokenizer, left_truncate_len, False if begun else self.add_bos_token))
+        self._asked = [len(question) for _, question in parts]
+        return _padded([context + question for context, question in parts], self.tokenizer.pad_token_id)
 
     # -- what they come down to
 
@@ -239,23 +286,24 @@ class GateKVLM(HFLM):
         return found
 
     def _model_generate(self, context, max_length: int, stop: list[str], **options) -> torch.Tensor:
-        """The harness' own, with a cache that has read and compressed all but the last token of every context."""
+        """The harness' own, with a cache that has read and compressed what stands before every question.
+
+        Where prompts are not taken apart, the question is the last token.
+        """
         if self.keeps_all:
             return self._generate(self._cache(), context, max_length, stop, **options)
         if options.get("num_beams", 1) != 1 or options.get("num_return_sequences", 1) != 1:
             raise ValueError("several sequences from one compressed prompt are not generated here: leave num_beams=1.")
-        mask = options.pop("attention_mask")
-        short = torch.tensor([self._too_short(n - 1) for n in mask.sum(-1).tolist()], device=self.device)
+        mask, kinds = options.pop("attention_mask"), defaultdict(list)
+        for row, (tokens, asked) in enumerate(zip(mask.sum(-1).tolist(), self._asked or [1] * len(context))):
+            kinds[asked, self._too_short(tokens - asked)].append(row)
         out = context.new_full((len(context), max_length), self.tokenizer.pad_token_id)
         longest = 0
-        for whole in (True, False):
-            rows = short == whole
-            if not rows.any():
-                continue
+        for (asked, whole), rows in kinds.items():  # rows of a batch have their questions at the same place
             cache = self._cache(whole)
             if not whole:
-                prompts = [ids[real.bool()].tolist()[:-1] for ids, real in zip(context[rows], mask[rows])]
-                cache, _ = self._prefilled(prompts, context.shape[1] - 1)
+                prompts = [ids[real.bool()].tolist()[:-asked] for ids, real in zip(context[rows], mask[rows])]
+                cache, _ = self._prefilled(prompts, context.shape[1] - asked)
             part = self._generate(cache, context[rows], max_length, stop, whole, attention_mask=mask[rows], **options)
             out[rows, : part.shape[1]] = part
             longest = max(longest, part.shape[1])
@@ -283,9 +331,7 @@ class GateKVLM(HFLM):
         whole = self._too_short(len(rows[0]))
         width = max(map(len, rows)) if width is None else width
         cache = self._cache(whole, width if self.plan.waits else None)
-        mask = torch.tensor([[0] * (width - len(row)) + [1] * len(row) for row in rows], device=self.device)
-        pad = self.tokenizer.pad_token_id
-        ids = torch.tensor([[pad] * (width - len(row)) + row for row in rows], device=self.device)
+        ids, mask = (part.to(self.device) for part in _padded(rows, self.tokenizer.pad_token_id, width))
         positions = (mask.cumsum(-1) - 1).clamp_min(0)
         self.model(ids, attention_mask=mask, position_ids=positions, past_key_values=cache, logits_to_keep=1)
         self._count(cache, len(rows), whole, start=True)
@@ -319,6 +365,13 @@ class GateKVLM(HFLM):
             yield
         finally:
             self.kind = before
+
+
+def _padded(rows: list[list[int]], pad: int, width: int | None = None) -> tuple[torch.Tensor, torch.Tensor]:
+    """(ids, mask), [rows, width] each: rows with pads on their left, up to width or the longest."""
+    width = max(map(len, rows)) if width is None else width
+    ids = torch.tensor([[pad] * (width - len(row)) + row for row in rows])
+    return ids, torch.tensor([[0] * (width - len(row)) + [1] * len(row) for row in rows])
 
 
 def _chunks(items: list, size: int) -> list[list]:

@@ -1,6 +1,7 @@
 """What a checkpoint holds: trained parameters, AdamW moments, multipliers; never the base. And which run it is of."""
 
 import hashlib
+import json
 from pathlib import Path
 from typing import cast
 
@@ -115,3 +116,17 @@ def find(resume: str, output: Path) -> tuple[Path | None, dict, dict]:
         raise ValueError(f"none of the {len(newest)} checkpoints in {output} is whole: start anew without --resume.")
     logger.warning(f"no checkpoint in {output}: starting anew.")
     return None, {}, {}
+
+
+def dtype_of(resume: str, output: Path) -> str | None:
+    """The dtype of the base under which the checkpoint that `resume` asks for was trained; None without one."""
+    if not resume:
+        return None
+    newest = [rotation.folder_of(output, step) for step in rotation.steps(output)[::-1]]
+    for folder in newest if resume == "auto" else [Path(resume)]:
+        state = folder / rotation.STATE
+        try:
+            return json.loads(state.read_text())["identity"]["options"]["dtype"]
+        except (OSError, ValueError, KeyError, TypeError):  # `find` says what is wrong with it
+            continue
+    return None

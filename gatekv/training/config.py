@@ -1,60 +1,54 @@
-"""Options of `recipes/cpt.py`: a dataclass, the gate's own options beside the run's."""
+"""Options of `recipes/cpt.py`: the gate's own beside the run's."""
 
-import dataclasses
-from dataclasses import dataclass, field
+from dataclasses import dataclass
+from typing import ClassVar
 
-from gatekv.config import GateSpec, check_choice, check_keys, strict
+from gatekv.config import GateSpec, option, strict
 from gatekv.presets import PRESETS
 from gatekv.training.objective import KINDS as OBJECTIVES
 from gatekv.training.objective import check_objective
-from gatekv.training.options import GATE_OPTIONS, RunConfig
+from gatekv.training.options import Gated, RunConfig
 from gatekv.training.sparsity import KINDS as SPARSITIES
 from gatekv.training.sparsity import SCOPES
+
+PREFILLS = ("sparse", "dense")
 
 
 @strict
 @dataclass
-class CPTConfig(RunConfig):
-    """Continual pre-training of gates on a frozen model; options of `gatekv.training.options.RunConfig`, and these.
+class CPTConfig(Gated, RunConfig, GateSpec):
+    """Continual pre-training of gates on a frozen model.
 
-    Attributes:
-        preset: see gatekv.presets.
-        objective, prefill, sparsity, scope, sparsity_weight, polarise_weight, oracle_weight: see
-            gatekv.training.objective.Objective. warm_share: of the run that regresses to the oracle alone.
-        retrieval_share, recite_share, answer_weight, pack: see gatekv.training.data.TrainingData.
-        target_share: of the run over which the target falls from 1 to target_keep. Budgets are drawn (budget_spread)
-            with sparsity="budget" only.
-        gradient_checkpointing: hold one layer's activations at a time, for a third more time; with prefill="sparse".
-        spec: the gate, whose own options stand beside these in YAML and on the command line.
+    See `gatekv.training.objective.Objective` for losses and budgets, `gatekv.training.data.TrainingData` for the rows.
+
+    Raises:
+        ValueError: with the option and the cure.
     """
 
-    preset: str = "default"
+    recipe: ClassVar[str] = "cpt.py"
+
+    preset: str = option("default", "Named recipe whose values stand where nothing else is given.", choices=PRESETS)
     output_dir: str = "checkpoints/demo"
-    objective: str = "kl"
-    prefill: str = "sparse"
-    retrieval_share: float = 0.6
-    recite_share: float = 0.0
-    answer_weight: float = 20.0
-    pack: bool = False
-    sparsity: str = "abs"
-    scope: str = "global"
-    sparsity_weight: float = 20.0
-    polarise_weight: float = 0.0
-    oracle_weight: float = 0.0
-    warm_share: float = 0.0
-    target_share: float = 0.5
-    gradient_checkpointing: bool = False
-    spec: GateSpec = field(default_factory=GateSpec)
+    objective: str = option("kl", "Task loss.", choices=OBJECTIVES)
+    prefill: str = option("sparse", "Flags act inside the prompt (sparse) or behind it (dense).", choices=PREFILLS)
+    retrieval_share: float = option(0.6, "Share of the rows with facts written in and asked for.")
+    recite_share: float = option(0.0, "Share of the rows that ask for passages of their own text.")
+    answer_weight: float = option(20.0, "Loss weight of the tokens that answer a question.")
+    pack: bool = option(False, "Fill rows with several documents, kept apart.")
+    sparsity: str = option("abs", "How the share that is kept is held: exactly, or by a penalty.", choices=SPARSITIES)
+    scope: str = option("global", "What the share is a mean over.", choices=SCOPES)
+    sparsity_weight: float = option(20.0, "Weight of the sparsity penalty.")
+    polarise_weight: float = option(0.0, "Weight of the mean of 4p(1 - p), which pushes gates to 0 or 1.")
+    oracle_weight: float = option(0.0, "Weight of the regression to the attention that tokens receive.")
+    warm_share: float = option(0.0, "Share of the run that regresses to that attention alone.")
+    target_share: float = option(0.5, "Share of the run over which the kept share falls from 1 to target_keep.")
+    gradient_checkpointing: bool = option(False, "Hold one layer's activations at a time, for a third more time.")
 
     def __post_init__(self):
-        super().__post_init__()
-        check_choice("preset", self.preset, PRESETS)
-        if self.spec.gate == "none":
+        RunConfig.__post_init__(self)
+        GateSpec.__post_init__(self)
+        if self.gate == "none":
             raise ValueError("gate='none' leaves nothing to train here: choose a gate.")
-        check_choice("objective", self.objective, OBJECTIVES)
-        check_choice("prefill", self.prefill, ("sparse", "dense"))
-        check_choice("sparsity", self.sparsity, SPARSITIES)
-        check_choice("scope", self.scope, SCOPES)
         if self.warm_share > 0 and self.oracle_weight == 0:
             raise ValueError("warm_share trains on the oracle alone: set oracle_weight above 0 too.")
         if self.objective == "none" and self.oracle_weight == 0:
@@ -64,18 +58,6 @@ class CPTConfig(RunConfig):
                 "gradient_checkpointing is for prefill='sparse' and objectives that go backward through the model: "
                 "without it the pass behind a dense prompt is short, and layer-local losses hold one layer at a time."
             )
-        if self.pack and (self.prefill == "dense" or self.spec.context == "prompt"):
+        if self.pack and (self.prefill == "dense" or self.context == "prompt"):
             raise ValueError("pack=true is for flags that act as tokens pass: use prefill='sparse' and causal gates.")
         check_objective(self.objective, self.prefill, self.sparsity, self.scope, self.spec)
-
-    @classmethod
-    def from_options(cls, options: dict) -> "CPTConfig":
-        """From one flat dict, in which the gate's options stand beside the run's."""
-        gate = {k: v for k, v in options.items() if k in GATE_OPTIONS}
-        rest = {k: v for k, v in options.items() if k not in GATE_OPTIONS}
-        check_keys(cls.__name__, rest, {f.name for f in dataclasses.fields(cls)} | GATE_OPTIONS)
-        return cls(**rest, spec=GateSpec(**gate))
-
-    def options(self) -> dict:
-        """The flat dict that `from_options` takes."""
-        return {k: v for k, v in vars(self).items() if k != "spec"} | vars(self.spec)

@@ -3,11 +3,11 @@ so that resuming, accumulation and data parallelism are questions of counting.""
 
 import math
 import random
-from pathlib import Path
 from typing import TYPE_CHECKING, cast
 
 import torch
 
+from gatekv.bundled import TRAIN
 from gatekv.facts import chat_frame, make_sample, paragraph_window
 from gatekv.training.packing import Row, collate, joined
 from gatekv.training.sources import Corpus, open_source, weighted
@@ -16,7 +16,6 @@ from gatekv.training.sources import read_source as read_source
 if TYPE_CHECKING:
     from transformers import PretrainedConfig, PreTrainedTokenizerBase
 
-SAMPLE = Path(__file__).resolve().parents[2] / "data" / "sample" / "train"
 CUE, PASSAGE = 6, 32  # words that ask for a passage, words of it
 SHORTEST = 16  # tokens of room that are worth another document
 
@@ -50,7 +49,7 @@ class TrainingData:
     ) -> None:
         if length < 64:
             raise ValueError(f"sequence_length={length} leaves no room for a context; use at least 64.")
-        weights = weighted(sources or [str(p) for p in sorted(SAMPLE.glob("*.txt"))])
+        weights = weighted(sources or [str(p) for p in sorted(TRAIN.glob("*.txt"))])
         if not weights:
             raise ValueError("no training data: the bundled sample is missing, so name files or data sets with --data.")
         self.sources = [open_source(name, length, seed) for name in weights]

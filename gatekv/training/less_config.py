@@ -1,8 +1,9 @@
 """Options of `recipes/less.py`."""
 
 from dataclasses import dataclass
+from typing import ClassVar
 
-from gatekv.config import GateSpec, check_choice, strict
+from gatekv.config import LESS_FORMS, GateSpec, option, strict
 from gatekv.policies import resolve
 from gatekv.presets import preset
 from gatekv.training.lesson import KINDS
@@ -12,41 +13,35 @@ from gatekv.training.options import GATE_OPTIONS, RunConfig
 @strict
 @dataclass
 class LessConfig(RunConfig):
-    """Training of low-rank maps for a policy, on a frozen model; options of `gatekv.training.options.RunConfig`, and
-    these.
+    """Training of low-rank maps for what a policy evicts, on a frozen model. See `gatekv.training.lesson`.
 
-    Attributes:
-        adapter: to build on, folder or Hub name: its gate and LoRA stay as they are, its maps, if it has any, are where
-            these begin. Empty: low-rank maps alone.
-        retrieval_share, recite_share: see gatekv.training.data.TrainingData.
-        policy: whose evictions the maps learn, at budgets drawn around target_keep; gates need an adapter.
-        objective: attention_mse (layer by layer, the paper's) or kl (end to end, after warm_share of the run layer by
-            layer): see gatekv.training.lesson.
-        train_gate: the gate learns too, end to end with the maps: the adapter's, or a fresh one of the default preset.
-        form, rank, hidden, dropout: of the maps (paper: kernel, 8, 512, .3): see gatekv.config.LessSpec.
+    Raises:
+        ValueError: with the option and the cure.
     """
+
+    recipe: ClassVar[str] = "less.py"
 
     output_dir: str = "checkpoints/less"
     max_steps: int = 200
-    learning_rate: float = 2e-3
-    retrieval_share: float = 0.0
-    recite_share: float = 0.0
     target_keep: float = 0.125
     budget_spread: float = 1.0
-    adapter: str = ""
-    policy: str = "snapkv"
-    objective: str = "kl"
-    warm_share: float = 0.65
-    train_gate: bool = False
-    form: str = "centroids"
-    rank: int = 4
-    hidden: int = 512
-    dropout: float = 0.0
+
+    adapter: str = option("", "Folder, Hub or bundled name of an adapter to build on; its gate and LoRA stay.")
+    policy: str = option("snapkv", "Whose evictions the maps learn; gates need an adapter, or train_gate.")
+    objective: str = option("kl", "Each layer's own error, or end to end after warm_share of the run.", choices=KINDS)
+    warm_share: float = option(0.65, "Share of the run that learns layer by layer.")
+    train_gate: bool = option(False, "The gate learns with the maps: the adapter's, or a fresh one.")
+    retrieval_share: float = option(0.0, "Share of the rows with facts written in and asked for.")
+    recite_share: float = option(0.0, "Share of the rows that ask for passages of their own text.")
+    form: str = option("centroids", "Of the maps; kernel is the paper's.", choices=LESS_FORMS)
+    rank: int = option(4, "Numbers that stand for a key (the paper: 8).")
+    hidden: int = option(512, "Width of the maps.")
+    dropout: float = option(0.0, "In training (the paper: .3).")
 
     # What the loop asks of a config and this training has no choice in.
-    prefill = "dense"
-    sparsity = "budget"
-    target_share = 0.0
+    prefill: ClassVar[str] = "dense"
+    sparsity: ClassVar[str] = "budget"
+    target_share: ClassVar[float] = 0.0
 
     def __post_init__(self):
         super().__post_init__()
@@ -56,7 +51,6 @@ class LessConfig(RunConfig):
             raise ValueError(
                 f"target_keep={self.target_keep} and budget_spread={self.budget_spread} must span budgets of at most 1."
             )
-        check_choice("objective", self.objective, KINDS)
         if resolve(self.policy, self.target_keep).remainder is not None:
             raise ValueError(f"policy {self.policy!r}: leave +less out, the remainder is what is trained.")
         gate = self.policy.startswith("gate")

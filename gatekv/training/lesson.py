@@ -16,6 +16,7 @@ from transformers import DynamicCache, PreTrainedModel
 
 from gatekv.adapter import GateKVConfig
 from gatekv.attention import Lesson
+from gatekv.bundled import adapter_path
 from gatekv.cache.kvcache import KVCache
 from gatekv.cache.layer import KVLayer
 from gatekv.config import GateSpec, LessSpec, check_choice
@@ -138,7 +139,7 @@ def with_maps(
     if not adapter:
         fields = {"gate": "none"} if gate is None else vars(gate)
         return cast(PeftModel, get_peft_model(model, GateKVConfig(task_type="CAUSAL_LM", **fields, **less)))
-    trained = PeftModel.from_pretrained(model, adapter)
+    trained = PeftModel.from_pretrained(model, adapter_path(adapter))
     old = cast(GateKVConfig, trained.peft_config["default"])
     if old.less_rank:
         check_form(adapter, "maps", old, LessSpec(**less), ("less_form", "less_rank", "less_hidden"))

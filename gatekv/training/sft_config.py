@@ -1,77 +1,71 @@
 """Options of `recipes/sft.py`."""
 
-import dataclasses
-from dataclasses import dataclass, field
+from dataclasses import dataclass
+from typing import ClassVar
 
-from gatekv.config import GateSpec, check_choice, check_keys, strict
+from gatekv.config import GateSpec, option, strict
+from gatekv.training.config import PREFILLS
 from gatekv.training.examples import MODES
 from gatekv.training.objective import check_objective
-from gatekv.training.options import GATE_OPTIONS, RunConfig
+from gatekv.training.options import Gated, RunConfig
 from gatekv.training.sparsity import KINDS as SPARSITIES
 from gatekv.training.sparsity import SCOPES
-
-# Prompts of a few dozen tokens have no room for cpt.py's window of 32.
-GATE = {"relaxation": "ste", "window": 4, "sinks": 4, "initial_logit": -5.0}
 
 
 @strict
 @dataclass
-class SFTConfig(RunConfig):
-    """Fine-tuning on completions; options of `gatekv.training.options.RunConfig`, and these.
+class SFTConfig(Gated, RunConfig, GateSpec):
+    """Fine-tuning on completions, with a gate and LoRA.
 
-    Attributes:
-        data: .jsonl files, or data sets "name" or "name:configuration". dataset_split: of data sets. fields: how an
-            example is made of a line or row, in YAML only; too_long: "error" or "skip"; see gatekv.training.examples.
-        adapter: folder or Hub name of an adapter whose gates this one's begin as; empty: fresh ones.
-        mode: what is compressed: "aware": the whole prompt; "agnostic": its context, before the question is seen.
-        prefill: "dense": flags act after the compressed part; "sparse": inside it too.
-        kl_weight, sparsity, scope, sparsity_weight, oracle_weight: see gatekv.training.objective.Objective.
-        target_keep: .372 is the paper's 62.8 % evicted. target_share: of the run over which the target falls to it.
-        lora_rank: 0 = the gate alone, on a frozen model. lora_alpha, lora_dropout: as peft.LoraConfig has them.
-        lora_targets: names of linear modules, or "all-linear".
-        gradient_checkpointing: hold one layer's activations at a time, for a third more time.
-        spec: the gate, whose own options stand beside these; gate="none": LoRA alone.
+    See `gatekv.training.examples` for `fields`, `gatekv.training.objective.Objective` for losses and budgets.
+
+    Raises:
+        ValueError: with the option and the cure.
     """
+
+    recipe: ClassVar[str] = "sft.py"
+    warm_share: ClassVar[float] = 0.0  # what the loop asks of a config and this training has no choice in
+
+    # Prompts of a few dozen tokens have no room for cpt.py's window of 32.
+    relaxation: str = "ste"
+    window: int = 4
+    sinks: int = 4
+    initial_logit: float = -5.0
 
     output_dir: str = "checkpoints/sft"
     sequence_length: int = 512
     batch_size: int = 4
     max_steps: int = 150
     learning_rate: float = 1e-3
-    target_keep: float = 0.372
+    target_keep: float = 0.372  # the paper's 62.8 % evicted
     budget_spread: float = 1.0
-    dataset_split: str = "train"
-    fields: dict = field(default_factory=dict)
-    too_long: str = "error"
-    adapter: str = ""
-    mode: str = "aware"
-    prefill: str = "dense"
-    kl_weight: float = 0.0
-    sparsity: str = "budget"
-    scope: str = "global"
-    sparsity_weight: float = 1.0
-    oracle_weight: float = 0.3
-    target_share: float = 0.5
-    lora_rank: int = 16
-    lora_alpha: int = 32
-    lora_dropout: float = 0.0
-    lora_targets: list[str] = field(default_factory=lambda: ["all-linear"])
-    gradient_checkpointing: bool = False
-    spec: GateSpec = field(default_factory=lambda: GateSpec(**GATE))
 
-    # What the loop asks of a config and this training has no choice in.
-    warm_share = 0.0
+    dataset_split: str = option("train", "Of Hub data sets.")
+    fields: dict = option({}, "How an example is made of a row: its part's name -> a template over the columns.")
+    too_long: str = option("error", "What to do with examples longer than a row.", choices=("error", "skip"))
+    adapter: str = option("", "Folder, Hub or bundled name of an adapter whose gates these begin as.")
+    mode: str = option("aware", "Compress the whole prompt, or its context before the question is seen.", choices=MODES)
+    prefill: str = option("dense", "Flags act behind the compressed part (dense) or inside it too.", choices=PREFILLS)
+    kl_weight: float = option(0.0, "Weight of the KL to the same model without gates, beside the LM loss.")
+    sparsity: str = option(
+        "budget", "How the share that is kept is held: exactly, or by a penalty.", choices=SPARSITIES
+    )
+    scope: str = option("global", "What the share is a mean over.", choices=SCOPES)
+    sparsity_weight: float = option(1.0, "Weight of the sparsity penalty.")
+    oracle_weight: float = option(0.3, "Weight of the regression to the attention that tokens receive.")
+    target_share: float = option(0.5, "Share of the run over which the kept share falls from 1 to target_keep.")
+    lora_rank: int = option(16, "Of LoRA; 0: the gate alone, on a frozen model.")
+    lora_alpha: int = option(32, "As peft.LoraConfig has it.")
+    lora_dropout: float = option(0.0, "As peft.LoraConfig has it.")
+    lora_targets: list[str] = option(["all-linear"], "Names of linear modules, or all-linear.")
+    gradient_checkpointing: bool = option(False, "Hold one layer's activations at a time, for a third more time.")
 
     def __post_init__(self):
-        super().__post_init__()
-        check_choice("too_long", self.too_long, ("error", "skip"))
-        check_choice("mode", self.mode, MODES)
-        check_choice("prefill", self.prefill, ("sparse", "dense"))
-        check_choice("sparsity", self.sparsity, SPARSITIES)
-        check_choice("scope", self.scope, SCOPES)
+        RunConfig.__post_init__(self)
+        GateSpec.__post_init__(self)
         if self.lora_rank < 0:
             raise ValueError(f"lora_rank is at least 1, or 0 for no LoRA; got {self.lora_rank}.")
-        if self.spec.gate == "none":
+        if self.gate == "none":
             if not self.lora_rank:
                 raise ValueError("gate='none' and lora_rank=0 leave nothing to train: choose a gate or a rank.")
             if self.adapter:
@@ -90,15 +84,3 @@ class SFTConfig(RunConfig):
         targets = "all-linear" if self.lora_targets == ["all-linear"] else self.lora_targets
         fields = {"r": self.lora_rank, "lora_alpha": self.lora_alpha, "lora_dropout": self.lora_dropout}
         return fields | {"target_modules": targets}
-
-    @classmethod
-    def from_options(cls, options: dict) -> "SFTConfig":
-        """From one flat dict, in which the gate's options stand beside the run's."""
-        gate = {k: v for k, v in options.items() if k in GATE_OPTIONS}
-        rest = {k: v for k, v in options.items() if k not in GATE_OPTIONS}
-        check_keys(cls.__name__, rest, {f.name for f in dataclasses.fields(cls)} | GATE_OPTIONS)
-        return cls(**rest, spec=GateSpec(**GATE | gate))
-
-    def options(self) -> dict:
-        """The flat dict that `from_options` takes."""
-        return {k: v for k, v in vars(self).items() if k != "spec"} | vars(self.spec)

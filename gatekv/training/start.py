@@ -6,6 +6,7 @@ from peft import PeftModel, get_peft_model
 from transformers import PreTrainedModel
 
 from gatekv.adapter import GateKVConfig
+from gatekv.bundled import adapter_path
 from gatekv.config import GateSpec, LessSpec
 from gatekv.lora import detach
 
@@ -42,7 +43,7 @@ def start_from(model: PreTrainedModel, adapter: str, config: GateKVConfig) -> Pe
     """
     if not adapter:
         return get_peft_model(model, config)
-    trained = PeftModel.from_pretrained(model, adapter)
+    trained = PeftModel.from_pretrained(model, adapter_path(adapter))
     old = cast(GateKVConfig, trained.peft_config["default"])
     if old.gate == "none":
         raise ValueError(f"{adapter} has no gate to begin with: leave --adapter out for a fresh one.")

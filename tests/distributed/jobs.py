@@ -64,7 +64,7 @@ def gate(whole=False, micro: int = 2, dtype=torch.float32, chunk: int = 1 << 16,
             options |= dict(batch_size=ROWS, accumulation=1)
         options |= dict(window=4, sinks=2, hidden=8, heads=2, head_dim=4, context_window=8, initial_logit=0.5)
         options |= dict(output_dir=str(folder), max_steps=STEPS, save_every=STEPS // 2, target_keep=0.5)
-        config = CPTConfig.from_options(options | more)
+        config = CPTConfig(**options | more)
         model = load(base, dtype)
         with sharding.whole_sample(model):
             model = get_peft_model(model, GateKVConfig(**vars(config.spec))).train()
@@ -102,7 +102,7 @@ def sft(gate: str = "mlp", dtype=torch.float32):
         options = dict(output_dir=str(folder), batch_size=ROWS // 2, accumulation=2 // world, learning_rate=5e-3)
         options |= dict(max_steps=STEPS, save_every=STEPS // 2, target_keep=0.5, sinks=2, hidden=8, initial_logit=0.5)
         options |= dict(gate=gate, lora_rank=4, lora_alpha=8, lora_dropout=0.1)
-        config = SFTConfig.from_options(options | more)
+        config = SFTConfig(**options | more)
         model = load(base, dtype)
         with sharding.whole_sample(model):
             model = get_peft_model(model, GateKVConfig(lora=config.lora, **vars(config.spec))).train()

@@ -3,18 +3,16 @@
 import sys
 from pathlib import Path
 
-sys.path[:0] = [str(Path(__file__).parents[i]) for i in (1, 2)] + [
-    str(Path(__file__).parents[i] / name) for i, name in ((1, "unit"), (2, "recipes"))
-]
+sys.path[:0] = [str(Path(__file__).parents[i]) for i in (1, 2)] + [str(Path(__file__).parents[1] / "unit")]
 
 import os
 import time
 
 from accelerate import Accelerator
 from backends import on_cpu
-from common import run
 from test_training import ToyData, config, make
 
+from gatekv.recipes.common import run
 from gatekv.training.loop import train
 
 

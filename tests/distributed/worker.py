@@ -10,7 +10,7 @@ import sys
 from pathlib import Path
 
 ROOT = Path(__file__).resolve().parents[2]
-sys.path[:0] = [str(Path(__file__).parent), str(ROOT), *(str(ROOT / p) for p in ("tests", "tests/unit", "recipes"))]
+sys.path[:0] = [str(Path(__file__).parent), str(ROOT), *(str(ROOT / p) for p in ("tests", "tests/unit"))]
 
 import json
 import os
@@ -116,10 +116,9 @@ def fill(backend: str, base: Path, out: Path) -> None:
 def recipes(base: Path, out: Path, names: list[str]) -> None:
     """recipes/cpt.py, recipes/sft.py, then recipes/less.py beside its gates and LoRA, as a user runs them (those that
     are named); and what loading a base takes."""
-    import cpt
-    import less
-    import sft
-    from common import load_model
+    from gatekv.hardware import choose
+    from gatekv.recipes import cpt, less, sft
+    from gatekv.recipes.common import load_model
 
     Accelerator.end_training = lambda self: None  # it would end the process group, which the next recipe needs
     common = ["--model", str(base), "--sequence_length", "100", "--max_steps", "2"]
@@ -139,7 +138,7 @@ def recipes(base: Path, out: Path, names: list[str]) -> None:
         PartialState().wait_for_everyone()  # the next recipe reads what the first process writes
     accelerator = fresh()
     held = torch.tensor([0, 0])
-    for p in load_model(str(base), "bfloat16")[0].parameters():
+    for p in load_model(str(base), choose("cpu", "bfloat16"))[0].parameters():
         assert p.dtype == torch.bfloat16
         own, whole = (p.ds_tensor.numel() + p.numel(), p.ds_numel) if hasattr(p, "ds_numel") else (p.numel(), p.numel())
         held += 2 * torch.tensor([own, whole])

@@ -23,7 +23,7 @@ pytestmark = pytest.mark.slow
 
 @pytest.fixture(scope="module")
 def base():
-    from checkpoints.fetch import fetch
+    from gatekv.fetch import fetch
 
     return str(fetch())
 

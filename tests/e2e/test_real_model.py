@@ -73,7 +73,7 @@ def test_real_model_keeps_the_law_in_float32(adapter):
     from transformers import AutoModelForCausalLM
 
     import gatekv
-    from checkpoints.fetch import fetch
+    from gatekv.fetch import fetch
 
     torch.manual_seed(0)
     plain = AutoModelForCausalLM.from_pretrained(fetch(), dtype=torch.float32).eval()

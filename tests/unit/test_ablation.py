@@ -1,17 +1,14 @@
 """The ablation recipe: its folder parses, its table says what was measured, a failed run is named."""
 
 import json
-import sys
 
 import pytest
 
-sys.path.insert(0, "recipes")
-import ablation
-
+from gatekv.recipes import ablation
 from gatekv.training.config import CPTConfig
 from gatekv.training.options import load_config
 
-CONFIGS = sorted(ablation.CONFIGS.glob("*.yaml"))
+CONFIGS = sorted((ablation.HERE / "configs" / "ablation").glob("*.yaml"))
 
 
 @pytest.mark.parametrize("path", CONFIGS, ids=lambda p: p.stem)

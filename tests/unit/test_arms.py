@@ -1,16 +1,12 @@
 """Adapters side by side: paired on shared samples, and nothing compared that was not measured alike."""
 
 import json
-import sys
 from pathlib import Path
 
 import pytest
 
-sys.path[:0] = [str(Path(__file__).resolve().parents[2] / "recipes")]
-
-import compare
-
 from gatekv.evaluation.arms import read_arms, table
+from gatekv.recipes import compare
 
 PINNED = {"model": {"name": "m"}, "adapter": None, "dtype": "bfloat16", "sinks": 4, "choices": "abc"}
 

@@ -1,17 +1,9 @@
 """What a dry run says is what a run then holds; it needs a config and no weights."""
 
-import sys
 import time
 from dataclasses import asdict
-from pathlib import Path
 
-sys.path.insert(0, str(Path(__file__).resolve().parents[2] / "recipes"))
-
-import common
-import cpt
-import less
 import pytest
-import sft
 import torch
 from conftest import gated, tiny
 from peft import get_peft_model
@@ -20,6 +12,7 @@ from transformers import AutoModelForCausalLM, LlamaConfig
 
 import gatekv
 from gatekv.modules import base_model
+from gatekv.recipes import cpt, frame, less, sft
 from gatekv.training import checkpoint
 from gatekv.training.dry_run import Plan, memory, on_meta, plan_of, report, text_of
 from gatekv.training.objective import Objective
@@ -67,7 +60,8 @@ def test_one_process_holds_what_was_predicted(base):
 @pytest.mark.parametrize("gate", ["mlp", "none"])
 def test_lora_is_in_what_fine_tuning_says_and_holds(tmp_path, model_folder, gate):
     """In float32 over a bfloat16 base, beside a gate and alone."""
-    options = ["--gate", gate, "--lora_rank", "4", "--sequence_length", "128", "--output_dir", str(tmp_path / "out")]
+    options = ["--gate", gate, "--lora_rank", "4", "--sequence_length", "128", "--dtype", "bfloat16"]
+    options += ["--output_dir", str(tmp_path / "out")]
     said = {plan: sft.main([*options, "--model", model_folder, "--dry_run", plan]) for plan in ("ddp:1", "zero3:2")}
     config = load_config(options, SFTConfig)
     model = AutoModelForCausalLM.from_config(tiny().config, dtype=torch.bfloat16)
@@ -155,7 +149,7 @@ def model_folder(tmp_path):
 
 
 def test_the_recipes_say_what_they_will_take_and_do_nothing(tmp_path, model_folder, monkeypatch, capsys):
-    monkeypatch.setattr(common, "load_model", lambda *a: pytest.fail("a dry run loads no weights"))
+    monkeypatch.setattr(frame, "load_model", lambda *a: pytest.fail("a dry run loads no weights"))
     gated(dtype=torch.float32).save_pretrained(tmp_path / "adapter")
     options = ["--model", model_folder, "--sequence_length", "128", "--output_dir", str(tmp_path / "out"), "--dry_run"]
     gates, maps, both = (

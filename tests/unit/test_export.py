@@ -1,8 +1,5 @@
 """Exported flags are the cache's, row for row, and carry what they are flags of."""
 
-import sys
-from pathlib import Path
-
 import numpy
 import pytest
 import torch
@@ -12,9 +9,7 @@ from tokenizers import Tokenizer, decoders, models, pre_tokenizers
 from transformers import PreTrainedTokenizerFast
 
 import gatekv
-
-sys.path.insert(0, str(Path(__file__).resolve().parents[2] / "recipes"))
-import export  # noqa: E402
+from gatekv.recipes import export
 
 
 @pytest.fixture

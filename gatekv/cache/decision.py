@@ -45,7 +45,7 @@ def admit(plan: Plan, layers: int, length: int) -> list[int]:
 class Decision:
     """Called by each layer when its prompt has ended; acts at once, or when the last layer reports."""
 
-    def __init__(self, plan: Plan, layers: list[KVLayer]):
+    def __init__(self, plan: Plan, layers: list[KVLayer]) -> None:
         self.plan, self.layers = plan, layers
 
     def __call__(self, layer: KVLayer) -> None:

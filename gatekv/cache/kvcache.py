@@ -1,8 +1,10 @@
 """`KVCache`: a transformers cache from which tokens really leave."""
 
 import copy
+from typing import Any
 
 import torch
+from torch import nn
 from transformers import Cache, DynamicCache
 
 from gatekv.cache import storage
@@ -11,7 +13,7 @@ from gatekv.cache.layer import KVLayer, Phase
 from gatekv.cache.plan import Plan
 from gatekv.cache.settings import plan_of
 from gatekv.modules import attach, base_model, wrappers
-from gatekv.policies import Full
+from gatekv.policies import Full, Policy, Scorer
 from gatekv.policies.scorer import ALL
 
 
@@ -48,8 +50,8 @@ class KVCache(Cache):
 
     def __init__(
         self,
-        model,
-        policy=None,
+        model: nn.Module,
+        policy: Policy | Scorer | str | None = None,
         budget: float | None = None,
         *,
         prefill: str | None = None,
@@ -61,7 +63,7 @@ class KVCache(Cache):
         block_size: int = 16,
         backend: str | None = None,
         kinds: torch.Tensor | None = None,
-    ):
+    ) -> None:
         attach(model)
         self.model = model
         self._build(
@@ -82,7 +84,7 @@ class KVCache(Cache):
         plan.decide = Decision(plan, self.evicting())
 
     @classmethod
-    def undecided(cls, model, queries: int = ALL) -> "KVCache":
+    def undecided(cls, model: nn.Module, queries: int = ALL) -> "KVCache":
         """A cache that watches one dense prefill and evicts nothing, so that many policies can share it by `decide`.
 
         queries: how many of the last queries to remember for scorers that look at them.
@@ -91,7 +93,7 @@ class KVCache(Cache):
         cache.plan.defer = True
         return cache
 
-    def decide(self, policy, budget: float | None = None, **kwargs) -> "KVCache":
+    def decide(self, policy: Policy | Scorer | str | None, budget: float | None = None, **kwargs: Any) -> "KVCache":
         """A new cache: this undecided one's prompt, compressed under a policy (arguments as for `KVCache`).
 
         Scores are computed once for all budgets and rules under which they are asked for.
@@ -146,7 +148,7 @@ class KVCache(Cache):
         storage.save(self, path)
 
     @classmethod
-    def load(cls, path: str, model, backend: str | None = None) -> "KVCache":
+    def load(cls, path: str, model: nn.Module, backend: str | None = None) -> "KVCache":
         """Read a cache that `save` wrote, for the same model and adapter.
 
         Raises:
@@ -188,7 +190,14 @@ class KVCache(Cache):
 
 
 @torch.no_grad()
-def flags(model, input_ids, attention_mask=None, policy=None, budget: float | None = None, **kwargs) -> torch.Tensor:
+def flags(
+    model: nn.Module,
+    input_ids: torch.Tensor,
+    attention_mask: torch.Tensor | None = None,
+    policy: Policy | Scorer | str | None = None,
+    budget: float | None = None,
+    **kwargs: Any,
+) -> torch.Tensor:
     """Which tokens of a prompt a policy keeps, without generating anything.
 
     input_ids, attention_mask: [batch, tokens], pads on the left; policy, budget and more: see `KVCache`, errors too.

@@ -7,8 +7,10 @@ moved to pages if flagged, dropped if not. Folding waits for FOLD tokens; meanwh
 import copy
 from dataclasses import replace
 from enum import Enum
+from typing import Any
 
 import torch
+from torch import nn
 from transformers.cache_utils import CacheLayerMixin
 
 from gatekv.attention import AttentionCall, live_mask, sink_tokens, valid_tokens
@@ -21,12 +23,13 @@ from gatekv.cache.plan import Plan
 from gatekv.cache.prompt_end import PromptEnd
 from gatekv.cache.slots import Slots
 from gatekv.cache.tail import Tail
-from gatekv.less.maps import Waiting
+from gatekv.less.maps import LessMaps, Waiting
 from gatekv.ops import segments
 from gatekv.ops.remainder import left_of
-from gatekv.policies import View
+from gatekv.policies import Scorer, View
 from gatekv.policies.budgets import faded
 from gatekv.policies.merging import Tokens
+from gatekv.support import LATER
 
 PIECE = 512  # tokens of a long call that attend together, so that what they evict is gone for the next piece
 
@@ -43,27 +46,34 @@ class KVLayer(CacheLayerMixin):
     is_sliding = False
     is_croppable = True
 
-    def __init__(self, plan: Plan, layer_idx: int):
+    def __init__(self, plan: Plan, layer_idx: int) -> None:
         super().__init__()
         self.plan, self.layer_idx = plan, layer_idx
         self.clear()
 
     def clear(self) -> None:
         """Forget everything; the cache is as new."""
-        self.tail: Tail | None = None
-        self.kept: Kept | None = None
-        self.seen, self.real, self.folded = 0, None, 0  # slots; real tokens [batch, 1]; slots that left the tail
+        self.tail: Tail = LATER  # this and what `lazy_initialization` makes
+        self.kept: Kept = LATER
+        self.real: torch.Tensor = LATER
+        self.seen, self.folded = 0, 0  # slots; real: real tokens [batch, 1]; slots that left the tail
         self.phase, self.base = Phase.PROMPT, 0  # base: the slot where the current prompt or turn begins
-        self.first_call = None
-        self.cut = None  # [batch, 1 or kv_heads, 1]: the logit that a later token must exceed, after an exact decision
+        self.first_call: int | None = None
+        self.cut: torch.Tensor | None = (
+            None  # [batch, 1 or kv_heads, 1]: the logit that a later token must exceed, after an exact decision
+        )
         self.judge = Judge()
-        self.queries = self.hidden = self.scaling = self.rotary = None  # only while a decision is ahead
+        # Only while a decision is ahead.
+        self.queries: torch.Tensor | None = None
+        self.hidden: torch.Tensor | None = None
+        self.scaling: float = LATER
+        self.rotary: tuple[torch.Tensor, torch.Tensor] | None = None
         self.known: dict | None = None  # of an undecided prompt: scores that some policy asked for already
         self.is_initialized = False
 
     # -- what transformers asks of a cache layer
 
-    def lazy_initialization(self, key_states, value_states) -> None:
+    def lazy_initialization(self, key_states: torch.Tensor, value_states: torch.Tensor | None) -> None:
         plan = self.plan
         self.tail = Tail(key_states, plan.ranks)
         scored = plan.trims or plan.decays or plan.streams
@@ -72,7 +82,9 @@ class KVLayer(CacheLayerMixin):
         self.real = torch.zeros(len(key_states), 1, dtype=torch.long, device=key_states.device)
         self.is_initialized = True
 
-    def update(self, key_states, value_states, *args, **kwargs):
+    def update(
+        self, key_states: torch.Tensor, value_states: torch.Tensor, *args: Any, **kwargs: Any
+    ) -> tuple[torch.Tensor, torch.Tensor]:
         """Hands the new tokens through; `attend` stores them, because only there flags and mask are known."""
         if not self.is_initialized:
             self.lazy_initialization(key_states, value_states)
@@ -164,7 +176,15 @@ class KVLayer(CacheLayerMixin):
     # -- the recurrent form
 
     @torch.compiler.disable
-    def attend(self, call: AttentionCall, q, k, v, mask, scaling: float) -> torch.Tensor:
+    def attend(
+        self,
+        call: AttentionCall,
+        q: torch.Tensor,
+        k: torch.Tensor,
+        v: torch.Tensor,
+        mask: torch.Tensor | None,
+        scaling: float,
+    ) -> torch.Tensor:
         """Take in new tokens, answer their queries, evict.
 
         q: [B, H, Q, D]; k, v: [B, K, Q, D]; mask: [B, 1, Q, seen + Q] bool or None. Returns [B, H, Q, D].
@@ -181,7 +201,15 @@ class KVLayer(CacheLayerMixin):
             outs.append(self._attend(part, q[:, :, a:c], k[:, :, a:c], v[:, :, a:c], seen_by, scaling))
         return torch.cat(outs, 2)
 
-    def _attend(self, call: AttentionCall, q, k, v, mask, scaling: float) -> torch.Tensor:
+    def _attend(
+        self,
+        call: AttentionCall,
+        q: torch.Tensor,
+        k: torch.Tensor,
+        v: torch.Tensor,
+        mask: torch.Tensor | None,
+        scaling: float,
+    ) -> torch.Tensor:
         b, _, n, _ = q.shape
         valid = valid_tokens(mask, b, n, q.device)
         if self.plan.remembers:
@@ -209,7 +237,15 @@ class KVLayer(CacheLayerMixin):
             self.end_prompt()
         return outs[0] if len(outs) == 1 else torch.cat(outs, 2)
 
-    def _stream(self, call: AttentionCall, q, k, v, valid, scaling: float) -> torch.Tensor:
+    def _stream(
+        self,
+        call: AttentionCall,
+        q: torch.Tensor,
+        k: torch.Tensor,
+        v: torch.Tensor,
+        valid: torch.Tensor,
+        scaling: float,
+    ) -> torch.Tensor:
         """Token by token, however many come: what each one evicts is gone for the next."""
         if self.judge.recording:
             name = type(self.plan.policy.scorer).__name__
@@ -259,7 +295,9 @@ class KVLayer(CacheLayerMixin):
                 "prompt's end, which a cache cannot see: pass KVCache(…, prompt_tokens=N), or use a threshold gate."
             )
 
-    def _judge(self, call, k, valid) -> tuple[torch.Tensor, torch.Tensor | None]:
+    def _judge(
+        self, call: AttentionCall, k: torch.Tensor, valid: torch.Tensor
+    ) -> tuple[torch.Tensor, torch.Tensor | None]:
         """(flags that new tokens will have once they leave the window, logits to keep), both [B, K, n] or None."""
         flags = valid[:, None].expand(k.shape[:3])
         later = self.phase is Phase.LATER
@@ -284,7 +322,7 @@ class KVLayer(CacheLayerMixin):
             self.tail.rewrite(flags[..., :old], logits[..., :old])
         return flags[..., old:], logits[..., old:] if scored else None
 
-    def _thresholds(self, valid, real) -> torch.Tensor:
+    def _thresholds(self, valid: torch.Tensor, real: torch.Tensor) -> torch.Tensor:
         """Logit thresholds of tokens that came after `real` [batch, 1], broadcastable to [batch, kv_heads, n]."""
         plan = self.plan
         if self.phase is Phase.TURN:
@@ -301,7 +339,7 @@ class KVLayer(CacheLayerMixin):
             return plan.thresholds(ratio, seen, plan.prompt_tokens)[:, None]
         return torch.tensor(-torch.inf, device=valid.device)  # a dense prompt decides at its end
 
-    def _answer(self, q, mask, scaling) -> torch.Tensor:
+    def _answer(self, q: torch.Tensor, mask: torch.Tensor | None, scaling: float) -> torch.Tensor:
         n, tail = q.shape[2], len(self.tail)
         whole = self.phase is Phase.TURN or (self.phase is Phase.PROMPT and self.plan.dense)
         k, v = self.tail.keys, self.tail.values
@@ -322,7 +360,9 @@ class KVLayer(CacheLayerMixin):
             visible = visible.repeat_interleave(groups, 1)
         return torch.nn.functional.scaled_dot_product_attention(q, k, v, attn_mask=visible, scale=scaling)
 
-    def _gone(self, q, mask, scaling: float, waiting: bool) -> list[tuple[torch.Tensor, torch.Tensor]]:
+    def _gone(
+        self, q: torch.Tensor, mask: torch.Tensor | None, scaling: float, waiting: bool
+    ) -> list[tuple[torch.Tensor, torch.Tensor]]:
         """(output, log-sum-exp) of what was evicted: the state's, and of tokens in the tail that wait to be folded."""
         tail, left = self.tail, None
         if waiting:
@@ -330,7 +370,7 @@ class KVLayer(CacheLayerMixin):
             left = Waiting(tail.psi, tail.keys, tail.values, left_of(tail.flags, self.plan.grace), mask)
         return self.kept.maps.answer(q, scaling, self.kept.state, left)
 
-    def _remember(self, maps) -> None:
+    def _remember(self, maps: LessMaps | None) -> None:
         """Use the adapter's low-rank maps; an empty state, if there is none yet."""
         if maps is None:
             raise ValueError("the adapter was disabled or unloaded while this cache was in use; enable it again.")
@@ -338,7 +378,7 @@ class KVLayer(CacheLayerMixin):
         if self.kept.state is None:
             self.kept.state = maps.state(self.tail.values)
 
-    def _visible(self, n: int, mask, whole: bool) -> torch.Tensor | None:
+    def _visible(self, n: int, mask: torch.Tensor | None, whole: bool) -> torch.Tensor | None:
         """[B, 1 or K, n, tail] bool: what the last n tokens may see of the tail; None = everything."""
         visible = None if mask is None else mask[..., self.folded :]
         judged = self.plan.learned and not whole
@@ -353,7 +393,7 @@ class KVLayer(CacheLayerMixin):
 
     # -- decisions
 
-    def _observe(self, call: AttentionCall, q, scaling) -> None:
+    def _observe(self, call: AttentionCall, q: torch.Tensor, scaling: float) -> None:
         """Keep what scorers will look at until the prompt ends."""
         self.known = {} if self.plan.defer else None
         self.scaling, self.judge.gate = scaling, call.gate
@@ -371,7 +411,7 @@ class KVLayer(CacheLayerMixin):
         if self.plan.defer:
             self.hidden = torch.cat([*([] if self.hidden is None else [self.hidden]), call.hidden], 1)
 
-    def adopt(self, other: "KVLayer", gate, maps) -> None:
+    def adopt(self, other: "KVLayer", gate: nn.Module | None, maps: LessMaps | None) -> None:
         """Take over an undecided layer's whole prompt, sharing its tensors; gate judges it from here on, and maps
         remember it."""
         self.lazy_initialization(other.tail.keys[:, :, :0], None)
@@ -437,7 +477,7 @@ class KVLayer(CacheLayerMixin):
         scores[..., self.folded :] = self.tail.scores.masked_fill(~self.tail.flags, -torch.inf)
         return scores
 
-    def _scored(self, scorer) -> torch.Tensor:
+    def _scored(self, scorer: Scorer) -> torch.Tensor:
         if self.known is None:
             return scorer.score(self.view())
         of = (repr(scorer), self.judge.gate, self.plan.kinds)  # a dataclass's repr names all else that matters

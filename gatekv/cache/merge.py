@@ -24,8 +24,9 @@ class Merge:
         rule: who goes where. threshold: [rows] of the rule, or None. No tensor is ever written in place.
     """
 
-    def __init__(self, rule: MergeNear | MergeSimilar):
-        self.rule, self.threshold = rule, None
+    def __init__(self, rule: MergeNear | MergeSimilar) -> None:
+        self.rule = rule
+        self.threshold: Tensor | None = None
 
     def fold(self, store: Pages, left: Tokens) -> None:
         """Merge tokens that have left into those that `store` still holds; a row that holds none forgets them."""

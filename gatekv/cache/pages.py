@@ -28,7 +28,7 @@ class Pages:
         lengths: [rows] int64, tokens of each row.
     """
 
-    def __init__(self, like: Tensor, block_size: int, with_scores: bool = False, with_counts: bool = False):
+    def __init__(self, like: Tensor, block_size: int, with_scores: bool = False, with_counts: bool = False) -> None:
         """An empty store; `like` [batch, kv_heads, tokens, head_dim] gives shapes, dtype and device."""
         b, kv, _, d = like.shape
         self.block_size = block_size

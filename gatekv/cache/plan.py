@@ -1,13 +1,20 @@
 """What all layers of a cache share: the policy, when it acts, and how tokens are stored."""
 
+from collections.abc import Callable
 from dataclasses import dataclass
+from typing import TYPE_CHECKING
 
 import torch
 
+from gatekv.gates.calibration import Thresholds
 from gatekv.policies import Gate, Policy
 from gatekv.policies.budgets import Decay, Threshold
 from gatekv.policies.less import Less
 from gatekv.policies.merging import MergeNear, MergeSimilar
+from gatekv.support import LATER
+
+if TYPE_CHECKING:
+    from gatekv.cache.layer import KVLayer
 
 
 @dataclass
@@ -39,10 +46,10 @@ class Plan:
     block_size: int = 16
     backend: str | None = None
     whole: bool = False
-    thresholds: object = None
+    thresholds: Thresholds = LATER
     kinds: torch.Tensor | None = None
     defer: bool = False
-    decide: object = None
+    decide: Callable[["KVLayer"], None] = LATER
 
     @property
     def learned(self) -> bool:

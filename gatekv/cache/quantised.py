@@ -27,7 +27,7 @@ class Quantised:
         outliers: of each vector.
     """
 
-    def __init__(self, width: Bits, like: Tensor):
+    def __init__(self, width: Bits, like: Tensor) -> None:
         """An empty one; like [..., head_dim] has the model's dtype."""
         self.pages: dict[tuple[int, int], Pages] = {}
         self.head_dim, self.dtype = like.shape[-1], like.dtype

@@ -6,6 +6,7 @@ import torch
 
 from gatekv.cache.pages import Pages, Read
 from gatekv.gates.key_mlp import unrotate
+from gatekv.support import LATER
 
 Tensor = torch.Tensor
 Rotary = tuple[Tensor, Tensor]
@@ -31,8 +32,9 @@ class Slots:
         None until a token stands there. now: (cos, sin) of the current query.
     """
 
-    def __init__(self, pages: Pages, last: Rotary | None):
-        self.pages, self.last, self.now = pages, last, None
+    def __init__(self, pages: Pages, last: Rotary | None) -> None:
+        self.pages, self.last = pages, last
+        self.now: Rotary = LATER
 
     @classmethod
     def of(cls, pages: Pages, room: Tensor, real: Tensor, rotary: Rotary) -> "Slots":

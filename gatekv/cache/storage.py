@@ -4,10 +4,13 @@ import dataclasses
 import json
 import os
 from pathlib import Path
+from typing import TYPE_CHECKING
 
 import torch
 from safetensors import SafetensorError, safe_open
 from safetensors.torch import save_file
+from torch import nn
+from transformers.cache_utils import CacheLayerMixin
 
 from gatekv.cache.buffer import Buffer
 from gatekv.cache.layer import KVLayer, Phase
@@ -21,6 +24,9 @@ from gatekv.policies import PARTS, SCORERS, Policy
 from gatekv.policies.qaq import PAGE, Bits
 from gatekv.version import VERSION
 
+if TYPE_CHECKING:
+    from gatekv.cache.kvcache import KVCache
+
 KEY = "gatekv_cache"
 COUNTERS = ("seen", "folded", "base", "first_call")
 POOL = ("keys", "values", "positions", "owners", "ordinals", "lengths", "scores", "counts")
@@ -30,7 +36,7 @@ STATE = ("h", "z", "m")
 ANSWERS = {"scorer": SCORERS, **PARTS}  # of a policy, one to each question
 
 
-def _describe(part, known: dict, what: str) -> dict | None:
+def _describe(part: object, known: dict, what: str) -> dict | None:
     """{"name", "fields"} of one part of a policy."""
     if part is None:
         return None
@@ -42,7 +48,7 @@ def _describe(part, known: dict, what: str) -> dict | None:
     return {"name": name, "fields": dataclasses.asdict(part)}
 
 
-def _tensors(layer) -> dict[str, torch.Tensor]:
+def _tensors(layer: CacheLayerMixin) -> dict[str, torch.Tensor]:
     """Name -> tensor of everything that one layer must get back."""
     if not isinstance(layer, KVLayer):  # a sliding layer of transformers' own
         return {"keys": layer.keys, "values": layer.values}
@@ -69,7 +75,7 @@ def _tensors(layer) -> dict[str, torch.Tensor]:
     return {n: t for n, t in named.items() if t is not None}
 
 
-def save(cache, path: str) -> None:
+def save(cache: "KVCache", path: str) -> None:
     """See `KVCache.save`.
 
     Raises:
@@ -105,7 +111,7 @@ def save(cache, path: str) -> None:
     os.replace(partial, target)  # an interrupted save leaves the older file whole
 
 
-def _read(path: str, device) -> tuple[dict, dict[str, torch.Tensor]]:
+def _read(path: str, device: torch.device) -> tuple[dict, dict[str, torch.Tensor]]:
     if not Path(path).is_file():
         raise FileNotFoundError(f"no saved cache at {path}: write one with cache.save(path).")
     try:
@@ -122,7 +128,7 @@ def _read(path: str, device) -> tuple[dict, dict[str, torch.Tensor]]:
     return header, tensors
 
 
-def _check(path: str, header: dict, model) -> None:
+def _check(path: str, header: dict, model: nn.Module) -> None:
     found, wanted = fingerprint(model), header["base"]
     for name, value in wanted.items():
         if found[name] != value:
@@ -140,7 +146,7 @@ def _check(path: str, header: dict, model) -> None:
         )
 
 
-def load(cls, path: str, model, backend: str | None):
+def load(cls: type["KVCache"], path: str, model: nn.Module, backend: str | None) -> "KVCache":
     """See `KVCache.load`."""
     weight = next(model.parameters())
     header, tensors = _read(path, weight.device)

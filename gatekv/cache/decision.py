@@ -1,11 +1,13 @@
 """The end of a prompt or turn: scores become flags, per layer or over all layers at once."""
 
+from typing import cast
+
 import torch
 
 from gatekv.attention import sink_tokens
 from gatekv.cache.layer import KVLayer
 from gatekv.cache.plan import Plan
-from gatekv.policies.budgets import check_counts
+from gatekv.policies.budgets import Ranking, check_counts
 from gatekv.policies.layers import Even, layer_count, whole_layers
 from gatekv.policies.variance import Variance
 
@@ -90,11 +92,12 @@ class Decision:
             check_counts(count, guarded, policy.ratio or 1.0, valid)
         sure = [policy.scorer.sure(x.view(), guarded, count) for x, guarded, count in zip(layers, protected, counts)]
         protected = torch.stack(sure).expand(scores.shape)
-        keep = policy.rule.keep(scores, protected, valid, counts)
-        cuts = [None] * len(layers)
+        rule = cast(Ranking, policy.rule)  # a threshold decides nothing here
+        keep = rule.keep(scores, protected, valid, counts)
+        cuts: torch.Tensor | list[None] = [None] * len(layers)
         if self.plan.learned and not (self.plan.keep_later or self.plan.turns or self.plan.decays):
             logits = torch.stack([layer.all_logits() for layer in layers])
-            alone = keep if self.plan.trims else policy.rule.keep(logits, protected, valid, counts)
+            alone = keep if self.plan.trims else rule.keep(logits, protected, valid, counts)
             refused = logits.masked_fill(alone | protected | ~valid[:, None], -torch.inf).amax(-1, keepdim=True)
             if policy.rule.scope == "model":
                 refused = refused.amax((0, 2), keepdim=True).expand(len(layers), -1, -1, -1)

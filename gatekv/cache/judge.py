@@ -2,7 +2,7 @@
 
 import copy
 from dataclasses import dataclass
-from typing import TypeVar
+from typing import TypeVar, cast
 
 import torch
 from torch import nn
@@ -29,7 +29,7 @@ class Reading:
         return [*(self.before or ()), self.hidden, self.valid]
 
     def select(self, index: torch.Tensor) -> "Reading":
-        return Reading(*(_select(part, index) for part in (self.before, self.hidden, self.valid)))
+        return Reading(_select(self.before, index), _select(self.hidden, index), _select(self.valid, index))
 
 
 def _select(part: Part, index: torch.Tensor) -> Part:
@@ -70,7 +70,7 @@ class Judge:
         """
         old = 0 if self.pending is None else self.pending.shape[1]
         if old:
-            hidden = torch.cat([self.pending, hidden], 1)
+            hidden = torch.cat([cast(torch.Tensor, self.pending), hidden], 1)
             valid = torch.cat([tail.valid[:, -old:], valid], 1)
         before, self.pending = self.state, None
         logits, self.state = self.gate(hidden, valid, before)

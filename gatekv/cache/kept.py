@@ -2,6 +2,7 @@
 
 import copy
 from collections.abc import Callable, Iterator
+from typing import Any, cast
 
 import torch
 
@@ -22,7 +23,7 @@ from gatekv.policies.think import Channels
 from gatekv.support import LATER
 
 Tensor = torch.Tensor
-STORAGE = {Channels: Thin, Bits: Quantised}  # of old tokens, by the policy's width
+STORAGE: dict[type, Any] = {Channels: Thin, Bits: Quantised}  # of old tokens, by the policy's width
 
 
 class Kept:
@@ -106,7 +107,7 @@ class Kept:
         """
         for store, (part, keys, _, table) in zip(self.stores(), self.reads(q)):
             paid = store.unrolled(paged_mass(part, keys, table, lse, scaling).float())
-            old = store.unrolled(store.scores)
+            old = store.unrolled(cast(Tensor, store.scores))
             new = observe(*(t.view(self.batch, self.kv_heads, -1) for t in (old, paid))).flatten(0, 1)
             store.scores = store.rolled(torch.where(old.isinf(), old, new))
 
@@ -125,7 +126,7 @@ class Kept:
         if self.thin is None:
             self.thin = STORAGE[type(width)].of(self.pages, width, end)
         else:
-            self.thin.absorb(self.pages, width, end)
+            cast(Any, self.thin).absorb(self.pages, width, end)  # the storage of this very width
 
     # -- whole rows
 
@@ -136,9 +137,9 @@ class Kept:
         self.pages.select(rows)
         for part in self.apart():
             part.select(rows, index)
-        for part in (self.buffer, self.state):
-            if part is not None:
-                part.select(index)
+        for side in (self.buffer, self.state):
+            if side is not None:
+                side.select(index)
         if self.merge is not None:
             self.merge.select(rows)
 

@@ -1,7 +1,7 @@
 """`KVCache`: a transformers cache from which tokens really leave."""
 
 import copy
-from typing import Any
+from typing import Any, cast
 
 import torch
 from torch import nn
@@ -167,7 +167,7 @@ class KVCache(Cache):
     def memory(self) -> dict[str, float]:
         """Bytes of every storage held, of a full cache of the same real tokens, and their ratio."""
         held, full = 0, 0
-        for layer in self.layers:
+        for layer in cast("list[Any]", self.layers):
             if isinstance(layer, KVLayer) and layer.is_initialized:
                 held += distinct_bytes(layer.tensors())
                 keys = layer.tail.keys

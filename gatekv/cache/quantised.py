@@ -90,11 +90,11 @@ class Quantised:
     def reads(self, q: Tensor) -> Iterator[Read]:
         """See `Kept.reads`."""
         for bits, store in self.pages.items():
-            x = (
+            keys, values = (
                 dequantise(t, b, self.outliers, self.head_dim, self.dtype)
                 for t, b in zip((store.keys, store.values), bits)
             )
-            yield q, *x, store.table
+            yield q, keys, values, store.table
 
     def select(self, rows: Tensor, index: Tensor) -> None:
         """Keep, reorder or repeat sequences: index [new_batch], rows [new_batch · kv_heads]."""

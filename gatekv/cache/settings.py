@@ -151,7 +151,7 @@ def _warn_of_other_training(spec: LessSpec, policy: Policy) -> None:
     if spec.less_policy is None:
         return
     trained, used = resolve(spec.less_policy, spec.less_budget), replace(policy, remainder=None)
-    if str(trained) != str(used) or not math.isclose(trained.ratio, used.ratio or 0, rel_tol=0.2):
+    if str(trained) != str(used) or not math.isclose(trained.ratio or 0, used.ratio or 0, rel_tol=0.2):
         logger.warning_once(
             f"gatekv: these low-rank maps were trained for {trained} at budget {trained.ratio}, not for {used} at "
             f"{used.ratio}; measure before relying on it."

@@ -1,6 +1,7 @@
 """Sinks whose positions count places in the cache, not in the text (StreamingLLM, arXiv 2309.17453, §3.2)."""
 
 import copy
+from typing import cast
 
 import torch
 
@@ -43,7 +44,7 @@ class Slots:
         room: [batch] tokens a head may hold; real: [batch] tokens of the prompt, which ends at rotary's last column;
         rotary: (cos, sin) [batch or 1, slots, rotary_dim].
         """
-        sinks = pages.split(pages.scores.isinf())
+        sinks = pages.split(cast(Tensor, pages.scores).isinf())
         column = rotary[0].shape[1] - real + room
         if bool((column >= rotary[0].shape[1]).any()):  # everything is kept: the next token is the first to stand there
             return cls(sinks, None)
@@ -63,14 +64,14 @@ class Slots:
     def reads(self, q: Tensor) -> list[Read]:
         """See `Kept.reads`; q: [batch, heads, 1, head_dim], turned as if asked from the cache's last slot."""
         acc = torch.promote_types(q.dtype, torch.float32)
-        turned = rotate(unrotate(q.to(acc), self.now), self.last).to(q.dtype)
+        turned = rotate(unrotate(q.to(acc), self.now), cast(Rotary, self.last)).to(q.dtype)
         return [(turned, self.pages.keys, self.pages.values, self.pages.table)]
 
     def select(self, rows: Tensor, index: Tensor) -> None:
         """Keep, reorder or repeat sequences: index [new_batch], rows [new_batch · kv_heads]."""
         self.pages.select(rows)
         if self.last is not None and len(self.last[0]) > 1:
-            self.last = tuple(t.index_select(0, index) for t in self.last)
+            self.last = self.last[0].index_select(0, index), self.last[1].index_select(0, index)
 
     def twin(self) -> "Slots":
         """A second owner of the same pool."""

@@ -1,6 +1,7 @@
 """The dense end of a layer's cache: the recent window and what has not been folded into pages yet."""
 
 import copy
+from typing import cast
 
 import torch
 
@@ -63,8 +64,8 @@ class Tail:
             for buffer, piece in zip(self._buffers, (keys, values)):
                 buffer[:, :, old : old + new] = piece
         self.flags, self.valid = torch.cat([self.flags, flags], -1), torch.cat([self.valid, valid], -1)
-        self.scores = None if self.scores is None else torch.cat([self.scores, scores.float()], -1)
-        self.psi = psi if self.psi is None else torch.cat([self.psi, psi], 2)
+        self.scores = None if self.scores is None else torch.cat([self.scores, cast(Tensor, scores).float()], -1)
+        self.psi = psi if self.psi is None else torch.cat([self.psi, cast(Tensor, psi)], 2)
         self.shared = False
 
     def rewrite(self, flags: Tensor, scores: Tensor) -> None:

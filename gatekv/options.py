@@ -19,7 +19,7 @@ import typing
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any, TypeVar
+from typing import Any, TypeVar, cast
 
 import yaml
 from transformers import HfArgumentParser
@@ -54,7 +54,7 @@ class OptionParser(HfArgumentParser):
     """
 
     def __init__(self, cls: type, doc: str | None = None, **kwargs: Any):
-        super().__init__(cls, description=doc, formatter_class=_Formatter, allow_abbrev=False, **kwargs)
+        super().__init__(cast(Any, cls), description=doc, formatter_class=_Formatter, allow_abbrev=False, **kwargs)
         places = [n for n, (_, field) in declared(cls).items() if field.metadata.get("positional")]
         self.usage = " ".join(["%(prog)s", *places, "[--option value] …"])
         self.add_argument("--config", metavar="FILE", help="YAML file of these options; the command line wins.")
@@ -82,11 +82,11 @@ def _add(group: Any, field: dataclasses.Field, said: Mapping[str, Any], kind: An
         shown["metavar"] = "|".join(known) if known and len(known) <= SHOWN else _metavar(kind)
     if said.get("positional"):
         many = {"nargs": "+"} if typing.get_origin(kind) is list else {}
-        group.add_argument(field.name, **shown, **many)
+        group.add_argument(field.name, help=shown["help"], **many)
         return
     if bare is not None:
         shown |= {"nargs": "?", "const": bare}
-    bent = dataclasses.field(default=field.default, default_factory=field.default_factory, metadata=shown)
+    bent: Any = dataclasses.field(default=field.default, default_factory=field.default_factory, metadata=shown)
     bent.name, bent.type = field.name, _reader(kind) or kind
     HfArgumentParser._parse_dataclass_field(group, bent)
 
@@ -153,7 +153,8 @@ def load(
     first = argparse.ArgumentParser(add_help=False, allow_abbrev=False)
     first.add_argument("--config", nargs="?")
     path = first.parse_known_args(list(argv))[0].config
-    settings = _read_yaml(path, known) if path else {}
+    named = [name for name, (_, field) in known.items() if not field.metadata.get("positional")]
+    settings = _read_yaml(path, named) if path else {}
     bare = {name: field.metadata["bare"] for name, (_, field) in known.items() if field.metadata.get("bare")}
     settings |= {name: bare[name] for name, value in settings.items() if value is True and name in bare}
     words = [*as_arguments(settings), *_with_nearest(argv, known)]
@@ -188,7 +189,7 @@ def _with_nearest(argv: Sequence[str], known: dict) -> list[str]:
     return list(argv)
 
 
-def _read_yaml(path: str, known: dict) -> dict[str, Any]:
+def _read_yaml(path: str, known: Sequence[str]) -> dict[str, Any]:
     file = Path(path)
     if not file.is_file():
         raise ValueError(f"--config {path}: no such file.")

@@ -20,6 +20,7 @@ from pathlib import Path
 
 from gatekv.config import option
 from gatekv.evaluation import tasks as known
+from gatekv.extras import missing
 from gatekv.hardware import Hardware
 from gatekv.options import LoadOptions, load
 from gatekv.recipes.common import load_adapted, run
@@ -36,7 +37,7 @@ class EvaluateOptions(LoadOptions):
     """What is scored, and how."""
 
     policies: list[str] = option(POLICIES, "Names of the methods page: gate+global, snapkv+ada, h2o, …")
-    budgets: list[float] = option([0.25, 0.125], "Shares of the prompt's tokens to hold.")
+    budgets: list[str] = option([".25", ".125"], "Shares of the tokens like .25, or tokens like 512.")
     tasks: list[str] = option(["niah_multikey", "ppl"], "Names of the evaluation page.", choices=known.NAMES)
     mode: list[str] = option(
         ["agnostic"], "Compress the context before the question is seen, with it, or both.", choices=known.MODES
@@ -66,7 +67,8 @@ def print_table(rows: list[dict], comparisons: list[dict]) -> None:
     columns = f"{'policy':18} {'budget':>6} {'bytes':>6} {'at end':>6} {'score':>7} {'KL':>7} {'n':>4}"
     print(f"{'task':24} {'mode':9} {columns}  spread over seeds")
     for r in rows:
-        head = f"{r['task']:24} {r['mode']:9} {r['policy']:18} {r['budget']:6.3f}"
+        budget = f"{r['budget']:6.3f}" if isinstance(r["budget"], float) else f"{r['budget']:6}"
+        head = f"{r['task']:24} {r['mode']:9} {r['policy']:18} {budget}"
         if r["score"] is None:
             print(f"{head} {refusal(r['refused'])}")
             continue
@@ -103,16 +105,18 @@ def provenance(argv: list[str], hardware: Hardware) -> dict:
     return {"commit": git.stdout.strip(), "versions": versions, "command": command, **machine}
 
 
-def check(options: EvaluateOptions) -> list[str]:
-    """The policies to score, LESS's controls among them; ValueError before anything is loaded."""
+def check(options: EvaluateOptions) -> tuple[list[str], list[float | int]]:
+    """(policies to score, LESS's controls among them; budgets), or ValueError before anything is loaded."""
     from gatekv import policies
     from gatekv.evaluation import frontier
+    from gatekv.policies.amount import read_budget
 
     names = [p for p in options.policies if p != "full"]
     alone = ["+".join(part for part in p.split("+") if part != "less") for p in names]  # LESS's control, unasked
     names = list(dict.fromkeys([*names, *alone]))
+    budgets = [read_budget(text) for text in options.budgets]
     for name in names:
-        for budget in options.budgets:
+        for budget in budgets:
             policies.resolve(name.replace(frontier.UNTRAINED, "gate"), budget)
     if options.n < 1 or options.n_ppl < 1:
         raise ValueError("--n and --n_ppl count scored answers and must be at least 1.")
@@ -122,7 +126,7 @@ def check(options: EvaluateOptions) -> list[str]:
         raise ValueError(
             "--maps stand beside a gate: name its adapter with --adapter; maps alone are an --adapter too."
         )
-    return names
+    return names, budgets
 
 
 def main(argv: list[str]) -> dict:
@@ -139,7 +143,7 @@ def main(argv: list[str]) -> dict:
     from gatekv.training.card import write_card
 
     torch.manual_seed(0)
-    names, chosen = check(options), options.tasks
+    (names, budgets), chosen = check(options), options.tasks
     examples = load_choices(options.choices) if options.choices else None
     if examples and "classification" in chosen and len(examples) < options.n:
         raise ValueError(f"--choices has {len(examples)} examples: lower --n from {options.n}.")
@@ -173,16 +177,19 @@ def main(argv: list[str]) -> dict:
             build, n = functools.partial(published[task][0], room=room), min(n, published[task][1] or n)
         for mode in options.mode if task not in known.AGNOSTIC_ONLY else ["agnostic"]:
             for seed in options.seeds or [0]:
-                where = (names, options.budgets, task, mode, n, seed, records)
+                where = (names, budgets, task, mode, n, seed, records)
                 frontier.evaluate(model, tokenizer, texts, *where, build=build, **protection)
     rows, comparisons = results.rows(records.lines), results.comparisons(records.lines)
     found = {"rows": rows, "comparisons": comparisons, "run": provenance(argv, hardware)}
     (out / "results.json").write_text(json.dumps(found, indent=1))
     print_table(rows, comparisons)
-    report.frontier(found, out / "frontier.png")
+    drawn = not missing("matplotlib")
+    if drawn:
+        report.frontier(found, out / "frontier.png")
     if (out / "training.json").is_file():
         write_card(out)
-    print(f"wrote {out}/records.jsonl, results.json and frontier.png", file=sys.stderr)
+    last = "frontier.png" if drawn else 'no picture, which needs pip install "gatekv[plot]"'
+    print(f"wrote {out}/records.jsonl, results.json and {last}", file=sys.stderr)
     return found
 
 

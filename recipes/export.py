@@ -35,7 +35,7 @@ class ExportOptions(LoadOptions):
     """Whose flags, of what."""
 
     policy: str = option("", "Left out: gate+global with an adapter, snapkv+ada without.")
-    budget: float = option(0.25, "Share of a row's tokens to keep.")
+    budget: str = option(".25", "A share of a row's tokens like .25, or tokens like 512.")
     data: list[str] = option([], "Text files; left out: the bundled held-out ones.")
     tokens: int = option(1024, "Of a row, a multiple of 8.")
     rows: int = option(64, "At most.")
@@ -57,18 +57,19 @@ def main(argv: list[str]) -> None:
     from gatekv.evaluation.tasks import heldout_texts
     from gatekv.fingerprint import gates_sha256
     from gatekv.modules import wrappers
+    from gatekv.policies.amount import read_budget
 
     model, tokenizer, _, base = load_adapted(args)
     rows = rows_of(heldout_texts(args.data), tokenizer, args.tokens, args.rows)
     if not rows:
         raise ValueError(f"no text of --data is as long as --tokens {args.tokens}: lower it.")
     policy = args.policy or ("gate+global" if args.adapter else "snapkv+ada")
-    out = Path(args.out)
+    budget, out = read_budget(args.budget), Path(args.out)
     out.mkdir(parents=True, exist_ok=True)
     for shard, first in enumerate(range(0, len(rows), SHARD)):
         part, keep = torch.tensor(rows[first : first + SHARD], dtype=torch.int32), []
         for row in tqdm(part, desc=f"shard {shard}"):
-            kept = gatekv.flags(model, row[None].long().to(model.device), policy=policy, budget=args.budget)
+            kept = gatekv.flags(model, row[None].long().to(model.device), policy=policy, budget=budget, strict=True)
             keep.append(torch.from_numpy(numpy.packbits(kept[:, 0].cpu().numpy(), axis=-1)))
         said = {
             "policy": policy, "budget": str(args.budget), "tokens": str(args.tokens), "gatekv": gatekv.__version__,
@@ -76,7 +77,7 @@ def main(argv: list[str]) -> None:
             "layers": ",".join(str(w.layer_idx) for w in wrappers(model)),
         }  # fmt: skip
         save_file({"input_ids": part, "keep": torch.stack(keep)}, out / f"flags-{shard:05}.safetensors", said)
-    print(f"wrote {len(rows)} rows of {args.tokens} tokens under {policy} at {args.budget} to {out}")
+    print(f"wrote {len(rows)} rows of {args.tokens} tokens under {policy} at {budget} to {out}")
 
 
 if __name__ == "__main__":

@@ -26,7 +26,7 @@ class ReportOptions(LoadOptions):
 
     results: str = option("", "A results.json that evaluate wrote; left out: the adapter's, where it has one.")
     policies: list[str] = option([], "Left out: the adapter's gates and the training-free ones.")
-    budgets: list[float] = option([0.25], "Shares of the tokens.")
+    budgets: list[str] = option([".25"], "Shares of the tokens like .25, or tokens like 512.")
     text: str = option("", "File to read; left out: a held-out text with four facts written in.")
     out: str = option("results", "Folder for the pictures and the page.")
 
@@ -68,11 +68,12 @@ def main(argv: list[str]) -> None:
 
     from gatekv import report
     from gatekv.evaluation.keepmap import keep_map
+    from gatekv.policies.amount import read_budget
 
     names = args.policies or ([*LEARNED, *FREE] if args.adapter else FREE)
     model, tokenizer, _, _ = load_adapted(args)
     ids = tokenizer(sample_text(tokenizer, args.text), add_special_tokens=False, return_tensors="pt").input_ids
-    maps = keep_map(model, tokenizer, ids.to(model.device), names, args.budgets)
+    maps = keep_map(model, tokenizer, ids.to(model.device), names, [read_budget(b) for b in args.budgets])
     for entry in maps["refused"]:
         print(f"{entry['policy']} at {entry['budget']} refused: {entry['refused']}", file=sys.stderr)
     maps["run"] = {"command": "python recipes/report.py " + " ".join(argv), "tokens": ids.shape[1]}

@@ -23,7 +23,9 @@ class ValidateOptions(LoadOptions):
     """What is asked of a cache that is not there yet."""
 
     policies: list[str] = option([], "Left out: gate+global with an adapter's gate, else snapkv.")
-    budgets: list[str] = option([".5", ".25", ".125", ".0625"], "Shares of the tokens; none: a gate's own threshold.")
+    budgets: list[str] = option(
+        [".5", ".25", ".125", ".0625"], "Shares like .25, or tokens like 512; none: a gate's own threshold."
+    )
     prompt_tokens: list[int] = option([1024, 8192], "Lengths of prompts.")
     new_tokens: int = option(128, "Generated behind each.")
     batch_size: int = option(1, "Rows.")
@@ -31,13 +33,6 @@ class ValidateOptions(LoadOptions):
     decode: str | None = option(None, "keep or evict; left out: the policy's own.")
     sinks: int | None = option(None, "Left out: as trained, or as the policy's paper has it.")
     window: int | None = option(None, "As sinks, of recent tokens.")
-
-
-def share(text: str) -> float | None:
-    try:
-        return None if text == "none" else float(text)
-    except ValueError as error:
-        raise ValueError(f"--budgets {text!r} must be numbers with commas.") from error
 
 
 def empty_model(adapter: str, model: str, dtype: str):
@@ -56,7 +51,7 @@ def empty_model(adapter: str, model: str, dtype: str):
     return found
 
 
-def examine(model, policy: str, budget: float | None, length: int, new: int, batch: int, options: dict) -> dict:
+def examine(model, policy: str, budget: float | int | None, length: int, new: int, batch: int, options: dict) -> dict:
     """One row: {"forecast": …}, or {"refused": …, "from": the shortest prompt that is not}."""
     import gatekv
     from gatekv.cache.forecast import forecast, shortest
@@ -64,7 +59,7 @@ def examine(model, policy: str, budget: float | None, length: int, new: int, bat
 
     row = {"policy": policy, "budget": budget, "prompt_tokens": length, "forecast": None, "refused": None, "from": None}
     try:
-        cache = gatekv.KVCache(model, policy, budget, **options)
+        cache = gatekv.KVCache(model, policy, budget, strict=True, **options)
         row["forecast"] = forecast(cache, length, new, batch)
     except BudgetError as error:
         row |= {"refused": str(error), "from": shortest(cache, length)}
@@ -74,7 +69,8 @@ def examine(model, policy: str, budget: float | None, length: int, new: int, bat
 
 
 def text_of(row: dict, limit: int) -> str:
-    budget = "" if row["budget"] is None else f"{row['budget']:.4f}"
+    budget = row["budget"]
+    budget = "" if budget is None else f"{budget:.4f}" if isinstance(budget, float) else f"{budget:,}"
     head = f"{row['policy']:22} {budget:>6} {row['prompt_tokens']:>8,}"
     found = row["forecast"]
     if found is None:
@@ -95,8 +91,9 @@ def main(argv: list[str]) -> list[dict]:
     args = load(argv, ValidateOptions, __doc__)
     from gatekv.bundled import adapter_path
     from gatekv.modules import base_model, gate_spec, wrappers
+    from gatekv.policies.amount import read_budget
 
-    budgets, lengths = [share(text) for text in args.budgets], args.prompt_tokens
+    budgets, lengths = [read_budget(text) for text in args.budgets], args.prompt_tokens
     adapter, hardware = adapter_path(args.adapter), choose(args.device, args.dtype)
     if min([*lengths, args.batch_size]) < 1 or args.new_tokens < 0:
         raise ValueError("--prompt_tokens and --batch_size count from 1, --new_tokens from 0.")

@@ -11,14 +11,14 @@ from typing import Any, cast
 import torch
 from transformers.cache_utils import DynamicSlidingWindowLayer
 
-from gatekv.cache.decision import admit
+from gatekv.cache.decision import admit, rooms
 from gatekv.cache.judge import FOLD
 from gatekv.cache.kvcache import KVCache
 from gatekv.cache.layer import KVLayer
 from gatekv.cache.plan import Plan
 from gatekv.less.maps import LessMaps
 from gatekv.modules import GatedAttention, base_model, wrappers
-from gatekv.policies.budgets import BudgetError, Decay, Uniform
+from gatekv.policies.budgets import Decay, Uniform
 from gatekv.policies.qaq import PAGE as NARROW_PAGE
 from gatekv.policies.qaq import PAIRS, Bits
 from gatekv.policies.think import Channels
@@ -64,11 +64,11 @@ def forecast(cache: KVCache, length: int, new_tokens: int = 0, batch: int = 1) -
     cache: of a model on any device, meta too; nothing in it is changed.
 
     Raises:
-        BudgetError: as the end of such a prompt will.
+        BudgetError: as the end of such a prompt will, in a strict cache.
     """
     plan, config = cache.plan, base_model(cache.model).config.get_text_config(decoder=True)
     dtype, rows, layers = base_model(cache.model).dtype, batch * kv_heads(config), wrappers(cache.model)
-    counts = iter(admit(plan, len(layers), length))
+    counts = iter(admit(plan, len(layers), length)[0])
     gated = {w.layer_idx: w for w in layers}
     tokens: list[int] = []
     sums = [0, 0, 0, 0]
@@ -86,21 +86,16 @@ def forecast(cache: KVCache, length: int, new_tokens: int = 0, batch: int = 1) -
             later = min(window, length + new_tokens) if new_tokens else length
             found = full = length * token, later * token
         sums = [a + b for a, b in zip(sums, (found[0], full[0], found[1], full[1]))]
-    free = plan.policy.ratio is None
+    free = plan.policy.budget is None
     held, full_held, end, full_end = sums
     return Forecast(tokens, held, full_held, end, full_end, free, bool(new_tokens) and plan.later_leave)
 
 
 def shortest(cache: KVCache, length: int) -> int | None:
     """The shortest prompt, longer than `length`, that the cache's budget can be kept for; None where there is none."""
-    layers = len(cache.evicting())
 
     def fits(n: int) -> bool:
-        try:
-            admit(cache.plan, layers, n)
-            return True
-        except BudgetError:
-            return False
+        return rooms(cache.plan, len(cache.evicting()), n)[1] is None
 
     low, high = length, 2 * length
     while not fits(high):
@@ -146,13 +141,13 @@ class _Shape:
             each = width.mean_bytes(self.head_dim, self.dtype.itemsize) + (4 if buffered else 0)
             total += round(rows * (narrow + PAIRS * NARROW_PAGE / 2) * each)
         total += rows * (near + room) * 2 * self.head_dim * self.dtype.itemsize
-        total += (near + waiting) * (rows * (5 if buffered else 1) + self.batch) + 8 * self.batch
+        total += (near + waiting) * (rows * (5 if buffered else 1) + self.batch) + 9 * self.batch
         total += (8 * (rows + self.batch) if buffered else 0) + self._gate(near + waiting)
         return total
 
     def _pages(self, tokens: int, key_dim: int, scores: bool) -> int:
         policy, size = self.plan.policy, self.plan.block_size
-        even = isinstance(policy.rule, EVEN) or policy.ratio == 1
+        even = isinstance(policy.rule, EVEN) or policy.budget == 1
         number = math.ceil(tokens / size) if even else tokens / size + 0.5 * (1 - 1 / size)
         beside = 4 + 4 * scores + 4 * self.plan.merges  # position, score, how many tokens it stands for
         slots = size * ((key_dim + self.head_dim) * self.dtype.itemsize + beside) + PAGE

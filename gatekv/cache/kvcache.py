@@ -29,7 +29,8 @@ class KVCache(Cache):
         model: a transformers or PEFT model; gets gatekv's wrappers if it has none (`gatekv.detach` undoes it).
         policy: a name like "gate", "gate+global", "snapkv+ada", a scorer object, or None: the adapter's gate if there
             is one, else "full".
-        budget: share of each row's real prompt tokens that a KV head holds on average, sinks and window inside it.
+        budget: what a KV head holds on average of each row's real prompt tokens, sinks and window inside it: a share
+            in (0, 1], or a number of tokens above 1, as 512; 1 and 1.0 are all. A prompt of fewer tokens is held whole.
             None: a gate's own threshold.
         prefill: "dense": the prompt attends to all of itself and flags act after it; "sparse": a gate's flags act
             inside the prompt too. Default: sparse for threshold gates, dense otherwise.
@@ -40,19 +41,23 @@ class KVCache(Cache):
         prompt_tokens: length of the prompt as fed, for prompts that arrive in several calls (`prefill_chunk_size`).
         turns: tokens after the prompt stay until `compress` applies the budget to them, turn by turn.
         block_size: tokens in a page of the storage.
+        strict: refuse a prompt whose budget is below what the policy protects. Without it such a row is held whole (by
+            a threshold that evicts as tokens come, and knows no end of the prompt: its sinks and window), a budget that
+            layers left whole cost alone leaves the others what is protected, and `memory()` counts these rows.
         kinds: [batch, prompt] integers that say what each token is, `fastgen.token_kinds(tokenizer)[input_ids]`, for
             FastGen; without them it knows its sinks for special tokens and no punctuation.
         backend: of paged attention: "torch", "triton", "flash"; None = the best that can run; `print(cache)` names it.
 
     Raises:
-        ValueError: unknown policy, prefill or backend, impossible budget, a gate without an adapter or calibration.
+        ValueError: unknown policy, prefill or backend, impossible budget, a gate without an adapter or calibration; in
+            use `gatekv.policies.budgets.BudgetError`, a ValueError, see strict.
     """
 
     def __init__(
         self,
         model: nn.Module,
         policy: Policy | Scorer | str | None = None,
-        budget: float | None = None,
+        budget: float | int | None = None,
         *,
         prefill: str | None = None,
         decode: str | None = None,
@@ -63,6 +68,7 @@ class KVCache(Cache):
         block_size: int = 16,
         backend: str | None = None,
         kinds: torch.Tensor | None = None,
+        strict: bool = False,
     ) -> None:
         attach(model)
         self.model = model
@@ -70,7 +76,7 @@ class KVCache(Cache):
             plan_of(
                 model, policy, budget, prefill=prefill, decode=decode, sinks=sinks, window=window,
                 prompt_tokens=prompt_tokens, turns=turns, block_size=block_size, backend=backend,
-                kinds=kinds,
+                kinds=kinds, strict=strict,
             )
         )  # fmt: skip
 
@@ -93,7 +99,9 @@ class KVCache(Cache):
         cache.plan.defer = True
         return cache
 
-    def decide(self, policy: Policy | Scorer | str | None, budget: float | None = None, **kwargs: Any) -> "KVCache":
+    def decide(
+        self, policy: Policy | Scorer | str | None, budget: float | int | None = None, **kwargs: Any
+    ) -> "KVCache":
         """A new cache: this undecided one's prompt, compressed under a policy (arguments as for `KVCache`).
 
         Scores are computed once for all budgets and rules under which they are asked for.
@@ -119,7 +127,8 @@ class KVCache(Cache):
     def compress(self) -> None:
         """End the turn: of the tokens fed since the last decision, keep `budget` (sinks and window as for a prompt).
 
-        Earlier decisions stand. Raises ValueError without `turns=True`, or when the turn is too short for its budget.
+        Earlier decisions stand. Raises ValueError without `turns=True`; a turn too short for its budget is as such a
+        prompt: it stays whole, or raises BudgetError in a strict cache.
         """
         if not self.plan.turns:
             raise ValueError("compress() needs KVCache(…, turns=True), which keeps what a later decision looks at.")
@@ -165,7 +174,8 @@ class KVCache(Cache):
         return [layer.held() for layer in self.evicting()]
 
     def memory(self) -> dict[str, float]:
-        """Bytes of every storage held, of a full cache of the same real tokens, and their ratio."""
+        """Bytes of every storage held ("bytes"), of a full cache of the same real tokens ("full_bytes"), their "ratio";
+        "whole_rows": rows whose prompt, or last turn, was too short for the budget and is held whole (see strict)."""
         held, full = 0, 0
         for layer in cast("list[Any]", self.layers):
             if isinstance(layer, KVLayer) and layer.is_initialized:
@@ -175,17 +185,20 @@ class KVCache(Cache):
             elif layer.is_initialized:
                 held += (own := distinct_bytes([layer.keys, layer.values]))
                 full += own
-        return {"bytes": held, "full_bytes": full, "ratio": held / full if full else 0.0}
+        unmet = next((layer.unmet for layer in self.evicting()), None)
+        whole = 0 if unmet is None else int(unmet.sum())
+        return {"bytes": held, "full_bytes": full, "ratio": held / full if full else 0.0, "whole_rows": whole}
 
     def __repr__(self) -> str:
         p = self.plan
         size = self.memory()
+        short = f", {size['whole_rows']} rows too short for the budget held whole" if size["whole_rows"] else ""
         backend = next((layer.kept.backend for layer in self.evicting() if layer.is_initialized), p.backend or "auto")
         return (
-            f"KVCache({p.policy}, budget={p.policy.ratio}, "
+            f"KVCache({p.policy}, budget={p.policy.budget}, "
             f"prefill={'dense' if p.dense else 'sparse'}, sinks={p.sinks}, window={p.window}, "
             f"block_size={p.block_size}, backend={backend}, "
-            f"seen={self.get_seq_length()}, bytes={size['bytes']}, ratio={size['ratio']:.3f})"
+            f"seen={self.get_seq_length()}, bytes={size['bytes']}, ratio={size['ratio']:.3f}{short})"
         )
 
 
@@ -195,7 +208,7 @@ def flags(
     input_ids: torch.Tensor,
     attention_mask: torch.Tensor | None = None,
     policy: Policy | Scorer | str | None = None,
-    budget: float | None = None,
+    budget: float | int | None = None,
     **kwargs: Any,
 ) -> torch.Tensor:
     """Which tokens of a prompt a policy keeps, without generating anything.

@@ -27,6 +27,7 @@ from gatekv.less.maps import LessMaps, Waiting
 from gatekv.ops import segments
 from gatekv.ops.remainder import left_of
 from gatekv.policies import Scorer, View
+from gatekv.policies.amount import share_of
 from gatekv.policies.budgets import faded
 from gatekv.policies.merging import Tokens
 from gatekv.support import LATER
@@ -65,6 +66,9 @@ class KVLayer(CacheLayerMixin):
         self.seen, self.folded = 0, 0  # slots; real: real tokens [batch, 1]; slots that left the tail
         self.phase, self.base = Phase.PROMPT, 0  # base: the slot where the current prompt or turn begins
         self.first_call: int | None = None
+        self.unmet: Tensor | None = (
+            None  # [batch] bool: rows whose budget could not be kept; None before there was a decision
+        )
         self.cut: Tensor | None = (
             None  # [batch, 1 or kv_heads, 1]: the logit that a later token must exceed, after an exact decision
         )
@@ -119,7 +123,7 @@ class KVLayer(CacheLayerMixin):
         self.tail.select(index)
         self.judge.select(index)
         self.known = None if self.known is None else {}
-        for name in ("real", "cut", "queries", "hidden"):
+        for name in ("real", "unmet", "cut", "queries", "hidden"):
             if (held := vars(self)[name]) is not None:
                 setattr(self, name, held.index_select(0, index))
 
@@ -238,7 +242,10 @@ class KVLayer(CacheLayerMixin):
                 "use KVCache(…, decode='keep') with it."
             )
         scorer, outs = self.plan.policy.scorer, []
-        entering = scorer.enter(k, self.real + valid.long().cumsum(-1) - 1)
+        index = self.real + valid.long().cumsum(-1) - 1
+        entering = scorer.enter(k, index)
+        if self.kept.slots is None:  # a prompt shorter than the sinks leaves the rest of them to come
+            entering = entering.masked_fill((index < self.plan.sinks)[:, None], torch.inf)
         for i in range(q.shape[2]):
             new = slice(i, i + 1)
             flags = valid[:, None, new].expand(*k.shape[:2], 1)
@@ -300,29 +307,47 @@ class KVLayer(CacheLayerMixin):
         logits, valid, old = self.judge.read(call.hidden, valid, self.tail)
         real = self.real - valid[:, :old].sum(-1, keepdim=True)
         sinks = sink_tokens(valid, self.plan.sinks, real)
-        flags = (logits > self._thresholds(valid, real)) & valid[:, None] | sinks[:, None]
+        flags = (logits > self._thresholds(valid, real, self.seen - old)) & valid[:, None] | sinks[:, None]
+        if self.plan.decays and later:
+            logits = logits.masked_fill(sinks[:, None], torch.inf)
         if old:
             self.tail.rewrite(flags[..., :old], logits[..., :old])
         return flags[..., old:], logits[..., old:] if scored else None
 
-    def _thresholds(self, valid: Tensor, real: Tensor) -> Tensor:
-        """Logit thresholds of tokens that came after `real` [batch, 1], broadcastable to [batch, kv_heads, n]."""
+    def _thresholds(self, valid: Tensor, real: Tensor, start: int) -> torch.Tensor:
+        """Logit thresholds of tokens that came after `start` slots, `real` [batch, 1] of them real tokens;
+        broadcastable to [batch, kv_heads, n]."""
         plan = self.plan
         if self.phase is Phase.TURN:
             return torch.tensor(-torch.inf, device=valid.device)
         if self.cut is not None:
             return self.cut
-        if plan.policy.ratio is None:
+        if plan.policy.budget is None:
             return torch.tensor(plan.threshold, device=valid.device)
         if plan.streaming or plan.trims:
-            # A token is judged when it leaves the window: by then its row has seen `window` more tokens. This depends
-            # on the token alone, never on how the prompt was cut into calls.
-            seen = real + valid.long().cumsum(-1) + plan.window
-            ratio = plan.policy.ratio if plan.streaming else min(1.0, 1.5 * plan.policy.ratio)
-            return plan.thresholds(ratio, seen, plan.prompt_tokens)[:, None]
+            return self._calibrated(valid, real, start)[:, None]
         return torch.tensor(-torch.inf, device=valid.device)  # a dense prompt decides at its end
 
-    def _answer(self, q: Tensor, mask: Tensor | None, scaling: float) -> Tensor:
+    def _calibrated(self, valid: Tensor, real: Tensor, start: int) -> torch.Tensor:
+        """Thresholds [batch, n] that keep the budget as tokens leave the window; arguments as for `_thresholds`."""
+        plan = self.plan
+        # A token is judged when it leaves the window: by then its row has seen `window` more tokens. This depends
+        # on the token alone, never on how the prompt was cut into calls.
+        index = real + valid.long().cumsum(-1)
+        seen, loose = index + plan.window, 1.0 if plan.streaming else 1.5
+        if not plan.knows_end:
+            return plan.thresholds(cast(float, plan.policy.budget), seen)
+        pads = start - real + (~valid).sum(-1, keepdim=True)
+        end = self.base if self.phase is Phase.LATER else plan.prompt_tokens or start + valid.shape[1]
+        known = plan.prompt_tokens is not None or isinstance(plan.policy.budget, int)
+        out = []
+        for row, length in enumerate((end - pads)[:, 0].tolist()):
+            share = min(1.0, loose * share_of(plan.policy.budget, length))
+            limits = plan.thresholds(share, seen[row], length if known else None)
+            out.append(limits.masked_fill((index[row] <= length) & plan.decide.too_short(length), -torch.inf))
+        return torch.stack(out)
+
+    def _answer(self, q: Tensor, mask: Tensor | None, scaling: float) -> torch.Tensor:
         n, tail = q.shape[2], len(self.tail)
         whole = self.phase is Phase.TURN or (self.phase is Phase.PROMPT and self.plan.dense)
         k, v = self.tail.keys, self.tail.values
@@ -493,9 +518,9 @@ class KVLayer(CacheLayerMixin):
         if self.plan.streams or (self.plan.decays and not self.plan.keep_later):
             sinks = sink_tokens(tail.valid, self.plan.sinks)[:, None]
             tail.scores = scores.float().masked_fill(sinks, torch.inf)  # they never leave
-            self.kept.buffer = Buffer(
-                keep.sum(-1) - max(self.plan.grace - 1, 0), recent if self.plan.streams else 0 * recent
-            )
+            room = keep.sum(-1).clamp_min(self.plan.sinks + self.plan.window)  # a short prompt fills it later
+            recent = recent if self.plan.streams else 0 * recent
+            self.kept.buffer = Buffer(room - max(self.plan.grace - 1, 0), recent)
         else:
             self.kept.pages.scores = None
             tail.scores = tail.scores if self.plan.turns else None
@@ -589,6 +614,6 @@ class KVLayer(CacheLayerMixin):
 
     def tensors(self) -> list[Tensor]:
         """Every tensor that this layer holds."""
-        side = (self.real, self.cut, self.queries, self.hidden)
+        side = (self.real, self.unmet, self.cut, self.queries, self.hidden)
         parts = (self.judge, self.tail, self.kept)
         return [t for t in side if t is not None] + [t for part in parts for t in part.tensors()]

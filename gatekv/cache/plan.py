@@ -1,6 +1,5 @@
 """What all layers of a cache share: the policy, when it acts, and how tokens are stored."""
 
-from collections.abc import Callable
 from dataclasses import dataclass
 from typing import TYPE_CHECKING
 
@@ -14,7 +13,7 @@ from gatekv.policies.merging import MergeNear, MergeSimilar
 from gatekv.support import LATER
 
 if TYPE_CHECKING:
-    from gatekv.cache.layer import KVLayer
+    from gatekv.cache.decision import Decision
 
 
 @dataclass
@@ -22,10 +21,11 @@ class Plan:
     """Settings of one cache.
 
     Attributes:
-        policy: scorer, rule and ratio. sinks, window: protected tokens.
+        policy: scorer, rule and budget. sinks, window: protected tokens.
         dense: the prompt attends to all of itself, flags act after it.
         prompt_tokens: where the prompt ends, or None = with the first forward.
-        threshold: tau as a logit, for a gate without a ratio.
+        threshold: tau as a logit, for a gate without a budget.
+        strict: a prompt whose budget is below what the policy protects is refused, else held whole.
         keep_later: tokens after the prompt all stay. turns: they stay until `KVCache.compress` ends the turn.
         block_size: tokens in a page. backend: of paged attention, or None = the best that can run.
         thresholds: (ratio, real tokens seen [batch, n], prompt_tokens) -> logit thresholds [batch, n], calibrated.
@@ -41,6 +41,7 @@ class Plan:
     dense: bool
     prompt_tokens: int | None
     threshold: float
+    strict: bool = False
     keep_later: bool = False
     turns: bool = False
     block_size: int = 16
@@ -49,7 +50,7 @@ class Plan:
     thresholds: Thresholds = LATER
     kinds: torch.Tensor | None = None
     defer: bool = False
-    decide: Callable[["KVLayer"], None] = LATER
+    decide: "Decision" = LATER
 
     @property
     def learned(self) -> bool:
@@ -105,7 +106,13 @@ class Plan:
     def waits(self) -> bool:
         """Something is decided at the end of the prompt, so the cache must know where that is."""
         narrows = self.policy.width is not None
-        return narrows or ((self.dense or not self.streaming) and self.policy.ratio != 1)
+        counted = isinstance(self.policy.budget, int)  # tokens: what share they are depends on the prompt
+        return narrows or ((self.dense or not self.streaming or counted) and self.policy.budget != 1)
+
+    @property
+    def knows_end(self) -> bool:
+        """Where the prompt ends is known before its last token is judged."""
+        return self.waits or self.prompt_tokens is not None
 
     @property
     def grace(self) -> int:

@@ -23,7 +23,7 @@ logger = logging.get_logger(__name__)
 def plan_of(
     model: nn.Module,
     policy: Policy | Scorer | str | None,
-    budget: float | None,
+    budget: float | int | None,
     *,
     prefill: str | None,
     decode: str | None,
@@ -34,6 +34,7 @@ def plan_of(
     block_size: int,
     backend: str | None,
     kinds: torch.Tensor | None,
+    strict: bool,
 ) -> Plan:
     """Arguments and errors as for `gatekv.KVCache`; the model has its wrappers."""
     active = [w for w in wrappers(model) if w.active()]
@@ -58,7 +59,7 @@ def plan_of(
     if kinds is not None and kinds.ndim != 2:
         raise ValueError(f"kinds is [batch, tokens], as token_kinds(tokenizer)[input_ids]; got {tuple(kinds.shape)}.")
     calibration = active[0].calibration() if active else None
-    if learned and policy.ratio is not None and (streaming or prefill == "sparse") and calibration is None:
+    if learned and policy.budget is not None and (streaming or prefill == "sparse") and calibration is None:
         raise ValueError(
             "a number as budget streams through calibrated thresholds, and this adapter has none: run "
             "gatekv.training.calibrate, leave budget=None, or use prefill='dense' with uniform, ada or global."
@@ -73,6 +74,7 @@ def plan_of(
         keep_later=decode == "keep",
         prompt_tokens=prompt_tokens,
         threshold=logit_of(spec.threshold),
+        strict=strict,
         turns=turns,
         block_size=block_size,
         backend=backend,
@@ -99,7 +101,7 @@ def _check_modes(
         raise ValueError(
             f"prefill='sparse' needs a causal gate; {type(policy.scorer).__name__} decides after the prompt."
         )
-    if whole and prefill == "sparse" and (policy.ratio is not None or not streaming):
+    if whole and prefill == "sparse" and (policy.budget is not None or not streaming):
         raise ValueError(
             "a gate that reads the whole prompt masks the prompt's own queries at its threshold only: leave budget "
             "and rule out, or use prefill='dense'."
@@ -151,8 +153,8 @@ def _warn_of_other_training(spec: LessSpec, policy: Policy) -> None:
     if spec.less_policy is None:
         return
     trained, used = resolve(spec.less_policy, spec.less_budget), replace(policy, remainder=None)
-    if str(trained) != str(used) or not math.isclose(trained.ratio or 0, used.ratio or 0, rel_tol=0.2):
+    if str(trained) != str(used) or not math.isclose(trained.budget or 0, used.budget or 0, rel_tol=0.2):
         logger.warning_once(
-            f"gatekv: these low-rank maps were trained for {trained} at budget {trained.ratio}, not for {used} at "
-            f"{used.ratio}; measure before relying on it."
+            f"gatekv: these low-rank maps were trained for {trained} at budget {trained.budget}, not for {used} at "
+            f"{used.budget}; measure before relying on it."
         )

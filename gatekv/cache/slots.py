@@ -29,12 +29,13 @@ class Slots:
     query is turned back to that position, and no key is ever rewritten.
 
     Attributes:
-        pages: the sinks. last: (cos, sin) [batch, 1, rotary_dim] of position `room`, the query's slot in a full cache;
-        None until a token stands there. now: (cos, sin) of the current query.
+        pages: the sinks. last: (cos, sin) [batch, 1, rotary_dim] of position `room`, the query's slot in a full cache, or
+        of the newest token before one stands there. wait: [batch] tokens until one does. now: (cos, sin) of the current
+        query.
     """
 
-    def __init__(self, pages: Pages, last: Rotary | None) -> None:
-        self.pages, self.last = pages, last
+    def __init__(self, pages: Pages, last: Rotary, wait: Tensor) -> None:
+        self.pages, self.last, self.wait = pages, last, wait
         self.now: Rotary = LATER
 
     @classmethod
@@ -45,17 +46,18 @@ class Slots:
         rotary: (cos, sin) [batch or 1, slots, rotary_dim].
         """
         sinks = pages.split(cast(Tensor, pages.scores).isinf())
-        column = rotary[0].shape[1] - real + room
-        if bool((column >= rotary[0].shape[1]).any()):  # everything is kept: the next token is the first to stand there
-            return cls(sinks, None)
-        index = column[:, None, None].expand(-1, -1, rotary[0].shape[2])
+        columns = rotary[0].shape[1]
+        column = columns - real + room  # behind the last one where a row is kept whole: a later token stands there
+        index = column.clamp_max(columns - 1)[:, None, None].expand(-1, -1, rotary[0].shape[2])
         cos, sin = (t.expand(len(room), -1, -1).gather(1, index) for t in rotary)
-        return cls(sinks, (cos, sin))
+        return cls(sinks, (cos, sin), (column - columns + 1).clamp_min(0))
 
     def step(self, rotary: Rotary) -> None:
         """(cos, sin) [batch or 1, 1, rotary_dim] of the token that asks now."""
         self.now = rotary
-        self.last = rotary if self.last is None else self.last
+        waits = (self.wait > 0)[:, None, None]
+        self.last = torch.where(waits, rotary[0], self.last[0]), torch.where(waits, rotary[1], self.last[1])
+        self.wait = (self.wait - 1).clamp_min(0)
 
     def stores(self) -> list[Pages]:
         """The sinks' pages."""
@@ -64,14 +66,14 @@ class Slots:
     def reads(self, q: Tensor) -> list[Read]:
         """See `Kept.reads`; q: [batch, heads, 1, head_dim], turned as if asked from the cache's last slot."""
         acc = torch.promote_types(q.dtype, torch.float32)
-        turned = rotate(unrotate(q.to(acc), self.now), cast(Rotary, self.last)).to(q.dtype)
+        turned = rotate(unrotate(q.to(acc), self.now), self.last).to(q.dtype)
         return [(turned, self.pages.keys, self.pages.values, self.pages.table)]
 
     def select(self, rows: Tensor, index: Tensor) -> None:
         """Keep, reorder or repeat sequences: index [new_batch], rows [new_batch · kv_heads]."""
         self.pages.select(rows)
-        if self.last is not None and len(self.last[0]) > 1:
-            self.last = self.last[0].index_select(0, index), self.last[1].index_select(0, index)
+        self.last = self.last[0].index_select(0, index), self.last[1].index_select(0, index)
+        self.wait = self.wait.index_select(0, index)
 
     def twin(self) -> "Slots":
         """A second owner of the same pool."""
@@ -81,4 +83,4 @@ class Slots:
 
     def tensors(self) -> list[Tensor]:
         """Every tensor held."""
-        return [*self.pages.tensors(), *(self.last or ())]
+        return [*self.pages.tensors(), *self.last, self.wait]

@@ -30,7 +30,7 @@ KEY = "gatekv_cache"
 COUNTERS = ("seen", "folded", "base", "first_call")
 POOL = ("keys", "values", "positions", "owners", "ordinals", "lengths", "scores", "counts")
 TAIL = ("keys", "values", "flags", "valid", "scores", "psi")
-SIDE = ("real", "cut", "queries")
+SIDE = ("real", "cut", "queries", "unmet")
 STATE = ("h", "z", "m")
 ANSWERS: dict[str, dict[str, Any]] = {"scorer": SCORERS, **PARTS}  # of a policy, one to each question
 
@@ -68,7 +68,7 @@ def _tensors(layer: Any) -> dict[str, torch.Tensor]:
         named |= {f"thin.{n}": getattr(kept.thin.pages, n) for n in POOL} | {"channels": kept.thin.channels}
     if kept.slots is not None:
         named |= {f"slots.{n}": getattr(kept.slots.pages, n) for n in POOL}
-        named |= dict(zip(("slot_cos", "slot_sin"), kept.slots.last or ()))
+        named |= dict(zip(("slot_cos", "slot_sin"), kept.slots.last)) | {"slot_wait": kept.slots.wait}
     if kept.buffer is not None:
         named |= {"room": kept.buffer.room, "recent": kept.buffer.recent}
     return {n: t for n, t in named.items() if t is not None}
@@ -89,10 +89,10 @@ def save(cache: "KVCache", path: str) -> None:
         "gates": gates_sha256(cache.model) if plan.learned or plan.remembers else None,
         "lora": lora_sha256(cache.model),
         "policy": {part: _describe(vars(plan.policy)[part], known, part) for part, known in ANSWERS.items()},
-        "budget": plan.policy.ratio,
+        "budget": plan.policy.budget,
         "options": {
             "prefill": "dense" if plan.dense else "sparse", "decode": "keep" if plan.keep_later else "evict",
-            **{n: getattr(plan, n) for n in ("sinks", "window", "prompt_tokens", "turns", "block_size")},
+            **{n: getattr(plan, n) for n in ("sinks", "window", "prompt_tokens", "turns", "block_size", "strict")},
         },
         "layers": [], "names": [],
     }  # fmt: skip
@@ -152,7 +152,7 @@ def load(cls: type["KVCache"], path: str, model: nn.Module, backend: str | None)
     _check(path, header, model)
     said = {part: d for part, d in header["policy"].items() if d is not None}
     parts = {part: ANSWERS[part][d["name"]](**d["fields"]) for part, d in said.items()}
-    policy = Policy(ratio=header["budget"], **parts)
+    policy = Policy(**parts)
     cache = cls(model, policy, header["budget"], backend=backend, **header["options"])
     for i, (layer, state) in enumerate(zip(cast("list[Any]", cache.layers), header["layers"])):
         mine = {n.split(".", 1)[1]: t for n, t in tensors.items() if n.split(".", 1)[0] == str(i)}
@@ -197,7 +197,7 @@ def _fill(layer: KVLayer, mine: dict[str, torch.Tensor], state: dict) -> None:
             store.restore({n: mine.get(f"quantised.{pair[0]}.{pair[1]}.{n}") for n in POOL})
     elif "slots.keys" in mine:
         apart.restore({n: mine.get(f"slots.{n}") for n in POOL})
-        layer.kept.slots = Slots(apart, (mine["slot_cos"], mine["slot_sin"]) if "slot_cos" in mine else None)
+        layer.kept.slots = Slots(apart, (mine["slot_cos"], mine["slot_sin"]), mine["slot_wait"])
     if "room" in mine:
         layer.kept.buffer = Buffer(mine["room"], mine["recent"])
     layer.judge.pending = mine.get("pending")

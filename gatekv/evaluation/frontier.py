@@ -16,6 +16,7 @@ from gatekv.evaluation.tasks import TASKS, Generated, Item
 from gatekv.modules import wrappers
 from gatekv.ops.naive import accumulation_dtype
 from gatekv.policies import Full, Gate, Policy, resolve
+from gatekv.policies.amount import share_of
 from gatekv.policies.budgets import Threshold
 from gatekv.policies.fastgen import token_kinds
 from gatekv.policies.less import Less
@@ -58,7 +59,7 @@ def _named(policy: str) -> str:
 
 
 def _fitted(model: "GateModel", undecided: KVCache, policy: Policy, budget: float) -> tuple[Policy, float]:
-    """(policy, share of the tokens to keep) for a share of the bytes: a state costs tokens, narrow ones leave room.
+    """(policy, share of the tokens to keep) for a budget of bytes, as a share or as tokens' bytes: a state costs tokens, narrow ones leave room.
 
     So a policy without its remainder, at the same budget, is LESS's control with the state's bytes as extra tokens.
 
@@ -67,6 +68,9 @@ def _fitted(model: "GateModel", undecided: KVCache, policy: Policy, budget: floa
     """
     keys = undecided.evicting()[0].tail.keys
     length, head_dim = keys.shape[2], keys.shape[3]
+    if policy.remainder is None and policy.width is None:
+        return policy, budget
+    budget = share_of(budget, length)
     if isinstance(policy.remainder, Less):
         maps = next((w.less() for w in wrappers(model) if w.less()), None)
         if maps is None:
@@ -91,8 +95,7 @@ def _compressed(
     if policy.startswith(("gate", UNTRAINED)):
         use_gate(cast("PeftModel", model), UNTRAINED if policy.startswith(UNTRAINED) else "default")
     fitted, budget = _fitted(model, undecided, resolve(_named(policy), budget), budget)
-    if not fitted.scorer.streams:
-        options = {**options, "decode": "keep"}
+    options = {**options, "strict": True} | ({} if fitted.scorer.streams else {"decode": "keep"})
     if isinstance(fitted.scorer, Gate) and isinstance(fitted.rule, Threshold):
         cache = KVCache(model, fitted, budget, **options)
         model(context, past_key_values=cache, logits_to_keep=1)
@@ -129,7 +132,7 @@ def _generate(model: "GateModel", cache: KVCache, item: Generated) -> tuple[list
     own = model.generation_config.eos_token_id
     ends = [*(own if isinstance(own, list) else [own]), *item.stops]
     ends = [end for end in ends if end is not None]
-    out = cast("PreTrainedModel", model).generate(
+    out = cast(Any, model).generate(
         input_ids=ids,
         past_key_values=copy,
         max_new_tokens=item.tokens,
@@ -188,7 +191,7 @@ def evaluate(
     tokenizer: "PreTrainedTokenizerBase",
     texts: list[str],
     policies: list[str],
-    budgets: list[float],
+    budgets: list[float | int],
     task: str,
     mode: str,
     n: int,

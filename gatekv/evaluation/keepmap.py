@@ -57,10 +57,10 @@ def _decided(model: "GateModel", undecided: KVCache, ids: torch.Tensor, policy: 
     """The text under one policy; threshold gates act inside the prefill, so they need one of their own."""
     resolved = resolve(policy, budget)
     if isinstance(resolved.scorer, Gate) and isinstance(resolved.rule, Threshold):
-        cache = KVCache(model, policy, budget)
+        cache = KVCache(model, policy, budget, strict=True)
         model(ids, past_key_values=cache, logits_to_keep=1)
         return cache
-    return undecided.decide(policy, budget, decode="keep")
+    return undecided.decide(policy, budget, decode="keep", strict=True)
 
 
 @torch.no_grad()
@@ -69,13 +69,13 @@ def keep_map(
     tokenizer: "PreTrainedTokenizerBase",
     ids: list[int] | torch.Tensor,
     policies: list[str],
-    budgets: list[float | None],
+    budgets: list[float | int | None],
 ) -> dict:
     """What every policy holds of one text at every budget, after one dense prefill.
 
     Args:
         ids: token ids, a list or a tensor of shape [tokens] or [1, tokens].
-        policies: names like "snapkv+ada"; gates need an adapter. budgets: shares of the tokens; None: a gate's own
+        policies: names like "snapkv+ada"; gates need an adapter. budgets: shares of the tokens, or numbers of them; None: a gate's own
             threshold.
 
     Returns a dict that json can write: "tokens" (see `token_texts`); "layers" L, "heads" K (full-attention layers

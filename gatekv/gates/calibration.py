@@ -2,15 +2,20 @@
 
 import bisect
 import math
-from collections.abc import Callable
 from dataclasses import dataclass
+from typing import Protocol
 
 import torch
 
 from gatekv.config import MOST
 
-Thresholds = Callable[[float, torch.Tensor, int | None], torch.Tensor]  # what `Calibration.thresholds` returns
 CURE = "Calibrate again (gatekv.training.calibrate), or load the adapter as it was saved."
+
+
+class Thresholds(Protocol):
+    """What `Calibration.thresholds` returns."""
+
+    def __call__(self, ratio: float, seen: torch.Tensor, prompt: int | None = None) -> torch.Tensor: ...
 
 
 @dataclass

@@ -31,6 +31,8 @@ from gatekv.support import sliding_layers
 if TYPE_CHECKING:
     from transformers import PreTrainedModel
 
+    from gatekv.support import SelfAttention
+
 
 @dataclass
 class Heard(AttentionCall):
@@ -100,7 +102,7 @@ class GateKVPress(ScorerPress):
             ValueError: no gates in force, gates that fade, sliding-window layers, eager attention.
         """
         inner = base_model(model)
-        gates = {w.layer_idx: (w.gate(), w.specs[w.active()]) for w in wrappers(inner) if w.active()}
+        gates = {w.layer_idx: (w.gate(), w.specs[name]) for w in wrappers(inner) if (name := w.active())}
         layers = attention_layers(inner)
         if len(gates) < len(layers):
             raise ValueError(
@@ -115,7 +117,7 @@ class GateKVPress(ScorerPress):
         if inner.config._attn_implementation == NAMES["eager"]:
             raise ValueError("kvpress masks single heads in sdpa only: load the model with attn_implementation='sdpa'.")
 
-        def prepare(module: nn.Module, args: tuple, kwargs: dict[str, Any]) -> tuple[tuple, dict[str, Any]]:
+        def prepare(module: "SelfAttention", args: tuple, kwargs: dict[str, Any]) -> tuple[tuple, dict[str, Any]]:
             cache, hidden = kwargs.get("past_key_values"), kwargs["hidden_states"]
             if cache is None or isinstance(cache, KVCache):
                 raise ValueError("a press prunes a cache of transformers' own: pass past_key_values=DynamicCache().")

@@ -12,6 +12,8 @@ from typing import Protocol
 
 import torch
 
+from gatekv.policies.amount import Amount
+
 
 class BudgetError(ValueError):
     """A budget that no prompt of this length, or no prompt at all, can keep under the policy."""
@@ -33,14 +35,18 @@ class Ranking(Rule, Protocol):
         ...
 
 
-def check_counts(counts: torch.Tensor, protected: torch.Tensor, ratio: float, valid: torch.Tensor) -> None:
+def too_small(budget: Amount, length: int, row: int, count: int, need: int) -> str:
+    """Why `count` tokens a head of a row's `length` are too few, where `need` would be the least."""
+    of = f"{budget} tokens" if isinstance(budget, int) else f"{budget:.4g}"
+    below = "that sinks + window protect: raise budget, lower sinks or window" if need > 1 else "at least: raise budget"
+    return f"budget {of} of the {length} tokens of row {row} is {count} a head, below the {need} {below}, use longer prompts."
+
+
+def check_counts(counts: torch.Tensor, protected: torch.Tensor, budget: Amount, valid: torch.Tensor) -> None:
     """BudgetError when counts [batch] tokens a head do not hold the protected [batch, kv_heads or 1, tokens]."""
     for row, (count, need) in enumerate(zip(counts.tolist(), protected.sum(-1).amax(-1).tolist())):
         if count < need:
-            raise BudgetError(
-                f"budget {ratio:.4g} of the {int(valid[row].sum())} tokens of row {row} is {count} a head, below "
-                f"the {need} that sinks + window protect: raise budget, lower sinks or window, use longer prompts."
-            )
+            raise BudgetError(too_small(budget, int(valid[row].sum()), row, count, need))
 
 
 def ranked(scores: torch.Tensor, protected: torch.Tensor, valid: torch.Tensor) -> torch.Tensor:

@@ -41,7 +41,7 @@ def whole_layers(skip: tuple[int, ...], ratio: float, layers: int) -> tuple[list
     rest = ratio if not skipped else (ratio * layers - len(skipped)) / others if others else 0.0
     if rest <= 0 and ratio < 1:
         raise BudgetError(
-            f"budget {ratio} is unreachable: {len(skipped)} of {layers} layers are left whole; skip fewer layers."
+            f"budget {ratio:.4g} is unreachable: {len(skipped)} of {layers} layers are left whole; skip fewer layers."
         )
     return skipped, rest
 

@@ -4,6 +4,7 @@ from dataclasses import dataclass, replace
 
 from gatekv.config import check_choice
 from gatekv.policies.adakv import Ada
+from gatekv.policies.amount import Amount, checked_budget
 from gatekv.policies.budgets import Above, Decay, Global, Rule, Threshold, Uniform
 from gatekv.policies.controls import Random, SinksRecent, ValueNorm
 from gatekv.policies.d2o import D2O
@@ -63,15 +64,15 @@ class Policy:
     """One answer to each question.
 
     Attributes:
-        scorer: which tokens matter. rule: how heads share a layer's room. ratio: the share to hold (None: the threshold
-        decides, or everything is kept). layers: how layers share the model's room. remainder: what becomes of evicted
+        scorer: which tokens matter. rule: how heads share a layer's room. budget: what to hold, a share of the prompt
+        (float) or tokens of it (int); None: the threshold decides, or everything is kept. layers: how layers share the model's room. remainder: what becomes of evicted
         tokens. These are None until `resolve` fills in what the scorer's paper has, or threshold for a gate and
         uniform for others, even layers, nothing. width: how old tokens are stored (None: whole).
     """
 
     scorer: Scorer
     rule: Rule = LATER
-    ratio: float | None = None
+    budget: Amount | None = None
     layers: Even | Pyramid | Variance = LATER
     width: Channels | Bits | None = None
     remainder: Less | MergeSimilar | MergeNear | None = None
@@ -109,12 +110,14 @@ def _parse(name: str) -> Policy:
     return Policy(SCORERS[first](), **found)
 
 
-def resolve(policy: Policy | Scorer | str, budget: float | None) -> Policy:
+def resolve(policy: Policy | Scorer | str, budget: Amount | None) -> Policy:
     """Turn "snapkv+ada+pyramid", `SnapKV(window=16)` or a `Policy` into a Policy with its budget checked.
 
     Raises:
-        ValueError: unknown name (with the nearest one), a budget outside (0, 1], or none where one is needed.
+        ValueError: unknown name (with the nearest one), a budget that is none (see `checked_budget`), or no budget where
+            one is needed.
     """
+    budget = checked_budget(budget)
     if isinstance(policy, str):
         policy = _parse(policy)
     if isinstance(policy, Scorer):
@@ -149,6 +152,4 @@ def resolve(policy: Policy | Scorer | str, budget: float | None) -> Policy:
         raise ValueError("above keeps what scores above 0, however many that are: leave budget= out, or above.")
     if budget is None and not isinstance(rule, (Threshold, Above)):
         raise ValueError(f"policy {type(scorer).__name__} under {type(rule).__name__} needs budget=, e.g. budget=0.25.")
-    if budget is not None and not 0 < budget <= 1:
-        raise ValueError(f"budget is the share of the prompt that is kept, above 0 and at most 1; got {budget}.")
-    return replace(policy, ratio=budget)
+    return replace(policy, budget=budget)

@@ -20,7 +20,7 @@ class StreamingLLM(Scorer):
     """
 
     sinks: int = 4
-    window: int = 0
+    window: int = 1
     positions: str = "original"
     streams = True
     decode = "evict"

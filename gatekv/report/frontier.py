@@ -4,6 +4,7 @@ import math
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
+from gatekv.extras import need
 from gatekv.report.style import measure, styles
 
 if TYPE_CHECKING:
@@ -60,6 +61,7 @@ def frontier(results: dict, path: Path) -> None:
     results: {"rows": […]} as `recipes/evaluate.py` writes them; refused rows are left out. Without rows the picture
     says so. Needs matplotlib.
     """
+    need("matplotlib", what="pictures")
     import matplotlib
 
     matplotlib.use("Agg")

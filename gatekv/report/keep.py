@@ -5,6 +5,8 @@ from pathlib import Path
 from typing import Any
 
 from gatekv.evaluation.keepmap import unpack
+from gatekv.extras import need
+from gatekv.policies.amount import budget_text
 
 COLUMNS = 3
 
@@ -17,6 +19,7 @@ def keep(maps: dict, path: Path) -> bool:
     """
     if not maps["maps"]:
         return False
+    need("matplotlib", what="pictures")
     import matplotlib
 
     matplotlib.use("Agg")
@@ -32,7 +35,7 @@ def keep(maps: dict, path: Path) -> bool:
     top = max(r.max() for r in rates)
     for axis, entry, rate in zip(axes.flat, maps["maps"], rates):
         image = axis.imshow(rate.T, cmap="viridis", vmin=0, vmax=top, aspect="auto")
-        budget = "its own threshold" if entry["budget"] is None else f"{entry['budget']:g}"
+        budget = "its own threshold" if entry["budget"] is None else budget_text(entry["budget"])
         axis.set_title(f"{entry['policy']} at {budget}: {rate.mean():.1%} kept", fontsize=9)
         axis.tick_params(labelsize=7)
         axis.locator_params(integer=True)

@@ -4,6 +4,8 @@ import math
 from pathlib import Path
 from typing import Any
 
+from gatekv.extras import need
+
 COLUMNS = 4
 
 
@@ -35,6 +37,7 @@ def needle(results: dict, path: Path) -> bool:
     rows = placed(results["rows"])
     if not rows:
         return False
+    need("matplotlib", what="pictures")
     import matplotlib
 
     matplotlib.use("Agg")

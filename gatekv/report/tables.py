@@ -1,5 +1,7 @@
 """Markdown tables of a results.json: one a task and mode, policies down, budgets across."""
 
+from gatekv.policies.amount import budget_text
+
 
 def _number(value: float, digits: int) -> str:
     """As the tables of this field print them: .64, not 0.64."""
@@ -19,7 +21,7 @@ def tables(rows: list[dict]) -> str:
         kl = any(r["kl"] is not None for r in here.values())
         said = "KL to the full cache" if kl else f"full cache {_number(full['score'], 2)}" if full else "score"
         lines = [f"## `{task}`, {mode}: n = {max(r['n'] for r in here.values())}, {said}", ""]
-        lines += ["| policy |" + "".join(f" {100 * b:g} % |" for b in budgets), "|---|" + "---|" * len(budgets)]
+        lines += ["| policy |" + "".join(f" {budget_text(b)} |" for b in budgets), "|---|" + "---|" * len(budgets)]
         for policy in dict.fromkeys(p for p, _ in here if p != "full"):
             cells = []
             for budget in budgets:

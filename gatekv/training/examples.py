@@ -55,7 +55,7 @@ def _load(source: str, split: str) -> Iterable[dict]:
     try:
         from datasets import load_dataset
     except ImportError as error:
-        raise ValueError(f"--data {source!r} is no .jsonl file; for Hub names: pip install gatekv[eval].") from error
+        raise ValueError(f"--data {source!r} is no .jsonl file; for Hub names: pip install gatekv[data].") from error
     try:
         return load_dataset(name, configuration or None, split=split)
     except Exception as error:  # the Hub client raises a dozen types; all mean the same to the user

@@ -62,7 +62,7 @@ class LessObjective(nn.Module):
         base_model(self.model)(
             input_ids=ids, attention_mask=mask, position_ids=positions, past_key_values=cache, logits_to_keep=1
         )
-        kept = cache.decide(self.policy, budget, decode="keep").flags()
+        kept = cache.decide(self.policy, budget, decode="keep", strict=True).flags()
         return cache, kept
 
     def _behind(self, batch: dict[str, torch.Tensor], split: int, prompt: KVCache) -> torch.Tensor:

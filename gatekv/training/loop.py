@@ -1,5 +1,6 @@
 """The training loop, on Accelerate: accumulation, clipping, schedules, checkpoints, a progress bar that says enough."""
 
+import math
 import time
 from collections.abc import Callable
 from contextlib import ExitStack
@@ -13,6 +14,7 @@ from tqdm import tqdm
 
 from gatekv.ops.sequence import Sequence
 from gatekv.training import checkpoint, rotation, sharding, shared
+from gatekv.training.eta import Remaining
 from gatekv.training.guard import Fingerprint, LossGuard, failure, peers_named
 from gatekv.training.objective import Objective
 from gatekv.training.packing import RowSource
@@ -82,9 +84,11 @@ def train(objective: "AnyObjective", data: RowSource, config: "AnyConfig", accel
         saved, saved_at = len(records), time.monotonic()
 
     steps = range(start, config.max_steps)
+    remaining = Remaining(config.max_steps, math.ceil(config.warm_share * config.max_steps), start)
     bar = tqdm(
-        steps, initial=start, total=config.max_steps, disable=not accelerator.is_local_main_process, desc="train"
-    )
+        steps, initial=start, total=config.max_steps, disable=not accelerator.is_local_main_process, desc="train",
+        bar_format="{l_bar}{bar}| {n_fmt}/{total_fmt} [{elapsed}{postfix}]",
+    )  # fmt: skip
     with StopSignals() as signals, peers_named(), ExitStack() as ending:
         if upload is not None:
             ending.callback(upload.wait)  # however this ends: a process of a group leaves without waiting for threads
@@ -103,7 +107,8 @@ def train(objective: "AnyObjective", data: RowSource, config: "AnyConfig", accel
                     records[-1] |= objective.soft_hard(probe, config.target_keep)
                 gap = records[-1]["soft_hard_gap"]
             state = {"loss": record["loss"], "keep": record["keep"], "target": target, "soft_hard_gap": gap}
-            bar.set_postfix({k: f"{v:.3f}" for k, v in state.items()})
+            remaining.step()
+            bar.set_postfix({"left": remaining} | {k: f"{v:.3f}" for k, v in state.items()})
             accelerator.log(records[-1], step=step)
             late = 0 < config.save_minutes * 60 <= time.monotonic() - saved_at and accelerator.is_main_process
             stop, late = _any(accelerator, signals.wanted, late)

@@ -61,7 +61,7 @@ def _open_stream(name: str, configuration: str, source: str) -> "IterableDataset
     try:
         from datasets import load_dataset
     except ImportError as error:
-        raise ValueError(f"data source {source!r} is not a file; for Hub names: pip install gatekv[eval].") from error
+        raise ValueError(f"data source {source!r} is not a file; for Hub names: pip install gatekv[data].") from error
     try:
         return load_dataset(name, configuration or None, split="train", streaming=True)
     except Exception as error:  # the Hub client raises a dozen types; all mean the same to the user

@@ -57,7 +57,7 @@ def test_layers_left_whole_are_paid_for(budget):
     model(torch.randint(1, VOCAB, (1, 200)), past_key_values=even)
     assert torch.stack(even.flags()).float().mean((1, 2, 3))[2:5].unique().numel() == 1
     with pytest.raises(ValueError, match="budget 0.4 is unreachable: 3 of 6 layers are left whole; skip fewer"):
-        model(torch.randint(1, VOCAB, (1, 200)), past_key_values=gatekv.KVCache(model, "d2o", 0.4))
+        model(torch.randint(1, VOCAB, (1, 200)), past_key_values=gatekv.KVCache(model, "d2o", 0.4, strict=True))
 
 
 def test_what_a_name_stands_for():

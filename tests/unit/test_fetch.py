@@ -2,7 +2,7 @@
 
 import pytest
 
-from gatekv import fetch
+from gatekv import extras, fetch
 
 
 @pytest.fixture
@@ -71,7 +71,8 @@ def test_wrong_model_inside_is_refused(here, monkeypatch):
 
 def test_a_missing_reader_is_named_with_the_cure(here, monkeypatch):
     fake_download(here, monkeypatch)
+    monkeypatch.setitem(extras.EXTRAS, "no_such_reader", "demo")
     monkeypatch.setattr(fetch, "READERS", ("json", "no_such_reader"))
-    with pytest.raises(ImportError, match=r"no_such_reader is missing.*gatekv\[demo\]"):
+    with pytest.raises(ImportError, match=r"need no_such_reader: pip install .gatekv\[demo\]"):
         fetch.fetch(here / "model")
     assert not (here / "model").exists()

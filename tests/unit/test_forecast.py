@@ -117,11 +117,11 @@ def test_what_is_refused_and_from_which_length_on_it_is_not(policy, budget, leng
         ids, _ = padded_batch([n])
         try:
             with torch.no_grad():
-                model(ids, past_key_values=gatekv.KVCache(model, policy, budget))
+                model(ids, past_key_values=gatekv.KVCache(model, policy, budget, strict=True))
         except BudgetError as error:
             return str(error)
 
-    cache = gatekv.KVCache(model, policy, budget)
+    cache = gatekv.KVCache(model, policy, budget, strict=True)
     if refusal(length) is None:
         assert forecast(cache, length).tokens
         return
@@ -134,8 +134,9 @@ def test_what_is_refused_and_from_which_length_on_it_is_not(policy, budget, leng
 
 def test_layers_left_whole_can_make_a_budget_unreachable_at_any_length():
     model = tiny(dtype=torch.float32, num_hidden_layers=4)
-    cache = gatekv.KVCache(model, "l2", 0.4)
+    cache = gatekv.KVCache(model, "l2", 0.4, strict=True)
     with pytest.raises(BudgetError, match="unreachable: 2 of 4 layers are left whole"):
         forecast(cache, 1000)
     assert shortest(cache, 1000) is None
+    assert forecast(gatekv.KVCache(model, "l2", 0.4), 1000).tokens == [1000, 1000, 1, 1]
     assert forecast(gatekv.KVCache(model, "l2", 0.75), 100).tokens == [100, 100, 50, 50]

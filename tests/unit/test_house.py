@@ -17,11 +17,12 @@ LEVELS = [
     ["report", "evaluation", "training", "integrations"],
     ["adapter"],
     ["lora"],
+    ["generation"],
     ["cache"],
     ["modules", "fingerprint", "adapter_file"],
     ["attention"],
-    ["policies", "gates", "less", "presets", "questions", "fetch", "options"],
-    ["ops", "config", "facts", "support", "version", "bases", "hardware", "bundled"],
+    ["policies", "gates", "less", "presets", "prompts", "questions", "fetch", "options"],
+    ["ops", "config", "facts", "support", "version", "bases", "hardware", "bundled", "extras"],
 ]
 
 

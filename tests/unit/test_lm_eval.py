@@ -216,7 +216,7 @@ def test_the_beginning_that_does_not_fit_is_cut_off_as_the_harness_does(letters)
     (dict(peft="adapter"), "adapter=…"), (dict(parallelize=True), "one device"), (dict(tp_plan="auto"), "KV heads"),
     (dict(mixed_precision_dtype="bfloat16"), "dtype=…"), (dict(batch_size="auto"), "give a number"),
     (dict(batch_size=0), "give a number"), (dict(short="maybe"), "unknown short"), (dict(policy="gat"), "Did you mean"),
-    (dict(policy="snapkv"), "needs budget"), (dict(policy="snapkv", budget=2), "above 0 and at most 1"),
+    (dict(policy="snapkv"), "needs budget"), (dict(policy="snapkv", budget=2.5), "above 0 and at most 1"),
     (dict(policy="gate"), "needs an adapter"), (dict(policy="snapkv+less", budget=0.5), "low-rank maps"),
 ])  # fmt: skip
 def test_what_cannot_be_done_honestly_is_refused_before_anything_runs(options, match, letters):

@@ -74,7 +74,7 @@ def test_short_prompts_are_compressed_too(length):
     model(torch.randint(1, VOCAB, (1, length)), past_key_values=cache)
     assert all((f.sum(-1) == length // 2).all() and f[..., -1].all() and f[..., :4].all() for f in cache.flags())
     with pytest.raises(ValueError, match="below the 5 that sinks . window protect: raise budget"):
-        model(torch.randint(1, VOCAB, (1, length)), past_key_values=gatekv.KVCache(model, "nacl", 0.1))
+        model(torch.randint(1, VOCAB, (1, length)), past_key_values=gatekv.KVCache(model, "nacl", 0.1, strict=True))
 
 
 def test_shares_are_checked():

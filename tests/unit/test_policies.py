@@ -5,6 +5,7 @@ import torch
 
 from gatekv.policies import BUDGETS, SCORERS, L2Norm, Random, SinksRecent, SnapKV, ValueNorm, View, resolve
 from gatekv.policies.adakv import Ada
+from gatekv.policies.amount import budget_text, checked_budget, count_of, read_budget, share_of
 from gatekv.policies.budgets import Threshold, Uniform, check_counts
 from gatekv.policies.layers import Even, layer_count
 
@@ -139,11 +140,11 @@ def test_layers_left_whole_are_paid_for_by_the_others():
 
 def test_resolve_strings_objects_and_errors():
     p = resolve("snapkv+ada", 0.25)
-    assert isinstance(p.scorer, SnapKV) and isinstance(p.rule, Ada) and p.ratio == 0.25
+    assert isinstance(p.scorer, SnapKV) and isinstance(p.rule, Ada) and p.budget == 0.25
     assert isinstance(resolve(SnapKV(window=16), 0.5).rule, Uniform)
     assert isinstance(resolve("gate", None).rule, Threshold)
-    assert resolve("full", None).ratio == 1.0
-    assert resolve(p, 0.5).ratio == 0.5
+    assert resolve("full", None).budget == 1.0
+    assert resolve(p, 0.5).budget == 0.5
     with pytest.raises(ValueError, match="Did you mean 'snapkv'.*Known: full"):
         resolve("snapvk", 0.25)
     with pytest.raises(ValueError, match="Did you mean 'global'"):
@@ -154,12 +155,32 @@ def test_resolve_strings_objects_and_errors():
         resolve("keydiff", None)
     with pytest.raises(ValueError, match="has no threshold"):
         resolve("keydiff+threshold", 0.2)
-    for budget in (0, -1, 1.5, 25):
+    for budget in (0, -1, 1.5, 0.0, float("inf"), float("nan"), -3.0):
         with pytest.raises(ValueError, match="above 0 and at most 1"):
             resolve("keydiff", budget)
+    for budget in (True, False, "0.5"):
+        with pytest.raises(ValueError, match="budget is a number, a share like 0.25 or tokens like 512"):
+            resolve("keydiff", budget)
+    with pytest.raises(ValueError, match="use 0.255 for 25.5 %, or 26 tokens"):
+        resolve("keydiff", 25.5)
     with pytest.raises(ValueError, match="policy must be a name"):
         resolve(3, 0.5)
     with pytest.raises(ValueError, match="kernel must be odd"):
         SnapKV(kernel=4)
     with pytest.raises(ValueError, match="pooling"):
         SnapKV(pooling="avg")
+
+
+def test_a_budget_is_a_share_or_a_number_of_tokens():
+    for given, wanted in ((1, 1.0), (1.0, 1.0), (512, 512), (512.0, 512), (0.25, 0.25), (None, None)):
+        found = checked_budget(given)
+        assert found == wanted and type(found) is type(wanted)
+    for text, wanted in ((".25", 0.25), ("1", 1.0), ("512", 512), ("1.0", 1.0), ("none", None)):
+        found = read_budget(text)
+        assert found == wanted and type(found) is type(wanted)
+    for text in ("half", "", "nan", "1.5.2"):
+        with pytest.raises(ValueError, match="is no number: use shares like .25, or tokens like 512"):
+            read_budget(text)
+    assert [budget_text(b) for b in (0.125, 512, None)] == ["12.5 %", "512 tokens", "no budget"]
+    assert share_of(512, 1024) == 0.5 and share_of(512, 100) == 1.0 and share_of(0.3, 100) == 0.3
+    assert all(count_of(512, n) == min(512, n) for n in range(1, 5000)), "to the token, whatever the rounding"

@@ -200,7 +200,7 @@ def test_local_files_have_columns_too(tmp_path):
 
 def test_without_the_extra_the_error_says_so(monkeypatch):
     monkeypatch.setitem(__import__("sys").modules, "datasets", None)
-    with pytest.raises(ValueError, match=r"pip install gatekv\[eval\]"):
+    with pytest.raises(ValueError, match=r"pip install gatekv\[data\]"):
         sources.open_source("org/set", 64, 0)
 
 

@@ -54,7 +54,7 @@ def test_compress_says_what_it_needs():
     feed(model, cache, ids)
     with pytest.raises(ValueError, match="turns=True"):
         cache.compress()
-    cache = gatekv.KVCache(model, "snapkv", 0.75, turns=True)
+    cache = gatekv.KVCache(model, "snapkv", 0.75, turns=True, strict=True)
     feed(model, cache, ids)
     with pytest.raises(ValueError, match="nothing has been fed"):
         cache.compress()

@@ -39,7 +39,7 @@ def asked(folders, *more):
 
 @torch.no_grad()
 def held(model, policy, budget, length, new=0):
-    cache = gatekv.KVCache(model, policy, budget)
+    cache = gatekv.KVCache(model, policy, budget, strict=True)
     ids, _ = padded_batch([length + new])
     for a, b in [(0, length), *((i, i + 1) for i in range(length, length + new))]:
         model(ids[:, a:b], past_key_values=cache)
@@ -63,7 +63,7 @@ def test_what_it_prints_is_what_is_held(folders, capsys):
 @pytest.mark.parametrize("policy,budget,length", [
     ("snapkv", 0.25, 100), ("gate+global", 0.25, 20), ("l2", 0.5, 200), ("gate", 0.5, 200), ("snapkv+less", 0.5, 200),
     ("snapkv", None, 200), ("snapkv+threshold", 0.5, 200), ("snapkv+pyramid+global", 0.5, 200), ("gate+decay", 0.5, 200),
-    ("snapkv", 1.5, 200), ("gatte", 0.5, 200),
+    ("snapkv", 1.5, 200), ("snapkv", 20, 200), ("gatte", 0.5, 200),
 ])  # fmt: skip
 def test_it_refuses_in_the_words_of_the_run(policy, budget, length, folders, capsys):
     said = "none" if budget is None else str(budget)

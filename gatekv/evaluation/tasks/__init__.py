@@ -40,7 +40,7 @@ def heldout_texts(sources: list[str]) -> list[str]:
     return [read_source(s) for s in (sources or sorted(str(p) for p in HELDOUT.glob("*.txt")))]
 
 
-def published(task: str, longbench: str = "", ruler: str = ""):
+def published(task: str, longbench: str = "", ruler: str = "") -> tuple[Callable[..., Generated], int | None]:
     """(the task as a function, how many samples it has or None) of one of PUBLISHED; its data are loaded here.
 
     The function wants `room` too: tokens that the model can hold. longbench, ruler: where the data lie, see
@@ -50,5 +50,5 @@ def published(task: str, longbench: str = "", ruler: str = ""):
     if task in _longbench.NAMES:
         examples = _longbench.load_longbench(task, longbench)
         return functools.partial(_longbench.longbench, task=task, examples=examples), len(examples)
-    examples = _ruler_sets.load_ruler(task, ruler)
-    return functools.partial(_ruler_sets.ruler_set, task=task, examples=examples), examples and len(examples)
+    rows = _ruler_sets.load_ruler(task, ruler)
+    return functools.partial(_ruler_sets.ruler_set, task=task, examples=rows), len(rows) if rows else None

@@ -7,10 +7,9 @@ moved to pages if flagged, dropped if not. Folding waits for FOLD tokens; meanwh
 import copy
 from dataclasses import replace
 from enum import Enum
-from typing import TYPE_CHECKING, Any, cast
+from typing import Any, cast
 
 import torch
-from torch import nn
 from transformers.cache_utils import CacheLayerMixin
 
 from gatekv.attention import AttentionCall, live_mask, sink_tokens, valid_tokens
@@ -21,7 +20,7 @@ from gatekv.cache.merge import Merge
 from gatekv.cache.pages import Pages
 from gatekv.cache.plan import Plan
 from gatekv.cache.prompt_end import PromptEnd
-from gatekv.cache.slots import Slots
+from gatekv.cache.slots import Rotary, Slots
 from gatekv.cache.tail import Tail
 from gatekv.less.maps import LessMaps, Waiting
 from gatekv.ops import segments
@@ -32,12 +31,8 @@ from gatekv.policies.budgets import faded
 from gatekv.policies.merging import Tokens
 from gatekv.support import LATER
 
-if TYPE_CHECKING:
-    from gatekv.policies.merging import MergeNear, MergeSimilar
-    from gatekv.policies.qaq import Bits
-    from gatekv.policies.think import Channels
-
 Tensor = torch.Tensor
+Mask = Tensor | None
 PIECE = 512  # tokens of a long call that attend together, so that what they evict is gone for the next piece
 
 
@@ -66,18 +61,13 @@ class KVLayer(CacheLayerMixin):
         self.seen, self.folded = 0, 0  # slots; real: real tokens [batch, 1]; slots that left the tail
         self.phase, self.base = Phase.PROMPT, 0  # base: the slot where the current prompt or turn begins
         self.first_call: int | None = None
-        self.unmet: Tensor | None = (
-            None  # [batch] bool: rows whose budget could not be kept; None before there was a decision
-        )
-        self.cut: Tensor | None = (
-            None  # [batch, 1 or kv_heads, 1]: the logit that a later token must exceed, after an exact decision
-        )
+        self.unmet: Tensor | None = None  # [batch] bool: rows whose budget could not be kept; None before a decision
+        self.cut: Tensor | None = None  # [batch, 1 or kv_heads, 1]: what a later token's logit must exceed
         self.judge = Judge()
-        # Only while a decision is ahead.
-        self.queries: Tensor | None = None
+        self.queries: Tensor | None = None  # this and what follows only while a decision is ahead
         self.hidden: Tensor | None = None
         self.scaling: float = LATER
-        self.rotary: tuple[Tensor, Tensor] | None = None
+        self.rotary: Rotary | None = None
         self.known: dict | None = None  # of an undecided prompt: scores that some policy asked for already
         self.is_initialized = False
 
@@ -87,7 +77,7 @@ class KVLayer(CacheLayerMixin):
         plan = self.plan
         self.tail = Tail(key_states, plan.ranks)
         scored = plan.trims or plan.decays or plan.streams
-        merge = Merge(cast("MergeNear | MergeSimilar", plan.policy.remainder)) if plan.merges else None
+        merge = Merge(cast(Any, plan.policy.remainder)) if plan.merges else None
         self.kept = Kept(key_states, plan.block_size, scored, plan.backend, merge)
         self.real = torch.zeros(len(key_states), 1, dtype=torch.long, device=key_states.device)
         self.is_initialized = True
@@ -184,9 +174,7 @@ class KVLayer(CacheLayerMixin):
     # -- the recurrent form
 
     @torch.compiler.disable
-    def attend(
-        self, call: AttentionCall, q: Tensor, k: Tensor, v: Tensor, mask: Tensor | None, scaling: float
-    ) -> Tensor:
+    def attend(self, call: AttentionCall, q: Tensor, k: Tensor, v: Tensor, mask: Mask, scaling: float) -> Tensor:
         """Take in new tokens, answer their queries, evict.
 
         q: [B, H, Q, D]; k, v: [B, K, Q, D]; mask: [B, 1, Q, seen + Q] bool or None. Returns [B, H, Q, D].
@@ -203,9 +191,7 @@ class KVLayer(CacheLayerMixin):
             outs.append(self._attend(part, q[:, :, a:c], k[:, :, a:c], v[:, :, a:c], seen_by, scaling))
         return torch.cat(outs, 2)
 
-    def _attend(
-        self, call: AttentionCall, q: Tensor, k: Tensor, v: Tensor, mask: Tensor | None, scaling: float
-    ) -> Tensor:
+    def _attend(self, call: AttentionCall, q: Tensor, k: Tensor, v: Tensor, mask: Mask, scaling: float) -> Tensor:
         b, _, n, _ = q.shape
         valid = valid_tokens(mask, b, n, q.device)
         if self.plan.remembers:
@@ -252,8 +238,7 @@ class KVLayer(CacheLayerMixin):
             self.kept.pages.append(k[:, :, new], v[:, :, new], flags, self.seen, entering[..., new])
             self.seen, self.folded = self.seen + 1, self.folded + 1
             if self.kept.slots is not None:
-                cos, sin = cast("tuple[Tensor, Tensor]", call.rotary)
-                self.kept.slots.step((cos[:, new], sin[:, new]))
+                self.kept.slots.step(cast(Rotary, tuple(t[:, new] for t in cast(Rotary, call.rotary))))
             kept = segments.merge(self.kept.segments(q[:, :, new], scaling))
             gone = self.kept.maps.answer(q[:, :, new], scaling, self.kept.state) if self.plan.remembers else []
             outs.append(segments.merge([kept, *gone])[0].to(q.dtype))
@@ -314,7 +299,7 @@ class KVLayer(CacheLayerMixin):
             self.tail.rewrite(flags[..., :old], logits[..., :old])
         return flags[..., old:], logits[..., old:] if scored else None
 
-    def _thresholds(self, valid: Tensor, real: Tensor, start: int) -> torch.Tensor:
+    def _thresholds(self, valid: Tensor, real: Tensor, start: int) -> Tensor:
         """Logit thresholds of tokens that came after `start` slots, `real` [batch, 1] of them real tokens;
         broadcastable to [batch, kv_heads, n]."""
         plan = self.plan
@@ -328,7 +313,7 @@ class KVLayer(CacheLayerMixin):
             return self._calibrated(valid, real, start)[:, None]
         return torch.tensor(-torch.inf, device=valid.device)  # a dense prompt decides at its end
 
-    def _calibrated(self, valid: Tensor, real: Tensor, start: int) -> torch.Tensor:
+    def _calibrated(self, valid: Tensor, real: Tensor, start: int) -> Tensor:
         """Thresholds [batch, n] that keep the budget as tokens leave the window; arguments as for `_thresholds`."""
         plan = self.plan
         # A token is judged when it leaves the window: by then its row has seen `window` more tokens. This depends
@@ -347,7 +332,7 @@ class KVLayer(CacheLayerMixin):
             out.append(limits.masked_fill((index[row] <= length) & plan.decide.too_short(length), -torch.inf))
         return torch.stack(out)
 
-    def _answer(self, q: Tensor, mask: Tensor | None, scaling: float) -> torch.Tensor:
+    def _answer(self, q: Tensor, mask: Mask, scaling: float) -> Tensor:
         n, tail = q.shape[2], len(self.tail)
         whole = self.phase is Phase.TURN or (self.phase is Phase.PROMPT and self.plan.dense)
         k, v = self.tail.keys, self.tail.values
@@ -368,7 +353,7 @@ class KVLayer(CacheLayerMixin):
             visible = visible.repeat_interleave(groups, 1)
         return torch.nn.functional.scaled_dot_product_attention(q, k, v, attn_mask=visible, scale=scaling)
 
-    def _gone(self, q: Tensor, mask: Tensor | None, scaling: float, waiting: bool) -> list[tuple[Tensor, Tensor]]:
+    def _gone(self, q: Tensor, mask: Mask, scaling: float, waiting: bool) -> list[tuple[Tensor, Tensor]]:
         """(output, log-sum-exp) of what was evicted: the state's, and of tokens in the tail that wait to be folded."""
         tail, left = self.tail, None
         if waiting:
@@ -384,7 +369,7 @@ class KVLayer(CacheLayerMixin):
         if self.kept.state is None:
             self.kept.state = maps.state(self.tail.values)
 
-    def _visible(self, n: int, mask: Tensor | None, whole: bool) -> Tensor | None:
+    def _visible(self, n: int, mask: Mask, whole: bool) -> Tensor | None:
         """[B, 1 or K, n, tail] bool: what the last n tokens may see of the tail; None = everything."""
         visible = None if mask is None else mask[..., self.folded :]
         judged = self.plan.learned and not whole
@@ -402,7 +387,7 @@ class KVLayer(CacheLayerMixin):
     def _observe(self, call: AttentionCall, q: Tensor, scaling: float) -> None:
         """Keep what scorers will look at until the prompt ends."""
         self.known = {} if self.plan.defer else None
-        self.scaling, self.judge.gate = scaling, cast(nn.Module, call.gate)
+        self.scaling, self.judge.gate = scaling, cast(torch.nn.Module, call.gate)
         wanted = self.plan.queries
         if wanted:
             self.queries = torch.cat([*([] if self.queries is None else [self.queries]), q], 2)[:, :, -wanted:]
@@ -419,14 +404,14 @@ class KVLayer(CacheLayerMixin):
         if self.plan.defer:
             self.hidden = torch.cat([*([] if self.hidden is None else [self.hidden]), call.hidden], 1)
 
-    def adopt(self, other: "KVLayer", gate: nn.Module | None, maps: LessMaps | None) -> None:
+    def adopt(self, other: "KVLayer", gate: torch.nn.Module | None, maps: LessMaps | None) -> None:
         """Take over an undecided layer's whole prompt, sharing its tensors; gate judges it from here on, and maps
         remember it."""
         self.lazy_initialization(other.tail.keys[:, :, :0], None)
         self.tail = other.tail.twin()
         for name in ("seen", "real", "folded", "queries", "hidden", "scaling", "rotary", "known"):
             setattr(self, name, vars(other)[name])
-        self.judge.gate = cast(nn.Module, gate)
+        self.judge.gate = cast(torch.nn.Module, gate)
         if self.plan.remembers:
             self._remember(maps)
             self.tail.psi = cast(LessMaps, maps).psi(self.tail.keys)
@@ -480,8 +465,7 @@ class KVLayer(CacheLayerMixin):
             return self._gate_logits()
         if not self.plan.trims or self.phase is Phase.TURN:
             return self._scored(self.plan.policy.scorer)
-        held = cast(Tensor, self.tail.scores)
-        b, kv, _ = held.shape
+        b, kv, _ = (held := cast(Tensor, self.tail.scores)).shape
         scores = held.new_full((b, kv, self.seen), -torch.inf)
         self.kept.pages.scatter(scores, cast(Tensor, self.kept.pages.scores))
         scores[..., self.folded :] = held.masked_fill(~self.tail.flags, -torch.inf)
@@ -542,21 +526,18 @@ class KVLayer(CacheLayerMixin):
             self._narrow()
         if self.plan.streams and self.plan.policy.scorer.slots:
             room = cast(Buffer, self.kept.buffer).room[:, 0]
-            self.kept.slots = Slots.of(
-                self.kept.pages, room, self.real[:, 0], cast("tuple[Tensor, Tensor]", self.rotary)
-            )
+            self.kept.slots = Slots.of(self.kept.pages, room, self.real[:, 0], cast(Rotary, self.rotary))
         if not self.plan.later_leave:
             self.tail.psi = None
         self.queries = self.hidden = self.rotary = None
 
     def _narrow(self) -> None:
         """Store what the prompt left, but for its last tokens, as the policy's width says."""
-        queries, width = cast(Tensor, self.queries), cast("Channels | Bits", self.plan.policy.width)
-        asked = torch.arange(self.seen - queries.shape[2], self.seen, device=self.real.device)
+        asked = torch.arange(self.seen - (q := cast(Tensor, self.queries)).shape[2], self.seen, device=self.real.device)
         live = self.tail.flags & self.tail.valid[:, None]
         asks = asked >= self.seen - self.real
-        end = PromptEnd(queries, asks, self.tail.keys, live, self.seen, self.scaling)
-        self.kept.narrow(width, end)
+        end = PromptEnd(q, asks, self.tail.keys, live, self.seen, self.scaling)
+        self.kept.narrow(cast(Any, self.plan.policy.width), end)
 
     def fold(self, at_least: int = 1, rollback: int | None = None) -> None:
         """Move flagged tokens that have left the window from the tail to pages, if so many have; forget the others.

@@ -51,12 +51,7 @@ BUDGETS = {"threshold": Threshold, "uniform": Uniform, "ada": Ada, "global": Glo
 LAYERS = {"even": Even, "pyramid": Pyramid, "variance": Variance}
 WIDTHS = {"think": Channels, "qaq": Bits}
 REMAINDERS = {"less": Less, "merge_similar": MergeSimilar, "merge_near": MergeNear}
-PARTS: dict[str, dict] = {
-    "rule": BUDGETS,
-    "layers": LAYERS,
-    "width": WIDTHS,
-    "remainder": REMAINDERS,
-}  # beside a scorer
+PARTS: dict[str, dict] = {"rule": BUDGETS, "layers": LAYERS, "width": WIDTHS, "remainder": REMAINDERS}  # beside scorers
 
 
 @dataclass

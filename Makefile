@@ -1,12 +1,10 @@
 PYTHON ?= python3
 BIN := .venv/bin
 
-.PHONY: demo test quick lint types wheel peer
+.PHONY: demo test quick lint types docs peer wheel
 
-demo: .venv/ready  ## train, reload, generate, compare, draw: a quarter of an hour on two cores
-	$(BIN)/accelerate launch --num_processes 1 --num_machines 1 --mixed_precision no --dynamo_backend no recipes/cpt.py
-	$(BIN)/python recipes/generate.py --adapter checkpoints/demo --budget .25
-	$(BIN)/python recipes/evaluate.py --adapter checkpoints/demo
+demo: .venv/ready  ## train, generate, compare, draw: at most a quarter of an hour on two cores
+	$(BIN)/gatekv demo
 
 test: .venv/ready  ## everything that needs no GPU
 	$(BIN)/python -m pytest
@@ -20,12 +18,15 @@ lint: .venv/ready
 types: .venv/ready  ## mypy over the package; its settings are in pyproject.toml
 	$(BIN)/python -m mypy
 
-wheel:  ## build the wheel, install it into an empty environment, import it in an empty folder
-	rm -rf dist .venv-wheel
+wheel: .venv/ready  ## build the package, install it into an empty environment, use it in an empty folder
+	rm -rf dist .venv-wheel && $(BIN)/python -m pip wheel -q --no-deps -w dist .
 	$(PYTHON) -m venv .venv-wheel
-	.venv-wheel/bin/python -m pip wheel -q --no-deps -w dist .
-	.venv-wheel/bin/python -m pip install -q -c constraints.txt dist/*.whl
-	cd "$$(mktemp -d)" && "$(CURDIR)/.venv-wheel/bin/python" -c "import gatekv; print('gatekv', gatekv.__version__, gatekv.__file__)"
+	.venv-wheel/bin/python -m pip install -q -c constraints.txt torch
+	.venv-wheel/bin/python -m pip install -q -c constraints.txt "$$(ls dist/*.whl)[demo,plot]"
+	cd dist && ../.venv-wheel/bin/python ../tests/printed.py ../README.md
+
+docs: .venv/ready  ## the documentation as a site, in site/; a broken link is an error
+	NO_MKDOCS_2_WARNING=1 $(BIN)/python -m mkdocs build --strict
 
 peer:  ## the environment of `recipes/benchmark.py decode --peer kvpress`: it needs an older transformers
 	test -d .venv-peer || $(PYTHON) -m venv .venv-peer
@@ -34,5 +35,5 @@ peer:  ## the environment of `recipes/benchmark.py decode --peer kvpress`: it ne
 .venv/ready: pyproject.toml constraints.txt
 	test -d .venv || $(PYTHON) -m venv .venv
 	$(BIN)/python -m pip install -q -c constraints.txt torch
-	$(BIN)/python -m pip install -q -c constraints.txt -e ".[test,eval,dev]"
+	$(BIN)/python -m pip install -q -c constraints.txt -e ".[dev]"
 	touch $@

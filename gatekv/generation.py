@@ -34,10 +34,10 @@ class Generation:
     """What `generate(…, return_dict=True)` returns.
 
     Attributes:
-        text: the answers, or None where inputs were token ids. sequences: [rows, tokens], as `model.generate` returns
-        them: prompt, question, answer; pads on the left, and behind a row that is shorter. caches: the caches that were
-        used, one, or one for each length of question. prompt: `KVCache.memory()` when the context had been compressed;
-        None without a question, where the answer starts in the same call.
+        text: the answers, a list behind token ids (None without a tokenizer given). sequences: [rows, tokens], as
+        `model.generate` returns them: prompt, question, answer; pads on the left, and behind a row that is shorter.
+        caches: the caches that were used, one, or one for each length of question. prompt: `KVCache.memory()` when the
+        context had been compressed; None without a question, where the answer starts in the same call.
     """
 
     text: str | list[str] | None
@@ -83,8 +83,8 @@ def generate(
         options: of `KVCache` (prefill, decode, sinks, window, turns, block_size, backend, kinds, strict), by name; all
             others go to `model.generate`: max_new_tokens, do_sample, num_beams, streamer, prefill_chunk_size, …
 
-    Returns the new text (a str for one text or chat, else a list of str, with `num_return_sequences` of each); for token
-    ids the ids [rows, tokens] that `model.generate` returns.
+    Returns the new text (a str for one text or chat, else a list of str, with `num_return_sequences` of each); for
+    token ids the ids [rows, tokens] that `model.generate` returns.
 
     Raises:
         ValueError: as `KVCache`; inputs that are none of these; no tokenizer; an option that is set here.
@@ -112,12 +112,12 @@ def generate(
         answers, found, caches = _asked(model, cache, ids, mask, prompts.asks, options)
     sequences = torch.nn.utils.rnn.pad_sequence(found, batch_first=True, padding_value=pad)
     text: str | list[str] | None = None
-    if prompts.text:
+    if prompts.text or named.tokenizer is not None:
         texts = [cast(str, named().decode(answer, skip_special_tokens=True)) for answer in answers]
         text = texts[0] if prompts.single and len(texts) == 1 else texts
     if return_dict:
         return Generation(text, sequences, caches, prompt)
-    return sequences if text is None else text
+    return sequences if text is None or not prompts.text else text
 
 
 class ContextQA:

@@ -1,4 +1,4 @@
-"""What a user hands to `generate`, texts, chats or ids, as rows of token ids: a context, and what is asked behind it."""
+"""What a user hands to `generate`, texts, chats or ids, as rows of token ids: a context, and what is asked of it."""
 
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass

@@ -19,6 +19,7 @@ from gatekv.config import check_choice, option
 from gatekv.hardware import cores
 from gatekv.options import load
 from gatekv.recipes.common import run
+from gatekv.report.tables import ablation_table as table
 
 HERE = Path(__file__).resolve().parent
 BASELINES = "snapkv+ada,snapkv,h2o,l2,sinks_recent,random"
@@ -81,27 +82,6 @@ def one(name: str, args: AblationOptions) -> dict:
     training = folder / "training.json"
     trained = json.loads(training.read_text()) if training.is_file() else {}
     return {"name": name, "rows": found, "seconds": trained.get("seconds"), "gap": trained.get("soft_hard")}
-
-
-def table(results: list[dict], budgets: list[float]) -> str:
-    """Markdown: one line a recipe or training-free policy, retrieval and KL at each budget."""
-    head = "".join(f" retrieval {b:.3g} | KL {b:.3g} |" for b in budgets)
-    lines = [f"| recipe |{head} bytes | training |", "|---|" + "---|" * (2 * len(budgets) + 2)]
-    full = next(r["score"] for x in results for r in x["rows"] if (r["policy"], r["task"]) == ("full", "niah_multikey"))
-    lines.append("| full cache |" + f" {full:.2f} | 0 |" * len(budgets) + " 1.000 | |")
-    for result in results:
-        for policy in dict.fromkeys(r["policy"] for r in result["rows"] if r["policy"] != "full"):
-            cells, held = "", []
-            for b in budgets:
-                for task, key in (("niah_multikey", "score"), ("ppl", "kl")):
-                    row = next(r for r in result["rows"] if (r["policy"], r["budget"], r["task"]) == (policy, b, task))
-                    cells += f" {row[key]:.3f} |" if row[key] is not None else " – |"
-                    held += [row["bytes_ratio"]] if row[key] is not None else []
-            own = policy in ("gate_alone+global", "gate+decay")
-            name = result["name"] if own else f"{result['name']}, {policy}" if policy.startswith("gate") else policy
-            took = f"{result['seconds'] / 60:.1f} min" if result["seconds"] and "untrained" not in policy else ""
-            lines.append(f"| {name} |{cells} {max(held, default=0):.3f} | {took} |")
-    return "\n".join(lines)
 
 
 def main(argv: list[str]) -> None:

@@ -67,8 +67,7 @@ def print_table(rows: list[dict], comparisons: list[dict]) -> None:
     columns = f"{'policy':18} {'budget':>6} {'bytes':>6} {'at end':>6} {'score':>7} {'KL':>7} {'n':>4}"
     print(f"{'task':24} {'mode':9} {columns}  spread over seeds")
     for r in rows:
-        budget = f"{r['budget']:6.3f}" if isinstance(r["budget"], float) else f"{r['budget']:6}"
-        head = f"{r['task']:24} {r['mode']:9} {r['policy']:18} {budget}"
+        head = f"{r['task']:24} {r['mode']:9} {r['policy']:18} {r['budget']:6{'.3f' if r['budget'] <= 1 else ''}}"
         if r["score"] is None:
             print(f"{head} {refusal(r['refused'])}")
             continue

@@ -50,11 +50,7 @@ def main(argv: list[str]) -> None:
         model, inputs, policy, budget, question, tokenizer=tokenizer, return_dict=True, do_sample=False,
         max_new_tokens=args.max_new_tokens,
     )  # fmt: skip
-    text = (
-        found.text
-        or tokenizer.decode(found.sequences[0], skip_special_tokens=True).split(question.splitlines()[-1])[-1]
-    )
-    print(f"generated: {text.strip()}")
+    print(f"generated: {''.join(found.text).strip()}")
     cache = found.caches[0]
     kept = sum(int(f.sum()) for f in cache.flags()) / sum(f.numel() for f in cache.flags())
     for name, m in (("after prefill", found.prompt), ("at the end", found.memory())):

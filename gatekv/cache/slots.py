@@ -29,9 +29,9 @@ class Slots:
     query is turned back to that position, and no key is ever rewritten.
 
     Attributes:
-        pages: the sinks. last: (cos, sin) [batch, 1, rotary_dim] of position `room`, the query's slot in a full cache, or
-        of the newest token before one stands there. wait: [batch] tokens until one does. now: (cos, sin) of the current
-        query.
+        pages: the sinks. last: (cos, sin) [batch, 1, rotary_dim] of position `room`, the query's slot in a full cache,
+        or of the newest token before one stands there. wait: [batch] tokens until one does. now: (cos, sin) of the
+        current query.
     """
 
     def __init__(self, pages: Pages, last: Rotary, wait: Tensor) -> None:

@@ -59,7 +59,7 @@ def _named(policy: str) -> str:
 
 
 def _fitted(model: "GateModel", undecided: KVCache, policy: Policy, budget: float) -> tuple[Policy, float]:
-    """(policy, share of the tokens to keep) for a budget of bytes, as a share or as tokens' bytes: a state costs tokens, narrow ones leave room.
+    """(policy, budget of tokens to keep) for a budget of bytes: a state costs tokens, narrow ones leave room.
 
     So a policy without its remainder, at the same budget, is LESS's control with the state's bytes as extra tokens.
 

@@ -75,8 +75,8 @@ def keep_map(
 
     Args:
         ids: token ids, a list or a tensor of shape [tokens] or [1, tokens].
-        policies: names like "snapkv+ada"; gates need an adapter. budgets: shares of the tokens, or numbers of them; None: a gate's own
-            threshold.
+        policies: names like "snapkv+ada"; gates need an adapter. budgets: shares of the tokens, or numbers of them;
+            None: a gate's own threshold.
 
     Returns a dict that json can write: "tokens" (see `token_texts`); "layers" L, "heads" K (full-attention layers
     only) and "layer_indices", their places in the model; "maps" [{"policy", "budget", "ratio" of bytes held, "keep":

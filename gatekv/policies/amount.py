@@ -33,7 +33,8 @@ def checked_budget(budget: Amount | None) -> Amount | None:
 
 
 def read_budget(text: str) -> Amount | None:
-    """The budget that a command line names, for `checked_budget`: ".25" and "1" are shares, "512" tokens, "none" is None.
+    """The budget that a command line names, for `checked_budget`: ".25" and "1" are shares, "512" tokens, "none" is
+    None.
 
     Raises:
         ValueError: what is no number.

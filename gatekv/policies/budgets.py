@@ -38,8 +38,9 @@ class Ranking(Rule, Protocol):
 def too_small(budget: Amount, length: int, row: int, count: int, need: int) -> str:
     """Why `count` tokens a head of a row's `length` are too few, where `need` would be the least."""
     of = f"{budget} tokens" if isinstance(budget, int) else f"{budget:.4g}"
-    below = "that sinks + window protect: raise budget, lower sinks or window" if need > 1 else "at least: raise budget"
-    return f"budget {of} of the {length} tokens of row {row} is {count} a head, below the {need} {below}, use longer prompts."
+    cure = "that sinks + window protect: raise budget, lower sinks or window" if need > 1 else "at least: raise budget"
+    said = f"budget {of} of the {length} tokens of row {row} is {count} a head, below the {need}"
+    return f"{said} {cure}, use longer prompts."
 
 
 def check_counts(counts: torch.Tensor, protected: torch.Tensor, budget: Amount, valid: torch.Tensor) -> None:

@@ -21,7 +21,7 @@ class Gate(Scorer):
     by their logits alone.
 
     Args:
-        observed: weight of the evidence; 0: the gate alone. LOG.md has what it buys.
+        observed: weight of the evidence; 0: the gate alone. docs/lab-notes/gate-limits.md has what it buys.
         sinks, window: None = as trained.
     """
 

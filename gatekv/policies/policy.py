@@ -60,9 +60,10 @@ class Policy:
 
     Attributes:
         scorer: which tokens matter. rule: how heads share a layer's room. budget: what to hold, a share of the prompt
-        (float) or tokens of it (int); None: the threshold decides, or everything is kept. layers: how layers share the model's room. remainder: what becomes of evicted
-        tokens. These are None until `resolve` fills in what the scorer's paper has, or threshold for a gate and
-        uniform for others, even layers, nothing. width: how old tokens are stored (None: whole).
+        (float) or tokens of it (int); None: the threshold decides, or all is kept. layers: how layers share the model's
+        room. remainder: what becomes of evicted tokens. These are None until `resolve` fills in what the scorer's paper
+        has, or threshold for a gate and uniform for others, even layers, nothing. width: how old tokens are stored
+        (None: whole).
     """
 
     scorer: Scorer
@@ -109,8 +110,7 @@ def resolve(policy: Policy | Scorer | str, budget: Amount | None) -> Policy:
     """Turn "snapkv+ada+pyramid", `SnapKV(window=16)` or a `Policy` into a Policy with its budget checked.
 
     Raises:
-        ValueError: unknown name (with the nearest one), a budget that is none (see `checked_budget`), or no budget where
-            one is needed.
+        ValueError: unknown name (with the nearest one), no budget (see `checked_budget`), or none where one is needed.
     """
     budget = checked_budget(budget)
     if isinstance(policy, str):

@@ -35,7 +35,7 @@ class Bits:
 
     Ours altogether is `floor`. Where the last queries do not look, the rule gives 2 bits; later queries look elsewhere,
     and a key of 2 bits may then draw what it likes. So no a_j counts as less than `floor` times an even share of the
-    attention to the old tokens; LOG.md has what it buys. 0: the paper's rule.
+    attention to the old tokens; docs/lab-notes/few-bits.md has what it buys. 0: the paper's rule.
 
     Args:
         bits: mean over the numbers of old keys and values, 2 to 16; 16: nothing is lost. outliers: share of each

@@ -27,7 +27,7 @@ def sequence_of(accelerator: Accelerator) -> Sequence:
     size, world = split.sp_size, accelerator.num_processes
     if split.non_data_parallel_size != size:
         raise ValueError(
-            "gates judge whole rows, which tp_size and cp_size cut apart (launch/README.md says why): set them to 1, "
+            "gates judge whole rows, which tp_size and cp_size cut apart (docs/distributed.md says why): set them to 1 "
             "and let processes share rows by sp_size."
         )
     if accelerator.distributed_type == DistributedType.FSDP:

@@ -1,55 +1,67 @@
-"""The README's python block runs as printed, and its commands name files and options that exist."""
+"""The README runs as printed, outside the checkout, and what it names exists."""
 
+import json
 import re
-import shlex
+import sys
+from importlib import import_module
 from pathlib import Path
 
+import pytest
+from printed import blocks, commands, environment, run, run_python
+
+from gatekv import cli
+from gatekv.options import load
+from gatekv.training.config import CPTConfig
+from gatekv.training.less_config import LessConfig
+from gatekv.training.options import load_config
+from gatekv.training.sft_config import SFTConfig
+
+TRAINING = {"cpt": CPTConfig, "less": LessConfig, "sft": SFTConfig}
 ROOT = Path(__file__).resolve().parents[2]
-README = (ROOT / "README.md").read_text() if (ROOT / "README.md").exists() else ""
+README = ROOT / "README.md"
 
 
-def test_commands_name_real_recipes_and_options():
-    from gatekv.training.config import CPTConfig
-    from gatekv.training.less_config import LessConfig
-    from gatekv.training.options import load_config
-    from gatekv.training.sft_config import SFTConfig
+@pytest.fixture(scope="module")
+def env(tmp_path_factory):
+    return environment(tmp_path_factory.mktemp("hub"))
 
-    commands = [line for block in re.findall(r"```(?:bash|sh)\n(.*?)```", README, re.S) for line in block.splitlines()]
-    recipes = [c for c in commands if "recipes/" in c]
-    assert len(recipes) >= 4
-    for command in recipes:
-        words = shlex.split(command, comments=True)
-        script = next(w for w in words if w.startswith("recipes/"))
-        source = (ROOT / script).read_text()
-        options = words[words.index(script) + 1 :]
-        if script.endswith("cpt.py"):
-            load_config(options, CPTConfig)
-        elif script.endswith("less.py"):
-            load_config(options, LessConfig)
-        elif script.endswith("sft.py"):
-            load_config(options, SFTConfig)
+
+def recipe_of(words: list[str]) -> tuple[str, list[str]] | None:
+    """(recipe, its options) of a command that runs one, however it is started."""
+    for i, word in enumerate(words):
+        if word == "gatekv":
+            return words[i + 1], words[i + 2 :]
+        if found := re.fullmatch(r"(?:gatekv\.recipes\.|recipes/)(\w+?)(?:\.py)?", word):
+            return found[1], words[i + 1 :]
+    return None
+
+
+def test_commands_name_real_recipes_options_and_targets():
+    found = [recipe for words in commands(README) if (recipe := recipe_of(words))]
+    assert len(found) >= 3
+    for name, words in found:
+        assert name in cli.recipes(), name
+        module = import_module(f"gatekv.recipes.{name}")
+        own = [v for v in vars(module).values() if isinstance(v, type) and v.__module__ == module.__name__]
+        if name in TRAINING:
+            load_config(words, TRAINING[name])
         else:
-            for option in options:
-                assert not option.startswith("--") or f'"{option}"' in source, f"{script} has no {option}"
-    makes = re.findall(r"^make (\w+)", README, re.M)
-    assert {"demo", "test"} <= set(makes)
-    for target in makes:
-        assert re.search(rf"^{target}:", (ROOT / "Makefile").read_text(), re.M)
+            load(words, *own)
+    targets = [words[1] for words in commands(README) if words[0] == "make"]
+    assert {"demo", "test"} <= set(targets)
+    for target in targets:
+        assert re.search(rf"^{target}:", (ROOT / "Makefile").read_text(), re.M), target
 
 
-def test_load_example_runs(tmp_path, monkeypatch):
-    import torch
-    from conftest import gated, padded_batch, tiny
+def test_python_runs_as_printed(tmp_path, env):
+    out = run_python(README, tmp_path, env)
+    assert len(blocks(README, "python")) >= 2 and "'ratio': 0.2" in out
 
-    base = tiny(dtype=torch.float32)
-    base.save_pretrained(tmp_path / "base")
-    from transformers import AutoModelForCausalLM
 
-    model = gated(model=AutoModelForCausalLM.from_pretrained(tmp_path / "base"), dtype=torch.float32, window=3, sinks=2)
-    model.save_pretrained(tmp_path / "checkpoints/demo")
-    monkeypatch.chdir(tmp_path)
-    code = re.search(r"```python\n(.*?)```", README, re.S)[1]
-    ids, mask = padded_batch([60, 48])
-    scope = {"inputs": {"input_ids": ids, "attention_mask": mask, "max_new_tokens": 3}}
-    exec(code, scope)
-    assert 0 < scope["cache"].memory()["ratio"] < 1
+def test_the_training_command_trains(tmp_path, env, pytestconfig):
+    (words,) = [words for words in commands(README) if recipe_of(words) and recipe_of(words)[0] == "cpt"][:1]
+    assert words[:2] == ["accelerate", "launch"]
+    command = [sys.executable, "-m", "accelerate.commands.launch", *words[2:]]
+    out = run([*command, "--max_steps", "2", "--sequence_length", "256"], tmp_path, env)
+    assert "saved checkpoints/demo" in out
+    assert len(json.loads((tmp_path / "checkpoints/demo/training.json").read_text())["steps"]) == 2

@@ -81,8 +81,10 @@ def test_no_pickle_and_no_machine():
             assert not re.search(r"(pickle|torch)\.load\(", text), name
 
 
-def test_the_annotated_tree_in_the_readme_is_true():
-    tree = (ROOT / "README.md").read_text().split("<!-- tree -->")[1].split("```")[1]
+def test_the_annotated_tree_is_true():
+    tree = (
+        (ROOT / "docs" / "architecture.md").read_text().split("<!-- tree -->")[1].split("```")[1].removeprefix("text")
+    )
     stack, named = [], set()
     for line in tree.strip().splitlines():
         match = re.match(r"^( *)([\w./-]+)(?: |$)", line)
@@ -91,7 +93,7 @@ def test_the_annotated_tree_in_the_readme_is_true():
         depth = len(match[1]) // 2
         stack = [*stack[:depth], match[2].rstrip("/")]
         path = ROOT.joinpath(*stack)
-        assert path.exists(), f"the README's tree names {path.relative_to(ROOT)}, which does not exist"
+        assert path.exists(), f"the tree in docs/architecture.md names {path.relative_to(ROOT)}, which does not exist"
         named.add(path)
     for path in [
         *ROOT.glob("gatekv/*.py"),
@@ -99,12 +101,12 @@ def test_the_annotated_tree_in_the_readme_is_true():
         *(p.parent for p in ROOT.glob("gatekv/*/__init__.py")),
     ]:
         assert path in named or path.name in ("__init__.py", "py.typed"), (
-            f"the README's tree leaves out {path.relative_to(ROOT)}"
+            f"the tree in docs/architecture.md leaves out {path.relative_to(ROOT)}"
         )
 
 
-def test_the_method_table_lists_every_policy():
-    readme = (ROOT / "README.md").read_text()
+def test_the_method_tables_list_every_policy_and_its_file():
+    page = (ROOT / "docs" / "methods.md").read_text()
     names = (
         gatekv.policies.SCORERS,
         gatekv.policies.BUDGETS,
@@ -113,7 +115,9 @@ def test_the_method_table_lists_every_policy():
         gatekv.policies.REMAINDERS,
     )
     for name in (n for known in names for n in known):
-        assert f"`{name}`" in readme, name
+        assert f"`{name}`" in page, name
+    for file in re.findall(r"`(gatekv/[\w./]+)`", page):
+        assert (ROOT / file).exists(), f"docs/methods.md names {file}, which does not exist"
 
 
 def test_readme_opens_with_a_picture_and_a_load_example_of_five_lines():

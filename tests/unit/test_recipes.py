@@ -92,8 +92,8 @@ def test_provenance_says_what_ran():
 
 
 def test_a_remainder_brings_its_control():
-    options = evaluate.EvaluateOptions(policies=["snapkv+ada+less", "h2o", "h2o+less"], budgets=[0.5])
-    assert evaluate.check(options) == ["snapkv+ada+less", "h2o", "h2o+less", "snapkv+ada"]
+    options = evaluate.EvaluateOptions(policies=["snapkv+ada+less", "h2o", "h2o+less"], budgets=[".5", "64"])
+    assert evaluate.check(options) == (["snapkv+ada+less", "h2o", "h2o+less", "snapkv+ada"], [0.5, 64])
 
 
 def test_table_prints_refusals(capsys):

@@ -95,7 +95,7 @@ def test_what_is_not_served_is_said_first(folders, tmp_path):
         validate.main(["--model", str(tmp_path / "gemma2")])
     for options, match in (
         (["--model", "nowhere"], "config of model 'nowhere' cannot be read"), (["--adapter", base], "is no adapter"),
-        (["--model", base, "--budgets", "half"], "numbers with commas"), (["--model", base, "--prompt_tokens", "0"], "count from 1"),
+        (["--model", base, "--budgets", "half"], "'half' is no number"), (["--model", base, "--prompt_tokens", "0"], "count from 1"),
     ):  # fmt: skip
         with pytest.raises(ValueError, match=match):
             validate.main(options)

@@ -1,0 +1,157 @@
+"""Write the generated tables into the pages, from the committed results and from the library itself.
+
+    python docs/tables.py            # renews every table between <!-- table: NAME --> and <!-- /table -->
+    python docs/tables.py --check    # names the pages that are stale, and exits with 1
+
+The numbers come from docs/results.json, docs/sft/*.json and docs/ablation/results.json; the tables of models come from
+the families that the tests build, and from what gatekv says when it refuses one.
+"""
+
+import argparse
+import json
+import re
+import sys
+from collections.abc import Callable
+from pathlib import Path
+
+ROOT = Path(__file__).resolve().parents[1]
+sys.path[:0] = [str(ROOT), str(ROOT / "tests"), str(ROOT / "tests" / "unit")]
+MARKED = re.compile(r"(<!-- table: ([\w-]+) -->\n).*?(<!-- /table -->)", re.S)
+
+SHORT = {
+    "gate+global": "trained gate (`gate+global`)",
+    "gate+global+qaq": "the same, kept tokens in few bits (`gate+global+qaq`)",
+    "h2o+qaq": "best training-free, in few bits (`h2o+qaq`)",
+    "h2o": "best training-free of those that only evict (`h2o`)",
+    "snapkv+ada": "Ada-SnapKV (`snapkv+ada`)",
+}
+TASKS = {
+    ("recall", "agnostic"): "32 tokens word for word (`recall`), unseen",
+    ("ruler", "agnostic"): "RULER families (`ruler`), unseen",
+    ("classification", "agnostic"): "who of four (`classification`), unseen",
+    ("passkey", "agnostic"): "passkey (`passkey`), unseen",
+    ("niah_multikey", "aware"): "four facts, one asked (`niah_multikey`), in the context",
+    ("recall", "aware"): "32 tokens word for word (`recall`), in the context",
+    ("ruler", "aware"): "RULER families (`ruler`), in the context",
+    ("classification", "aware"): "who of four (`classification`), in the context",
+    ("passkey", "aware"): "passkey (`passkey`), in the context",
+}
+
+
+def read(name: str):
+    return json.loads((ROOT / "docs" / name).read_text())
+
+
+def frontier(render: Callable[[list[dict]], str]) -> str:
+    from gatekv.report.tables import provenance
+
+    results = read("results.json")
+    return f"{render(results['rows']).strip()}\n\n{provenance(results['run'])}"
+
+
+def fine_tuning(budget: float) -> str:
+    from gatekv.report.tables import provenance, runs_table
+
+    tasks = {name: read(f"sft/{name}.json") for name in ("squad", "family", "haystack", "syllogism")}
+    run = tasks["squad"].get("run", {})
+    return runs_table({n: t["rows"] for n, t in tasks.items()}, budget) + "\n" + provenance(run)
+
+
+def ablation() -> str:
+    from gatekv.report.tables import ablation_table, provenance
+
+    results = read("ablation/results.json")
+    return ablation_table(results, [0.25, 0.125]) + "\n\n" + provenance({})
+
+
+def models_served() -> str:
+    """The families whose tiny models pass the laws in tests/unit/test_families.py."""
+    from conftest import KINDS
+    from transformers.models.auto.modeling_auto import MODEL_FOR_CAUSAL_LM_MAPPING_NAMES as CLASSES
+
+    lines = ["| model class | `model_type` | layers that gatekv holds |", "|---|---|---|"]
+    for model_type, changes in KINDS.values():
+        held = "full-attention layers; sliding layers keep their own cache" if "layer_types" in changes else "all"
+        lines.append(f"| `{CLASSES[model_type]}` | `{model_type}` | {held} |")
+    return "\n".join(lines) + "\n"
+
+
+def models_refused() -> str:
+    """What `KVCache` says to a tiny model of each family that the tests know to be refused."""
+    from test_families import REFUSED, other
+
+    import gatekv
+
+    lines = ["| `model_type` | what gatekv says |", "|---|---|"]
+    for model_type, (changes, _) in REFUSED.items():
+        try:
+            gatekv.KVCache(other(model_type, **changes), "keydiff", 0.5)
+        except ValueError as error:
+            lines.append(f"| `{model_type}` | {error} |")
+    return "\n".join(lines) + "\n"
+
+
+def arguments_refused() -> str:
+    """Arguments with which a model's attention layer says that it computes something else."""
+    from gatekv.support import UNKNOWN_TO_THE_LAW
+
+    lines = ["| argument | what such a layer does |", "|---|---|"]
+    return "\n".join([*lines, *(f"| `{name}` | {what} |" for name, what in UNKNOWN_TO_THE_LAW.items())]) + "\n"
+
+
+def tables() -> dict[str, Callable[[], str]]:
+    """Name -> what makes the Markdown of that table."""
+    from gatekv.report import tables as sections
+    from gatekv.report.tables import best_of, summary
+
+    budgets = [0.5, 0.25, 0.125, 0.0625]
+    return {
+        "frontier-short": lambda: frontier(lambda rows: summary(rows, [0.25, 0.125], SHORT)),
+        "frontier-summary": lambda: frontier(lambda rows: summary(rows, budgets)),
+        "frontier-tasks": lambda: frontier(lambda rows: best_of(rows, TASKS, "gate+global", [0.25, 0.125])),
+        "frontier-all": lambda: frontier(sections),
+        "fine-tuning-372": lambda: fine_tuning(0.372),
+        "fine-tuning-200": lambda: fine_tuning(0.2),
+        "ablation": ablation,
+        "models-served": models_served,
+        "models-refused": models_refused,
+        "arguments-refused": arguments_refused,
+    }
+
+
+def pages() -> list[Path]:
+    """Every page that has a table."""
+    found = [*sorted(ROOT.glob("README*.md")), *sorted((ROOT / "docs").rglob("*.md"))]
+    return [page for page in found if MARKED.search(page.read_text(encoding="utf-8"))]
+
+
+def renewed(page: Path) -> str:
+    """The page's text with its tables as they should be.
+
+    Raises:
+        ValueError: a page names a table that there is not.
+    """
+    known = tables()
+
+    def table(match: re.Match) -> str:
+        if match[2] not in known:
+            raise ValueError(f"{page.name} names the table {match[2]!r}; there are {', '.join(known)}.")
+        return f"{match[1]}\n{known[match[2]]().strip()}\n\n{match[3]}"
+
+    return MARKED.sub(table, page.read_text(encoding="utf-8"))
+
+
+def main() -> int:
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("--check", action="store_true", help="change nothing; exit with 1 where a page is stale")
+    check = parser.parse_args().check
+    stale = [(page, text) for page in pages() if (text := renewed(page)) != page.read_text(encoding="utf-8")]
+    for page, text in stale:
+        print(f"{'stale' if check else 'renewed'}: {page.relative_to(ROOT)}")
+        if not check:
+            page.write_text(text, encoding="utf-8")
+    return 1 if stale and check else 0
+
+
+if __name__ == "__main__":
+    sys.exit(main())

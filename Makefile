@@ -4,7 +4,7 @@ BIN := .venv/bin
 # As many workers as cores, each with its share of the threads (tests/conftest.py).
 PYTEST := $(BIN)/python -m pytest -n logical --maxprocesses 8 --dist loadgroup
 
-.PHONY: demo test test-all quick lint docs peer wheel
+.PHONY: demo test test-all quick lint types docs peer wheel
 
 demo: .venv/ready  ## train, generate, compare, draw: at most a quarter of an hour on two cores
 	$(BIN)/gatekv demo
@@ -20,6 +20,9 @@ quick: .venv/ready  ## the unit tests of `make test`
 
 lint: .venv/ready
 	$(BIN)/ruff check . && $(BIN)/ruff format --check .
+
+types: .venv/ready  ## mypy over the package; its settings are in pyproject.toml
+	$(BIN)/python -m mypy
 
 wheel: .venv/ready  ## build the package, install it into an empty environment, use it in an empty folder
 	rm -rf dist .venv-wheel && $(BIN)/python -m pip wheel -q --no-deps -w dist .

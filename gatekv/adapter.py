@@ -8,12 +8,13 @@ random weights we raise. Tensors are named `gatekv_gate.*`, `gatekv_less.*` and,
 import os
 import re
 from dataclasses import asdict, dataclass, field, fields
+from typing import TYPE_CHECKING, Any, cast
 
 import torch
 from peft import PeftConfig
 from peft.mapping import PEFT_TYPE_TO_CONFIG_MAPPING, PEFT_TYPE_TO_PREFIX_MAPPING, PEFT_TYPE_TO_TUNER_MAPPING
 from peft.tuners.tuners_utils import BaseTuner, BaseTunerLayer
-from peft.utils import CONFIG_NAME, SAFETENSORS_WEIGHTS_NAME, WEIGHTS_NAME
+from peft.utils import CONFIG_NAME, SAFETENSORS_WEIGHTS_NAME, WEIGHTS_NAME, PeftType
 from safetensors.torch import load_file
 from torch import nn
 from transformers.utils import logging
@@ -29,6 +30,11 @@ from gatekv.less.maps import LessMaps
 from gatekv.modules import ATTENTION_NAME, GatedAttention, attention_layers, use_attention
 from gatekv.support import kv_heads
 from gatekv.version import VERSION
+
+if TYPE_CHECKING:
+    from transformers import PretrainedConfig, PreTrainedModel
+
+    from gatekv.support import SelfAttention
 
 logger = logging.get_logger(__name__)
 
@@ -68,9 +74,13 @@ class GateKVConfig(PeftConfig, GateSpec, LessSpec):
     weights_sha256: str | None = None
     gatekv_version: str = VERSION
 
-    file_shapes = None  # not a field: name -> shape of the tensors in the file that the config came with
+    # Not a field: name -> shape of the tensors in the file that the config came with.
+    if TYPE_CHECKING:
+        file_shapes: dict[str, tuple[int, ...]] | None = None
+    else:
+        file_shapes = None
 
-    def __post_init__(self):
+    def __post_init__(self) -> None:
         PeftConfig.__post_init__(self)
         check_types(GateKVConfig, self)
         GateSpec.__post_init__(self)
@@ -101,7 +111,7 @@ class GateKVConfig(PeftConfig, GateSpec, LessSpec):
     def less_spec(self) -> LessSpec:
         return LessSpec(**{f.name: vars(self)[f.name] for f in fields(LessSpec)})
 
-    def save_pretrained(self, save_directory: str, **kwargs) -> None:
+    def save_pretrained(self, save_directory: str, **kwargs: Any) -> None:
         """Also records the hash of the weights, which PEFT writes into the same folder just before."""
         weights = os.path.join(save_directory, SAFETENSORS_WEIGHTS_NAME)
         if os.path.isfile(weights):
@@ -109,7 +119,9 @@ class GateKVConfig(PeftConfig, GateSpec, LessSpec):
         super().save_pretrained(save_directory, **kwargs)
 
     @classmethod
-    def from_pretrained(cls, pretrained_model_name_or_path: str, subfolder: str | None = None, **kwargs):
+    def from_pretrained(
+        cls, pretrained_model_name_or_path: str, subfolder: str | None = None, **kwargs: Any
+    ) -> "GateKVConfig":
         """As PeftConfig's, of a folder or a Hub name; checks both files of the adapter before anything is built on it.
 
         Raises:
@@ -147,7 +159,7 @@ class GateKVConfig(PeftConfig, GateSpec, LessSpec):
         return config
 
 
-def parts_of(config: GateKVConfig, shape, head_dim: int) -> dict[str, nn.Module]:
+def parts_of(config: GateKVConfig, shape: "PretrainedConfig", head_dim: int) -> dict[str, nn.Module]:
     """A layer's parts, by the attribute of `GateLayer` that holds them. shape: the language model's config."""
     parts = {}
     if config.gate != "none":
@@ -163,7 +175,7 @@ class GateLayer(GatedAttention, BaseTunerLayer):
 
     adapter_layer_names = ("gatekv_gate", "gatekv_less")
 
-    def __init__(self, base_layer: nn.Module):
+    def __init__(self, base_layer: nn.Module) -> None:
         super().__init__(base_layer)
         self.calibrations: dict[str, Calibration | None] = {}
 
@@ -175,10 +187,13 @@ class GateLayer(GatedAttention, BaseTunerLayer):
     def less(self) -> LessMaps | None:
         if self.disable_adapters:
             return None
-        return next((self.gatekv_less[name] for name in self.active_adapters if name in self.gatekv_less), None)
+        return next(
+            (cast(LessMaps, self.gatekv_less[name]) for name in self.active_adapters if name in self.gatekv_less), None
+        )
 
     def calibration(self) -> Calibration | None:
-        return self.calibrations.get(self.active())
+        name = self.active()
+        return None if name is None else self.calibrations.get(name)
 
     def in_force(self) -> list[str]:
         return [] if self.disable_adapters else list(self.active_adapters)
@@ -189,7 +204,7 @@ class GateLayer(GatedAttention, BaseTunerLayer):
     def unmerge(self) -> None:
         """As `merge`."""
 
-    def update_layer(self, adapter_name: str, config: GateKVConfig, shape) -> None:
+    def update_layer(self, adapter_name: str, config: GateKVConfig, shape: "PretrainedConfig") -> None:
         """Add an adapter's parts, on the wrapped module's device. shape: the language model's config."""
         device, head_dim = next(self.base_layer.parameters()).device, self.base_layer.head_dim
         self.calibrations[adapter_name] = Calibration(**config.calibration) if config.calibration else None
@@ -205,10 +220,13 @@ class GateKVModel(BaseTuner):
     """PEFT tuner that wraps every full-attention layer in a `GateLayer`; PEFT's LoRA goes inside."""
 
     prefix = PREFIX
+    peft_config: dict[str, GateKVConfig]  # type: ignore[assignment]  # its configs are gatekv's
     tuner_layer_cls = BaseTunerLayer  # gates and LoRA's layers are switched, frozen and deleted together
     target_module_mapping = {}
 
-    def _pre_injection_hook(self, model, config, adapter_name):
+    def _pre_injection_hook(  # type: ignore[override]  # its configs are gatekv's
+        self, model: "PreTrainedModel", config: GateKVConfig, adapter_name: str
+    ) -> None:
         attention_layers(model)  # says why, where a model cannot be gated
         use_attention(model)
         found, wanted = fingerprint(model), config.base_fingerprint
@@ -233,14 +251,14 @@ class GateKVModel(BaseTuner):
             gates = {k: v for k, v in found.items() if f".{PREFIX}" in k}
             check_shapes(gates, self._shapes(model, config))
 
-    def _shapes(self, model, config) -> dict[str, tuple[int, ...]]:
+    def _shapes(self, model: "PreTrainedModel", config: GateKVConfig) -> dict[str, tuple[int, ...]]:
         """Name -> shape of every tensor that an adapter file of `config` has; nothing is allocated."""
         layers = {id(module) for _, module in attention_layers(model)}
-        shape, out = model.config.get_text_config(decoder=True), {}
+        shape, out = model.config.get_text_config(decoder=True), cast("dict[str, tuple[int, ...]]", {})
         for key, module in model.named_modules():
             if id(module) not in layers or not self._check_target_module_exists(config, key):
                 continue
-            base = module.base_layer if isinstance(module, GatedAttention) else module
+            base = cast("SelfAttention", module.base_layer if isinstance(module, GatedAttention) else module)
             with torch.device("meta"):
                 parts = parts_of(config, shape, base.head_dim)
             for name, part in parts.items():
@@ -249,8 +267,13 @@ class GateKVModel(BaseTuner):
         return out
 
     def inject_adapter(
-        self, model, adapter_name, autocast_adapter_dtype=True, low_cpu_mem_usage=False, state_dict=None
-    ):
+        self,
+        model: nn.Module,
+        adapter_name: str,
+        autocast_adapter_dtype: bool = True,
+        low_cpu_mem_usage: bool = False,
+        state_dict: dict[str, torch.Tensor] | None = None,
+    ) -> None:
         """LoRA first, while nothing stands around the attention; then PEFT's own way, which also says who is active."""
         config = self.peft_config[adapter_name]
         if (fields := config.lora) is not None:
@@ -286,13 +309,23 @@ class GateKVModel(BaseTuner):
         self.model.peft_config = self.peft_config
         config.lora, config.base_fingerprint = None, fingerprint(self.model)
 
-    def _unload_and_optionally_merge(self, *args, **kwargs) -> nn.Module:
+    def _unload_and_optionally_merge(  # type: ignore[override]  # all arguments are passed on
+        self, *args: Any, **kwargs: Any
+    ) -> nn.Module:
         """merge_and_unload and unload: the plain transformers model, LoRA in its weights or not, without gates."""
         with lora.bare(self.model):
             super()._unload_and_optionally_merge(*args, **kwargs)
         return modules.detach(self.model)
 
-    def _create_and_replace(self, config, adapter_name, target, target_name, parent, current_key):
+    def _create_and_replace(  # type: ignore[override]  # its configs are gatekv's
+        self,
+        config: GateKVConfig,
+        adapter_name: str,
+        target: nn.Module,
+        target_name: str,
+        parent: nn.Module,
+        current_key: str,
+    ) -> None:
         if not any(target is module for _, module in attention_layers(self.model)):
             return  # a sliding layer, or one of an image tower
         base = target.base_layer if isinstance(target, GatedAttention) else target
@@ -307,18 +340,20 @@ class GateKVModel(BaseTuner):
                 if adapter_name in parts:
                     parts[adapter_name].requires_grad_(False)
 
-    def _replace_module(self, parent, child_name, new_module, child):
+    def _replace_module(self, parent: nn.Module, child_name: str, new_module: nn.Module, child: nn.Module) -> None:
         setattr(parent, child_name, new_module)
 
     @classmethod
-    def _remove_adapter_name_from_key(cls, key, adapter_name):
+    def _remove_adapter_name_from_key(cls, key: str, adapter_name: str) -> str:
         """A file does not tell under which name its adapter was held, so that it loads under any."""
         for part in GateLayer.adapter_layer_names:  # PEFT takes a name out next to last, where LoRA has it
             key = key.replace(f".{part}.{adapter_name}.", f".{part}.")
         return super()._remove_adapter_name_from_key(key, adapter_name)
 
     @classmethod
-    def _remap_adapter_state_dict_for_load(cls, model, config, adapter_name, state_dict):
+    def _remap_adapter_state_dict_for_load(  # type: ignore[override]  # its configs are gatekv's
+        cls, model: nn.Module, config: GateKVConfig, adapter_name: str, state_dict: dict[str, torch.Tensor]
+    ) -> dict[str, torch.Tensor]:
         """Strict: every tensor of the file has its place, shape and hash, and no part is left without one."""
         plain = {cls._remove_adapter_name_from_key(k, "default"): v for k, v in state_dict.items()}  # before 2026-11-22
         mapped = super()._remap_adapter_state_dict_for_load(model, config, adapter_name, plain)
@@ -338,20 +373,21 @@ class GateKVModel(BaseTuner):
         return mapped
 
 
-PEFT_TYPE_TO_CONFIG_MAPPING[GATEKV] = GateKVConfig
-PEFT_TYPE_TO_TUNER_MAPPING[GATEKV] = GateKVModel
-PEFT_TYPE_TO_PREFIX_MAPPING[GATEKV] = PREFIX
+_NAME = cast(PeftType, GATEKV)
+PEFT_TYPE_TO_CONFIG_MAPPING[_NAME] = GateKVConfig
+PEFT_TYPE_TO_TUNER_MAPPING[_NAME] = GateKVModel
+PEFT_TYPE_TO_PREFIX_MAPPING[_NAME] = PREFIX
 
 
 def set_calibration(model: nn.Module, calibration: Calibration | None, threshold: float | None = None) -> None:
     """Store a calibration, and a new tau if given, in the active adapter: in force at once, saved with its config."""
     for module in model.modules():
         if isinstance(module, GateLayer):
-            name = module.active()
+            name = cast(str, module.active())
             module.calibrations[name] = calibration
             if threshold is not None:
                 module.specs[name].threshold = threshold
-    config = model.peft_config[name]
-    config.calibration = calibration and asdict(calibration)
+    config = cast("dict[str, GateKVConfig]", model.peft_config)[name]
+    config.calibration = None if calibration is None else asdict(calibration)
     if threshold is not None:
         config.threshold = threshold

@@ -6,6 +6,7 @@ bounded. Everything that is wrong is a ValueError that says what to do.
 
 import json
 import os
+from typing import Any
 
 from huggingface_hub import constants, get_hf_file_metadata, hf_hub_download, hf_hub_url
 from huggingface_hub.errors import (
@@ -25,7 +26,7 @@ FLOATS = ("F64", "F32", "F16", "BF16")
 AGAIN = "copy the whole folder again, or download it with force_download=True"
 
 
-def find(name: str, filename: str, subfolder: str | None = None, **hub) -> str | None:
+def find(name: str, filename: str, subfolder: str | None = None, **hub: Any) -> str | None:
     """Where a file of an adapter lies: in the folder `name`, or in the Hub's cache, downloaded if need be.
 
     hub: `revision`, `token`, `cache_dir`, … of `huggingface_hub.hf_hub_download`. None: the adapter has no such file.

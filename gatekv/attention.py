@@ -5,25 +5,30 @@ max(window, 1), or flag[j] = keep (sinks are flagged). Training applies it as a 
 """
 
 import sys
+from collections.abc import Callable
 from dataclasses import dataclass
-from typing import NamedTuple, Protocol, runtime_checkable
+from typing import TYPE_CHECKING, Any, NamedTuple, Protocol, runtime_checkable
 
 import torch
 from transformers import AttentionInterface, AttentionMaskInterface
 from transformers.masking_utils import ALL_MASK_ATTENTION_FUNCTIONS
 from transformers.modeling_utils import ALL_ATTENTION_FUNCTIONS
 
+from gatekv.config import GateSpec
 from gatekv.gates.documents import Documents
 from gatekv.gates.key_mlp import key_features
 from gatekv.gates.relaxations import relax
-from gatekv.less.maps import Waiting
+from gatekv.less.maps import LessMaps, Waiting
 from gatekv.ops import segments
 from gatekv.ops.gated_attention import BLOCK, gated_attention, received_attention
 from gatekv.ops.naive import causal_mask, dense_segment
 from gatekv.ops.on_the_spot import on_the_spot
 from gatekv.ops.remainder import left_of
 from gatekv.ops.sequence import ALONE, Sequence
-from gatekv.support import check_call, refuse, visible_keys
+from gatekv.support import LATER, check_call, refuse, visible_keys
+
+if TYPE_CHECKING:
+    from gatekv.support import SelfAttention
 
 NAMES = {"sdpa": "gatekv", "eager": "gatekv_eager"}
 
@@ -32,7 +37,15 @@ NAMES = {"sdpa": "gatekv", "eager": "gatekv_eager"}
 class Memory(Protocol):
     """A cache layer that answers attention itself (gatekv.cache.layer.KVLayer)."""
 
-    def attend(self, call: "AttentionCall", q, k, v, mask, scaling: float) -> torch.Tensor: ...
+    def attend(
+        self,
+        call: "AttentionCall",
+        q: torch.Tensor,
+        k: torch.Tensor,
+        v: torch.Tensor,
+        mask: torch.Tensor | None,
+        scaling: float,
+    ) -> torch.Tensor: ...
 
 
 class Judged(NamedTuple):
@@ -85,21 +98,21 @@ class AttentionCall:
 
     hidden: torch.Tensor
     layer_idx: int
-    rotary: tuple | None = None
+    rotary: tuple[torch.Tensor, torch.Tensor] | None = None
     memory: Memory | None = None
     gate: torch.nn.Module | None = None
-    spec: object = None
+    spec: GateSpec = LATER
     form: str = "hard"
     threshold: torch.Tensor | float = 0.0
     split: int | None = None
     documents: Documents | None = None
     seed: int | None = None
-    less: torch.nn.Module | None = None
+    less: LessMaps | None = None
     lesson: torch.Tensor | None = None
     received: bool = True
-    local: object = None
+    local: Callable[[torch.Tensor, torch.Tensor], torch.Tensor | float] | None = None
     sequence: Sequence = ALONE
-    record: object = None
+    record: Callable[[Judged | Lesson], None] = LATER
     answered: bool = False
 
     def prepare(self, k: torch.Tensor) -> None:
@@ -110,6 +123,7 @@ class AttentionCall:
     def judge(self, valid: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
         """(logits [batch, kv_heads, tokens], valid [batch, tokens]) of the sequence, or of its prompt where there is a
         split; of each document, where rows are packed."""
+        assert self.gate is not None
         if self.sequence.size > 1:  # each process judges its own tokens; the gate looks at no others
             logits = self.sequence.into(self.gate(self.hidden, self.sequence.part(valid, 1))[0])
             apart = self.documents
@@ -120,7 +134,16 @@ class AttentionCall:
         valid = valid[:, : self.split]
         return self.gate(self.hidden[:, : self.split], valid)[0], valid
 
-    def listen(self, module, q, k, v, mask, scaling: float, plain: torch.Tensor) -> None:
+    def listen(
+        self,
+        module: "SelfAttention",
+        q: torch.Tensor,
+        k: torch.Tensor,
+        v: torch.Tensor,
+        mask: torch.Tensor | None,
+        scaling: float,
+        plain: torch.Tensor,
+    ) -> None:
         """Leave the plain output alone; record what the gate says and what attention each token really receives.
 
         plain: [B, Q, H, D], the layer's own answer, against which `local` measures an evicted one.
@@ -145,7 +168,16 @@ class AttentionCall:
                 error = output_error(module, out, plain[:, asking], real[:, asking], self.sequence)
         self.record(Judged(logits, judged, received, error))
 
-    def learn(self, module, q, k, v, mask, scaling: float, plain: torch.Tensor) -> None:
+    def learn(
+        self,
+        module: "SelfAttention",
+        q: torch.Tensor,
+        k: torch.Tensor,
+        v: torch.Tensor,
+        mask: torch.Tensor | None,
+        scaling: float,
+        plain: torch.Tensor,
+    ) -> None:
         """Leave the plain output alone; record the layer's own error under the lesson's flags (LESS, §3.2).
 
         Shapes as in `remember`; plain: [B, Q, H, D]. Gradients reach the low-rank maps and nothing else.
@@ -156,23 +188,28 @@ class AttentionCall:
             error = output_error(module, segments.merge([kept, far])[0].transpose(1, 2), plain, valid)
         self.record(Lesson(error, output_error(module, kept[0].transpose(1, 2), plain, valid)))
 
-    def remember(self, q, k, v, mask, scaling: float) -> list[tuple[torch.Tensor, torch.Tensor]]:
+    def remember(
+        self, q: torch.Tensor, k: torch.Tensor, v: torch.Tensor, mask: torch.Tensor | None, scaling: float
+    ) -> list[tuple[torch.Tensor, torch.Tensor]]:
         """[what is kept, the remainder], each (output, log-sum-exp), under the lesson's flags; differentiable.
 
         q: [B, H, Q, D] of the tokens behind the prompt; k, v: [B, K, prompt + Q, D]; mask: [B, 1, Q, prompt + Q] or
         None = causal.
         """
+        assert self.lesson is not None and self.less is not None
         prompt, n = self.lesson.shape[-1], k.shape[2]
         flags = torch.nn.functional.pad(self.lesson, (0, n - prompt), value=True)
         seen = causal_mask(q.shape[2], n, q.device)[None, None] if mask is None else mask
         segment = dense_segment if q.requires_grad else segments.dense_segment  # the fast one writes in place
         blocks = [slice(a, a + BLOCK) for a in range(0, q.shape[2], BLOCK)]  # never all queries by all keys at once
         answers = [segment(q[:, :, i], k, v, flags[:, :, None] & seen[:, :, i], scaling) for i in blocks]
-        kept = tuple(torch.cat(part, 2) for part in zip(*answers))
+        kept = torch.cat([out for out, _ in answers], 2), torch.cat([lse for _, lse in answers], 2)
         waiting = Waiting(self.less.psi(k), k, v, left_of(flags, 0, prompt), mask)
         return [kept, *self.less.answer(q, scaling, None, waiting)]
 
-    def parallel(self, q, k, v, mask, scaling: float) -> torch.Tensor:
+    def parallel(
+        self, q: torch.Tensor, k: torch.Tensor, v: torch.Tensor, mask: torch.Tensor | None, scaling: float
+    ) -> torch.Tensor:
         """One pass over whole sequences with the gates as weights: the form that is trained."""
         valid = valid_tokens(mask, q.shape[0], q.shape[2], q.device)
         logits, judged = self.judge(valid)
@@ -188,7 +225,14 @@ class AttentionCall:
         ]  # fmt: skip
         return outs[0] if len(outs) == 1 else torch.cat(outs, 2)
 
-    def _weight(self, logits, judged, valid, form: str, threshold) -> torch.Tensor:
+    def _weight(
+        self,
+        logits: torch.Tensor,
+        judged: torch.Tensor,
+        valid: torch.Tensor,
+        form: str,
+        threshold: torch.Tensor | float,
+    ) -> torch.Tensor:
         """The relaxed flags of all tokens: what follows a split is kept."""
         weight = relaxed_flags(
             logits, judged, self.spec, form=form, threshold=threshold, split=self.split, seed=self.seed
@@ -208,7 +252,7 @@ class AttentionCall:
 
 
 def output_error(
-    module, out: torch.Tensor, plain: torch.Tensor, valid: torch.Tensor, sequence: Sequence = ALONE
+    module: "SelfAttention", out: torch.Tensor, plain: torch.Tensor, valid: torch.Tensor, sequence: Sequence = ALONE
 ) -> torch.Tensor:
     """Squared error of a layer's attention output after o_proj, as a share of the output's own square.
 
@@ -221,7 +265,7 @@ def output_error(
     return on_the_spot(lambda x: (project(x).square().sum((1, 2)) / size).mean(), out - plain.detach())
 
 
-def valid_tokens(mask: torch.Tensor | None, batch: int, new: int, device) -> torch.Tensor:
+def valid_tokens(mask: torch.Tensor | None, batch: int, new: int, device: torch.device) -> torch.Tensor:
     """[batch, new] bool: which of the new tokens are real, read off the last query's row of the mask."""
     if mask is None:
         return torch.ones(batch, new, dtype=torch.bool, device=device)
@@ -234,7 +278,14 @@ def sink_tokens(valid: torch.Tensor, sinks: int, seen_real: torch.Tensor | int =
 
 
 def relaxed_flags(
-    logits, valid, spec, *, form: str, threshold=0.0, split: int | None = None, seed: int | None = None
+    logits: torch.Tensor,
+    valid: torch.Tensor,
+    spec: GateSpec,
+    *,
+    form: str,
+    threshold: torch.Tensor | float = 0.0,
+    split: int | None = None,
+    seed: int | None = None,
 ) -> torch.Tensor:
     """The weights in [0, 1] that attention gives to judged tokens; sinks weigh 1.
 
@@ -255,13 +306,21 @@ def live_mask(q_slots: torch.Tensor, k_slots: torch.Tensor, flags: torch.Tensor,
     return (q_slots[:, None] - k_slots < max(window, 1)) | flags[:, :, None]
 
 
-def _forward(base: str):
+def _forward(base: str) -> Callable[..., tuple[torch.Tensor, torch.Tensor | None]]:
     # `attention_mask` bears transformers' name: some models pass it by keyword.
     # Arguments as transformers' own functions have them, `dropout` too: who wraps them (kvpress) passes it by place.
     def attention(
-        module, q, k, v, attention_mask, dropout: float = 0.0, *, scaling: float, gatekv: AttentionCall | None = None,
-        **kwargs
-    ):  # fmt: skip
+        module: "SelfAttention",
+        q: torch.Tensor,
+        k: torch.Tensor,
+        v: torch.Tensor,
+        attention_mask: torch.Tensor | None,
+        dropout: float = 0.0,
+        *,
+        scaling: float,
+        gatekv: AttentionCall | None = None,
+        **kwargs: Any,
+    ) -> tuple[torch.Tensor, torch.Tensor | None]:
         mask, kwargs = attention_mask, {"dropout": dropout} | kwargs
         if gatekv is not None:
             if gatekv.answered:

@@ -4,47 +4,51 @@ import dataclasses
 import difflib
 import functools
 import typing
-from collections.abc import Sequence
+from collections.abc import Callable, Iterable, Sequence
 from dataclasses import dataclass
-from typing import Any
+from typing import Any, TypeVar, cast
 
 from huggingface_hub.dataclasses import type_validator
 
+Config = TypeVar("Config")
 
-def nearest(name: str, known) -> str:
+
+def nearest(name: object, known: Iterable) -> str:
     """' Did you mean 'x'?' or '' for a mistyped name."""
     close = difflib.get_close_matches(str(name), [str(k) for k in known], n=1, cutoff=0.5)
     return f" Did you mean '{close[0]}'?" if close else ""
 
 
-def check_choice(argument: str, value, known) -> None:
+def check_choice(argument: str, value: object, known: Iterable) -> None:
     """Raise ValueError that lists what `argument` may be."""
     if value not in known:
         raise ValueError(f"unknown {argument} {value!r}.{nearest(value, known)} Known: {', '.join(map(str, known))}.")
 
 
-def check_keys(owner: str, keys, known) -> None:
+def check_keys(owner: str, keys: Iterable[str], known: Iterable[str]) -> None:
     """Raise TypeError for the first unknown key, with the nearest known one."""
     for key in keys:
         if key not in known:
             raise TypeError(f"unknown key '{key}' in {owner}.{nearest(key, known)} Known: {', '.join(sorted(known))}.")
 
 
-def strict(cls):
+def strict(cls: type[Config]) -> type[Config]:
     """Class decorator for dataclasses: keyword arguments that are no field raise with the nearest name."""
-    init = cls.__init__
-    known = {f.name for f in dataclasses.fields(cls) if f.init}
+    init: Callable[..., None] = cls.__init__
+    known = {f.name for f in dataclasses.fields(cast(Any, cls)) if f.init}
 
     @functools.wraps(init)
-    def __init__(self, *args, **kwargs):
+    def __init__(self: Config, *args: Any, **kwargs: Any) -> None:
         check_keys(cls.__name__, kwargs, known)
         init(self, *args, **kwargs)
 
-    cls.__init__ = __init__
+    cast(Any, cls).__init__ = __init__
     return cls
 
 
-def option(default: Any, help: str, *, choices: Sequence[str] = (), positional: bool = False, bare: str | None = None):
+def option(
+    default: Any, help: str, *, choices: Sequence[str] = (), positional: bool = False, bare: str | None = None
+) -> Any:
     """A field of an options class.
 
     Args:
@@ -68,7 +72,7 @@ def check_options(options: Any) -> None:
 
 def declared(cls: type) -> dict[str, tuple[type, dataclasses.Field]]:
     """Field name -> (the class that declares it first, its field there: help, choices), in the order of `cls`."""
-    found = {}
+    found: dict[str, tuple[type, dataclasses.Field]] = {}
     for owner in reversed(cls.__mro__):
         for name, field in vars(owner).get("__dataclass_fields__", {}).items():
             if name in vars(owner).get("__annotations__", {}) and field.init:
@@ -148,7 +152,7 @@ class GateSpec:
     logit_scale: float = option(1.0, "Factor of the linear gate's output (DMS: 100).")
     temperature: float = option(0.1, "Of the gumbel noise.")
 
-    def __post_init__(self):
+    def __post_init__(self) -> None:
         check_types(GateSpec, self)
         check_options(self)
         if self.context == "prompt" and self.gate != "attention":
@@ -184,7 +188,7 @@ class LessSpec:
     less_policy: str | None = None
     less_budget: float | None = None
 
-    def __post_init__(self):
+    def __post_init__(self) -> None:
         check_types(LessSpec, self)
         if not 0 <= self.less_rank <= WIDEST or not 1 <= self.less_hidden <= WIDEST:
             sizes = f"{self.less_rank} and {self.less_hidden}"

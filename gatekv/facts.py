@@ -5,6 +5,10 @@ Words and wordings come in two disjoint sets, so that evaluation asks for nothin
 
 import random
 from dataclasses import dataclass
+from typing import TYPE_CHECKING
+
+if TYPE_CHECKING:
+    from transformers import PreTrainedTokenizerBase
 
 WORDS = {
     "train": (
@@ -64,7 +68,7 @@ CHAT = ("<|im_start|>user\n", "<|im_end|>\n<|im_start|>assistant\n", "<|im_end|>
 BARE = ("", "\nAnswer: ", "\n")
 
 
-def chat_frame(tokenizer) -> tuple[str, str, str]:
+def chat_frame(tokenizer: "PreTrainedTokenizerBase") -> tuple[str, str, str]:
     """(before the context, before the answer, after the answer) of the tokenizer's chat format, ChatML or none."""
     return CHAT if "<|im_start|>" in (tokenizer.chat_template or "") else BARE
 
@@ -76,8 +80,17 @@ def paragraph_window(text: str, characters: int, rng: random.Random) -> str:
     return text[start : start + characters].rsplit(" ", 1)[0]
 
 
-def make_sample(text: str, rng: random.Random, *, facts: int, characters: int, split: str, frame, wordings=None,
-                questions: int = 1) -> RetrievalSample:  # fmt: skip
+def make_sample(
+    text: str,
+    rng: random.Random,
+    *,
+    facts: int,
+    characters: int,
+    split: str,
+    frame: tuple[str, str, str],
+    wordings: str | None = None,
+    questions: int = 1,
+) -> RetrievalSample:
     """Write `facts` facts into a stretch of `text`.
 
     Args:

@@ -10,6 +10,7 @@ import subprocess
 import sys
 import zipfile
 from pathlib import Path
+from typing import Any, cast
 
 from filelock import FileLock
 
@@ -66,7 +67,7 @@ def convert(gguf: Path, target: Path) -> None:
     model = AutoModelForCausalLM.from_pretrained(gguf.parent, gguf_file=gguf.name, dtype=torch.bfloat16)
     if "quantization_config" in model.config.__dict__:
         del model.config.quantization_config
-    model.hf_quantizer = None
+    cast(Any, model).hf_quantizer = None
     model.save_pretrained(target)
     tokenizer.save_pretrained(target)
 

@@ -2,6 +2,8 @@
 
 import hashlib
 import re
+from collections.abc import Mapping
+from typing import cast
 
 import torch
 from torch import nn
@@ -13,7 +15,7 @@ HASHES = ("weights", "last_layer")  # of a fingerprint; the rest are shapes
 SAMPLE = 64  # numbers of each of the last layer's tensors
 
 
-def tensors_sha256(tensors: dict[str, torch.Tensor]) -> str:
+def tensors_sha256(tensors: Mapping[str, torch.Tensor]) -> str:
     """Hash of names, dtypes, shapes and bytes; the same before saving and after loading."""
     digest = hashlib.sha256()
     for name in sorted(tensors):
@@ -29,7 +31,8 @@ def sampled(model: nn.Module) -> dict[str, dict[str, nn.Parameter]]:
     layer, _ = attention_layers(model)[-1]
     mine = {n.replace("base_layer.", ""): p for n, p in layer.named_parameters()
             if "gatekv_" not in n and ".lora_" not in n}  # fmt: skip
-    return {"weights": {"embed": base_model(model).get_input_embeddings().weight}, "last_layer": mine}
+    embed = cast(nn.Embedding, base_model(model).get_input_embeddings()).weight
+    return {"weights": {"embed": cast(nn.Parameter, embed)}, "last_layer": mine}
 
 
 def _hash(parameters: dict[str, nn.Parameter], numbers: int) -> str | None:

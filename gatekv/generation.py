@@ -2,15 +2,23 @@
 
 import inspect
 from dataclasses import dataclass, field
+from typing import TYPE_CHECKING, Any, cast
 
 import torch
 from transformers import AutoTokenizer
 
 from gatekv.cache.kvcache import KVCache
 from gatekv.modules import base_model, gate_spec
-from gatekv.policies import FastGen, resolve
+from gatekv.policies import FastGen, Policy, Scorer, resolve
 from gatekv.policies.fastgen import token_kinds
-from gatekv.prompts import Prompts, read_prompts
+from gatekv.prompts import Inputs, Prompts, read_prompts
+from gatekv.support import LATER
+
+if TYPE_CHECKING:
+    from peft import PeftModel
+    from transformers import PreTrainedModel, PreTrainedTokenizerBase
+
+    GateModel = PeftModel | PreTrainedModel
 
 CACHE_OPTIONS = set(inspect.signature(KVCache.__init__).parameters) - {"self", "model", "policy", "budget"}
 OURS = {  # what `model.generate` takes and this sets itself
@@ -43,8 +51,18 @@ class Generation:
 
 
 @torch.no_grad()
-def generate(model, inputs, policy=None, budget: float | int | None = None, question=None, *, tokenizer=None,
-             attention_mask=None, return_dict: bool = False, **options):  # fmt: skip
+def generate(
+    model: "GateModel",
+    inputs: Inputs,
+    policy: Policy | Scorer | str | None = None,
+    budget: float | int | None = None,
+    question: str | list[str] | list[int] | None = None,
+    *,
+    tokenizer: "PreTrainedTokenizerBase | None" = None,
+    attention_mask: torch.Tensor | None = None,
+    return_dict: bool = False,
+    **options: Any,
+) -> str | list[str] | torch.Tensor | Generation:
     """Generate with a cache from which tokens leave: `model.generate`, with `KVCache` and the prompt's end set.
 
         gatekv.generate(model, "Once upon a time", "snapkv", 0.25, max_new_tokens=50)
@@ -73,31 +91,33 @@ def generate(model, inputs, policy=None, budget: float | int | None = None, ques
     """
     own, options = _separated(options)
     policy, budget = _chosen(model, policy, budget)
-    tokenizer = _Lazy(model, tokenizer)
-    prompts = read_prompts(inputs, question, tokenizer, attention_mask)
-    pad = _pad(model, tokenizer if prompts.text else None, options)
+    named = _Lazy(model, tokenizer)
+    prompt: dict[str, float] | None = None
+    prompts = read_prompts(inputs, question, named, attention_mask)
+    pad = _pad(model, named if prompts.text else None, options)
     ids, mask = prompts.padded(pad, base_model(model).device)
     if prompts.text:
-        own = _with_kinds(own, policy, budget, tokenizer, ids)
+        own = _with_kinds(own, policy, budget, named, ids)
     if prompts.asks is None:
         if own.get("kinds") is not None and len(own["kinds"]) == len(ids):
             own["kinds"] = own["kinds"].repeat_interleave(_copies(model, options), 0)
         cache = KVCache(model, policy, budget, prompt_tokens=ids.shape[1], **own)
-        out = _sequences(model.generate(input_ids=ids, attention_mask=mask, past_key_values=cache, **options))
+        out = _sequences(
+            cast(Any, model).generate(input_ids=ids, attention_mask=mask, past_key_values=cache, **options)
+        )
         answers, found, caches = list(out[:, ids.shape[1] :]), list(out), [cache]
-        prompt = None
     else:
         cache = _compressed(model, ids, mask, policy, budget, options.pop("prefill_chunk_size", None), own)
         prompt = cache.memory()
         answers, found, caches = _asked(model, cache, ids, mask, prompts.asks, options)
     sequences = torch.nn.utils.rnn.pad_sequence(found, batch_first=True, padding_value=pad)
-    text = None
-    if prompts.text or tokenizer.tokenizer is not None:
-        text = [tokenizer().decode(answer, skip_special_tokens=True) for answer in answers]
-        text = text[0] if prompts.single and len(text) == 1 else text
+    text: str | list[str] | None = None
+    if prompts.text or named.tokenizer is not None:
+        texts = [cast(str, named().decode(answer, skip_special_tokens=True)) for answer in answers]
+        text = texts[0] if prompts.single and len(texts) == 1 else texts
     if return_dict:
         return Generation(text, sequences, caches, prompt)
-    return text if prompts.text else sequences
+    return sequences if text is None or not prompts.text else text
 
 
 class ContextQA:
@@ -114,17 +134,33 @@ class ContextQA:
         cache: the compressed context, or None before there was one; every question has a snapshot of it.
     """
 
-    def __init__(self, model, policy=None, budget: float | int | None = None, *, tokenizer=None, **options):
+    def __init__(
+        self,
+        model: "GateModel",
+        policy: Policy | Scorer | str | None = None,
+        budget: float | int | None = None,
+        *,
+        tokenizer: "PreTrainedTokenizerBase | None" = None,
+        **options: Any,
+    ) -> None:
         self.model, (self.policy, self.budget) = model, _chosen(model, policy, budget)
         self._own, self._options = _separated(options)
         self._tokenizer = _Lazy(model, tokenizer)
         self.cache: KVCache | None = None
-        self._context = self._ids = self._mask = None
+        self._context: str | list[dict] | None = None
+        self._ids: torch.Tensor = LATER
+        self._mask: torch.Tensor = LATER
         KVCache(model, self.policy, self.budget, **self._own)  # what is refused, is refused here
 
     @torch.no_grad()
-    def __call__(self, context: str | list[dict] | None = None, question: str | None = None, *,
-                 questions: list[str] | None = None, **options) -> str | list[str]:  # fmt: skip
+    def __call__(
+        self,
+        context: str | list[dict] | None = None,
+        question: str | None = None,
+        *,
+        questions: list[str] | None = None,
+        **options: Any,
+    ) -> str | list[str]:
         """The answer to `question`, or the answers to `questions`, each asked of the context alone.
 
         context: a text, or chat messages that end with it; None: the last one. options: of `model.generate`, for this
@@ -143,7 +179,7 @@ class ContextQA:
             raise ValueError(f"{', '.join(own)}: options of the cache belong to ContextQA(…), where it is made.")
         options = self._options | options
         context = self._context if context is None else context
-        chats = read_prompts([context] * len(asked), asked, self._tokenizer)
+        chats = read_prompts([context] * len(asked), cast("list[str]", asked), self._tokenizer)
         if any(row != chats.rows[0] for row in chats.rows):
             raise ValueError("the tokenizer's chat template writes something of the question before the context.")
         chunk = options.pop("prefill_chunk_size", None)
@@ -151,13 +187,15 @@ class ContextQA:
         if context != self._context:
             self._read(context, Prompts(chats.rows[:1], len(chats.rows[0]), None, True, True), pad, chunk)
         rows = torch.zeros(len(asked), dtype=torch.long)
-        copies = self.cache.snapshot()
+        copies = cast(KVCache, self.cache).snapshot()
         copies.batch_select_indices(rows.to(self._ids.device))
-        answers, _, _ = _asked(self.model, copies, self._ids[rows], self._mask[rows], chats.asks, options)
-        found = [self._tokenizer().decode(answer, skip_special_tokens=True).strip() for answer in answers]
+        answers, _, _ = _asked(
+            self.model, copies, self._ids[rows], self._mask[rows], cast("list[list[int]]", chats.asks), options
+        )
+        found = [cast(str, self._tokenizer().decode(answer, skip_special_tokens=True)).strip() for answer in answers]
         return found[0] if questions is None and len(found) == 1 else found
 
-    def _read(self, context, prompt: Prompts, pad: int, chunk: int | None) -> None:
+    def _read(self, context: str | list[dict] | None, prompt: Prompts, pad: int, chunk: int | None) -> None:
         ids, mask = prompt.padded(pad, base_model(self.model).device)
         own = _with_kinds(self._own, self.policy, self.budget, self._tokenizer, ids)
         self.cache = _compressed(self.model, ids, mask, self.policy, self.budget, chunk, own)
@@ -180,10 +218,10 @@ class ContextQA:
 class _Lazy:
     """() -> the tokenizer: the one given, or the model's own, loaded when it is first needed."""
 
-    def __init__(self, model, tokenizer):
+    def __init__(self, model: "GateModel", tokenizer: "PreTrainedTokenizerBase | None") -> None:
         self.model, self.tokenizer = model, tokenizer
 
-    def __call__(self):
+    def __call__(self) -> "PreTrainedTokenizerBase":
         if self.tokenizer is None:
             name = base_model(self.model).name_or_path
             try:
@@ -194,7 +232,9 @@ class _Lazy:
         return self.tokenizer
 
 
-def _chosen(model, policy, budget):
+def _chosen(
+    model: "GateModel", policy: Policy | Scorer | str | None, budget: float | int | None
+) -> tuple[Policy | Scorer | str, float | int | None]:
     """(policy, budget), where neither was given: the adapter's gate, or SnapKV, at a quarter."""
     if policy is None:
         spec, budget = gate_spec(model), 0.25 if budget is None else budget
@@ -213,16 +253,18 @@ def _separated(options: dict) -> tuple[dict, dict]:
     return own, {name: value for name, value in options.items() if name not in own and name not in OURS}
 
 
-def _with_kinds(own: dict, policy, budget, tokenizer, ids: torch.Tensor) -> dict:
+def _with_kinds(
+    own: dict, policy: Policy | Scorer | str, budget: float | int | None, tokenizer: _Lazy, ids: torch.Tensor
+) -> dict:
     """The cache's options, and for FastGen what each token is."""
     if own.get("kinds") is None and isinstance(resolve(policy, budget).scorer, FastGen):
         return own | {"kinds": token_kinds(tokenizer())[ids.cpu()]}
     return dict(own)
 
 
-def _pad(model, tokenizer, options: dict) -> int:
+def _pad(model: "GateModel", tokenizer: _Lazy | None, options: dict) -> int:
     """The id of pads, which `model.generate` is told too, if it does not know one."""
-    config = options.get("generation_config") or model.generation_config
+    config = options.get("generation_config") or cast(Any, model).generation_config
     known = options.get("pad_token_id", config.pad_token_id)
     if known is None:
         eos = options.get("eos_token_id", config.eos_token_id)
@@ -231,13 +273,21 @@ def _pad(model, tokenizer, options: dict) -> int:
     return int(known)
 
 
-def _copies(model, options: dict) -> int:
+def _copies(model: "GateModel", options: dict) -> int:
     """How many rows `model.generate` makes of one."""
-    config = options.get("generation_config") or model.generation_config
+    config = options.get("generation_config") or cast(Any, model).generation_config
     return max(options.get(n) or getattr(config, n, None) or 1 for n in ("num_beams", "num_return_sequences"))
 
 
-def _compressed(model, ids, mask, policy, budget, chunk: int | None, own: dict) -> KVCache:
+def _compressed(
+    model: "GateModel",
+    ids: torch.Tensor,
+    mask: torch.Tensor,
+    policy: Policy | Scorer | str | None,
+    budget: float | int | None,
+    chunk: int | None,
+    own: dict,
+) -> KVCache:
     """A cache that has read the contexts ids [batch, tokens], in calls of `chunk` tokens, and compressed them."""
     cache, n = KVCache(model, policy, budget, prompt_tokens=ids.shape[1], **own), ids.shape[1]
     positions = (mask.cumsum(-1) - 1).clamp_min(0)
@@ -250,7 +300,14 @@ def _compressed(model, ids, mask, policy, budget, chunk: int | None, own: dict) 
     return cache
 
 
-def _asked(model, cache: KVCache, ids, mask, asks: list[list[int]], options: dict):
+def _asked(
+    model: "GateModel",
+    cache: KVCache,
+    ids: torch.Tensor,
+    mask: torch.Tensor,
+    asks: list[list[int]],
+    options: dict,
+) -> tuple[list[torch.Tensor], list[torch.Tensor], list[KVCache]]:
     """(answers, whole rows of ids, caches): every row of the compressed contexts is asked its own question.
 
     Questions of one length are asked together, others in calls of their own: no pads stand behind a context.
@@ -269,7 +326,7 @@ def _asked(model, cache: KVCache, ids, mask, asks: list[list[int]], options: dic
             part.batch_repeat_interleave(copies)
         fed = torch.cat([ids[index], torch.tensor([asks[row] for row in rows], device=ids.device)], 1)
         seen = torch.cat([mask[index], mask.new_ones(len(rows), fed.shape[1] - ids.shape[1])], 1)
-        out = _sequences(model.generate(input_ids=fed, attention_mask=seen, past_key_values=part, **options))
+        out = _sequences(cast(Any, model).generate(input_ids=fed, attention_mask=seen, past_key_values=part, **options))
         each = len(out) // len(rows)
         for i, row in enumerate(rows):
             found[row] = list(out[i * each : (i + 1) * each])
@@ -279,7 +336,7 @@ def _asked(model, cache: KVCache, ids, mask, asks: list[list[int]], options: dic
     return [a for row in order for a in answers[row]], [f for row in order for f in found[row]], caches
 
 
-def _sequences(out) -> torch.Tensor:
+def _sequences(out: Any) -> torch.Tensor:
     """The ids of what `model.generate` returned, also under return_dict_in_generate."""
     return out if isinstance(out, torch.Tensor) else out.sequences
 

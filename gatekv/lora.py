@@ -5,7 +5,9 @@ adapter: `disable_adapter` is the plain base. `gatekv.modules.gates_off` leaves 
 the tuned model with its whole cache.
 """
 
+from collections.abc import Iterator
 from contextlib import contextmanager
+from typing import Any
 
 from peft import LoraConfig, inject_adapter_in_model
 from peft.tuners.lora import LoraLayer
@@ -29,8 +31,8 @@ def checked(lora: dict) -> dict:
         TypeError: an unknown field. ValueError: a value that LoRA cannot have.
     """
     check_keys("lora", lora, FIELDS)
-    fields = vars(LoraConfig(**lora))
-    found = {name: sorted(fields[name]) if isinstance(fields[name], set) else fields[name] for name in FIELDS}
+    fields: dict[str, Any] = vars(LoraConfig(**lora))
+    found: dict[str, Any] = {n: sorted(fields[n]) if isinstance(fields[n], set) else fields[n] for n in FIELDS}
     if found["r"] < 1:
         raise ValueError(f"lora: r is a rank, at least 1, not {found['r']}.")
     if not 0 <= found["lora_dropout"] < 1:
@@ -42,7 +44,7 @@ def checked(lora: dict) -> dict:
 def check_ranks(lora: dict, shapes: dict[str, tuple[int, ...]]) -> None:
     """ValueError where the config asks for ranks that the adapter's file, with tensors of `shapes`, does not hold: what
     is allocated is bounded by what is there."""
-    held = max((shape[0] for name, shape in shapes.items() if ".lora_A." in name and len(shape) == 2), default=0)
+    held: int = max((shape[0] for name, shape in shapes.items() if ".lora_A." in name and len(shape) == 2), default=0)
     wanted = max(lora["r"], *lora["rank_pattern"].values(), 0)
     if wanted > held:
         raise ValueError(
@@ -52,7 +54,7 @@ def check_ranks(lora: dict, shapes: dict[str, tuple[int, ...]]) -> None:
 
 
 @contextmanager
-def bare(model: nn.Module):
+def bare(model: nn.Module) -> Iterator[None]:
     """Inside, no gate stands around the attention: PEFT finds the modules that LoRA is for under their own names."""
     held = [(parent, m) for parent, m in attention_layers(model) if isinstance(m, GatedAttention)]
     for parent, wrapper in held:
@@ -83,10 +85,10 @@ def inject(model: nn.Module, adapter_name: str, lora: dict, low_cpu_mem_usage: b
         if outer is not None:
             model.peft_config = outer
     if lora["target_modules"] is None:
-        lora["target_modules"] = sorted(config.target_modules)
+        lora["target_modules"] = sorted(config.target_modules or ())
 
 
-def _check_targets(model: nn.Module, targets) -> None:
+def _check_targets(model: nn.Module, targets: list[str] | set[str] | str | None) -> None:
     """PEFT is content when one of several names is found; a mistyped one would be left out without a word."""
     if targets is None or isinstance(targets, str):  # PEFT's choice, or a regular expression
         return

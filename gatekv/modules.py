@@ -1,6 +1,8 @@
 """The visible wrapper around each self_attn, and how a model gets and loses it. No hooks."""
 
+from collections.abc import Callable, Iterator
 from contextlib import contextmanager
+from typing import TYPE_CHECKING, Any, cast
 
 import torch
 from torch import nn
@@ -12,7 +14,14 @@ from gatekv.config import GateSpec
 from gatekv.gates.documents import Documents
 from gatekv.gates.relaxations import logit_of
 from gatekv.ops.sequence import ALONE
-from gatekv.support import refuse, sliding_layers
+from gatekv.support import LATER, refuse, sliding_layers
+
+if TYPE_CHECKING:
+    from transformers import PretrainedConfig
+
+    from gatekv.gates.calibration import Calibration
+    from gatekv.less.maps import LessMaps
+    from gatekv.support import SelfAttention
 
 ATTENTION_NAME = "self_attn"
 NO_INTERFACE = (
@@ -28,10 +37,13 @@ class GatedAttention(nn.Module):
     `gatekv.parallel(model)`: with any other cache, or none, the output is bit-identical to the wrapped module's.
     """
 
-    def __init__(self, base_layer: nn.Module):
+    layer_idx: int
+    base_layer: "SelfAttention"
+
+    def __init__(self, base_layer: nn.Module) -> None:
         super().__init__()
-        self.base_layer = base_layer
-        self.layer_idx = base_layer.layer_idx
+        self.base_layer = cast("SelfAttention", base_layer)
+        self.layer_idx = self.base_layer.layer_idx
         self.gatekv_gate = nn.ModuleDict()  # adapter name -> gate
         self.gatekv_less = nn.ModuleDict()  # adapter name -> low-rank maps
         self.specs: dict[str, GateSpec] = {}
@@ -42,7 +54,8 @@ class GatedAttention(nn.Module):
         self.documents: Documents | None = None  # of packed rows
         self.seed: int | None = None  # of the gumbel relaxation's noise
         self.received = True  # whether listening measures the attention that tokens receive
-        self.local = None  # (logits, valid) -> threshold, where the layer's own error is wanted
+        # (logits, valid) -> threshold, where the layer's own error is wanted
+        self.local: Callable[[torch.Tensor, torch.Tensor], torch.Tensor | float] | None = None
         self.lesson: torch.Tensor | None = None  # what is kept of a prompt, while low-rank maps learn
         self.sequence = ALONE  # the processes that share the rows
         self.recorded: Judged | Lesson | None = None
@@ -56,11 +69,11 @@ class GatedAttention(nn.Module):
         name = self.active()
         return self.gatekv_gate[name] if name else None
 
-    def less(self) -> nn.Module | None:
+    def less(self) -> "LessMaps | None":
         """The low-rank maps in force (`gatekv.less.maps.LessMaps`), or None."""
-        return next(iter(self.gatekv_less.values()), None)
+        return cast("LessMaps | None", next(iter(self.gatekv_less.values()), None))
 
-    def calibration(self):
+    def calibration(self) -> "Calibration | None":
         """Calibrated thresholds of the gate in force, or None."""
         return None
 
@@ -68,17 +81,17 @@ class GatedAttention(nn.Module):
         """Names of the adapters in force; a model without an adapter has none."""
         return []
 
-    def forward(self, hidden_states: torch.Tensor, past_key_values: Cache | None = None, **kwargs):
+    def forward(self, hidden_states: torch.Tensor, past_key_values: Cache | None = None, **kwargs: Any) -> Any:
         """As the wrapped self_attn; hidden_states [batch, tokens, hidden_size]."""
         name = self.active()
-        gate, spec = (self.gatekv_gate[name], self.specs[name]) if name else (None, None)
+        gate, spec = (self.gatekv_gate[name], self.specs[name]) if name else (None, LATER)
         rotary = kwargs.get("position_embeddings")
         call = AttentionCall(
             hidden_states, self.layer_idx, rotary, gate=gate, spec=spec, split=self.split, documents=self.documents
         )
         call.seed, call.received, call.local, call.less = self.seed, self.received, self.local, self.less()
         call.sequence = self.sequence
-        memory = None
+        memory: object = None
         if isinstance(past_key_values, Cache) and self.layer_idx < len(past_key_values.layers):
             memory = past_key_values.layers[self.layer_idx]
         if isinstance(memory, Memory):
@@ -108,9 +121,15 @@ def wrappers(model: nn.Module) -> list[GatedAttention]:
     return sorted((m for m in model.modules() if isinstance(m, GatedAttention)), key=lambda m: m.layer_idx)
 
 
+def judged(wrapper: GatedAttention) -> Judged:
+    """What the wrapper's gate said in the pass before."""
+    assert isinstance(wrapper.recorded, Judged)
+    return wrapper.recorded
+
+
 def gate_spec(model: nn.Module) -> GateSpec | None:
     """What the gates in force are, or None on a model without."""
-    return next((w.specs[w.active()] for w in wrappers(model) if w.active()), None)
+    return next((w.specs[name] for w in wrappers(model) if (name := w.active())), None)
 
 
 def attention_layers(model: nn.Module) -> list[tuple[nn.Module, nn.Module]]:
@@ -123,8 +142,8 @@ def attention_layers(model: nn.Module) -> list[tuple[nn.Module, nn.Module]]:
     name, config = type(inner).__name__, inner.config.get_text_config(decoder=True)
     if inner.config.is_encoder_decoder:
         raise ValueError(f"{name} is an encoder-decoder; gatekv evicts from the cache of decoder-only models.")
-    named = [(p, p.self_attn) for p in inner.modules() if isinstance(p._modules.get(ATTENTION_NAME), nn.Module)]
-    unwrapped = [(p, m, m.base_layer if isinstance(m, GatedAttention) else m) for p, m in named]
+    named = [(p, m) for p in inner.modules() if isinstance(m := p._modules.get(ATTENTION_NAME), nn.Module)]
+    unwrapped = [(p, m, cast("SelfAttention", m.base_layer if isinstance(m, GatedAttention) else m)) for p, m in named]
     # An image tower's attention bears the same name; it has another config and no place in the cache.
     found = [(p, m, base) for p, m, base in unwrapped if _in_cache(base, config)]
     if not found:
@@ -151,7 +170,7 @@ def attention_layers(model: nn.Module) -> list[tuple[nn.Module, nn.Module]]:
     return [(p, m) for p, m, _ in full]
 
 
-def _in_cache(module: nn.Module, config) -> bool:
+def _in_cache(module: nn.Module, config: "PretrainedConfig") -> bool:
     own = getattr(module, "config", config)
     return getattr(module, "layer_idx", None) is not None and own.model_type == config.model_type
 
@@ -202,7 +221,9 @@ def detach(model: nn.Module) -> nn.Module:
 
 
 @contextmanager
-def parallel(model: nn.Module, form: str = "hard", threshold: float | None = None, split: int | None = None):
+def parallel(
+    model: nn.Module, form: str = "hard", threshold: float | None = None, split: int | None = None
+) -> Iterator[list[GatedAttention]]:
     """Inside, forwards without a cache apply the gates as a mask over whole sequences: the form that is trained.
 
     Args:
@@ -225,7 +246,7 @@ def parallel(model: nn.Module, form: str = "hard", threshold: float | None = Non
 
 
 @contextmanager
-def evaluating(model: nn.Module):
+def evaluating(model: nn.Module) -> Iterator[None]:
     """Inside, nothing is dropped at random (LoRA, low-rank maps); then the model is back in the mode it was in."""
     training = model.training
     model.eval()
@@ -236,7 +257,7 @@ def evaluating(model: nn.Module):
 
 
 @contextmanager
-def gates_off(model: nn.Module, listen: bool = False):
+def gates_off(model: nn.Module, listen: bool = False) -> Iterator[None]:
     """Inside, the model answers as if it had no gates, in training mode too: the teacher, with no second copy.
 
     LoRA of the same adapter stays as it is: the teacher of a tuned model is the tuned model with its whole cache.

@@ -19,7 +19,7 @@ import typing
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any, TypeVar
+from typing import Any, TypeVar, cast
 
 import yaml
 from transformers import HfArgumentParser
@@ -54,7 +54,7 @@ class OptionParser(HfArgumentParser):
     """
 
     def __init__(self, cls: type, doc: str | None = None, **kwargs: Any):
-        super().__init__(cls, description=doc, formatter_class=_Formatter, allow_abbrev=False, **kwargs)
+        super().__init__(cast(Any, cls), description=doc, formatter_class=_Formatter, allow_abbrev=False, **kwargs)
         places = [n for n, (_, field) in declared(cls).items() if field.metadata.get("positional")]
         self.usage = " ".join(["%(prog)s", *places, "[--option value] …"])
         self.add_argument("--config", metavar="FILE", help="YAML file of these options; the command line wins.")
@@ -86,7 +86,7 @@ def _add(group: Any, field: dataclasses.Field, said: Mapping[str, Any], kind: An
         return
     if bare is not None:
         shown |= {"nargs": "?", "const": bare}
-    bent = dataclasses.field(default=field.default, default_factory=field.default_factory, metadata=shown)
+    bent: Any = dataclasses.field(default=field.default, default_factory=field.default_factory, metadata=shown)
     bent.name, bent.type = field.name, _reader(kind) or kind
     HfArgumentParser._parse_dataclass_field(group, bent)
 

@@ -1,13 +1,20 @@
 """What a user hands to `generate`, texts, chats or ids, as rows of token ids: a context, and what is asked of it."""
 
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
 from dataclasses import dataclass
+from typing import TYPE_CHECKING, Any, cast
 
 import torch
+
+if TYPE_CHECKING:
+    from transformers import PreTrainedTokenizerBase
 
 BEFORE, BEHIND = "\n\n", "\nAnswer:"  # a question, where there is no chat template
 
 KINDS = "a text, a list of texts, chat messages (a list of dicts), token ids (a tensor), or what a tokenizer returns"
+
+Inputs = str | list | torch.Tensor | Mapping  # see KINDS
+Lazy = Callable[[], "PreTrainedTokenizerBase"]
 
 
 @dataclass
@@ -26,14 +33,19 @@ class Prompts:
     text: bool
     single: bool
 
-    def padded(self, pad: int, device) -> tuple[torch.Tensor, torch.Tensor]:
+    def padded(self, pad: int, device: torch.device) -> tuple[torch.Tensor, torch.Tensor]:
         """(ids, mask) [batch, width] of the rows, pads on the left."""
         ids = [[pad] * (self.width - len(row)) + row for row in self.rows]
         mask = [[0] * (self.width - len(row)) + [1] * len(row) for row in self.rows]
         return torch.tensor(ids, device=device), torch.tensor(mask, device=device)
 
 
-def read_prompts(inputs, question, tokenizer, attention_mask=None) -> Prompts:
+def read_prompts(
+    inputs: Inputs,
+    question: str | list[str] | list[int] | None,
+    tokenizer: Lazy,
+    attention_mask: torch.Tensor | None = None,
+) -> Prompts:
     """The prompts of one call of `gatekv.generate`, whose arguments these are; tokenizer: () -> the tokenizer.
 
     Raises:
@@ -59,7 +71,9 @@ def read_prompts(inputs, question, tokenizer, attention_mask=None) -> Prompts:
     return Prompts(rows, max(map(len, rows)), asks, True, single)
 
 
-def encode(tokenizer, prompt: str | list[dict], question: str | None) -> tuple[list[int], list[int]]:
+def encode(
+    tokenizer: "PreTrainedTokenizerBase", prompt: str | list[dict], question: str | None
+) -> tuple[list[int], list[int]]:
     """Token ids of (the context, the question up to where the answer starts; none without a question).
 
     prompt: a text, or chat messages, whose last one is then the user's. With a question a text is one too, where the
@@ -85,15 +99,16 @@ def encode(tokenizer, prompt: str | list[dict], question: str | None) -> tuple[l
         if cut < 0:
             raise ValueError("the tokenizer's chat template rewrites the question: render both, and pass token ids.")
     parts = (rendered[:cut], "" if cut is None else rendered[cut:])
-    return tuple(tokenizer(part, add_special_tokens=False).input_ids for part in parts)
+    first, second = (tokenizer(part, add_special_tokens=False).input_ids for part in parts)
+    return first, second
 
 
-def _rendered(tokenizer, messages: list[dict]) -> str:
+def _rendered(tokenizer: "PreTrainedTokenizerBase", messages: list[dict]) -> str:
     """The chat as the model reads it, up to where its own turn starts."""
-    return tokenizer.apply_chat_template(messages, tokenize=False, add_generation_prompt=True)
+    return cast(str, tokenizer.apply_chat_template(messages, tokenize=False, add_generation_prompt=True))
 
 
-def _chats_of(inputs) -> tuple[list[str | list[dict]], bool]:
+def _chats_of(inputs: Any) -> tuple[list[str | list[dict]], bool]:
     """(texts or chats, whether the user gave one alone)."""
     is_chat = lambda x: isinstance(x, list) and bool(x) and all(isinstance(m, Mapping) for m in x)  # noqa: E731
     single = isinstance(inputs, str) or is_chat(inputs)
@@ -108,7 +123,7 @@ def _chats_of(inputs) -> tuple[list[str | list[dict]], bool]:
     return list(found), single
 
 
-def _questions_of(question, batch: int) -> list[str]:
+def _questions_of(question: Any, batch: int) -> list[str]:
     """One for each row of the batch."""
     questions = [question] * batch if isinstance(question, str) else list(question)
     if len(questions) != batch or not all(isinstance(q, str) and q.strip() for q in questions):
@@ -116,7 +131,7 @@ def _questions_of(question, batch: int) -> list[str]:
     return questions
 
 
-def _asks_of(question, batch: int, tokenizer) -> list[list[int]]:
+def _asks_of(question: Any, batch: int, tokenizer: Lazy) -> list[list[int]]:
     """Token ids of what follows token ids: a text as it is written, or ids of its own."""
     if isinstance(question, torch.Tensor):
         rows, _ = _rows_of(question, None)
@@ -124,7 +139,7 @@ def _asks_of(question, batch: int, tokenizer) -> list[list[int]]:
     return [tokenizer()(q, add_special_tokens=False).input_ids for q in _questions_of(question, batch)]
 
 
-def _rows_of(ids: torch.Tensor, mask) -> tuple[list[list[int]], int]:
+def _rows_of(ids: torch.Tensor, mask: torch.Tensor | None) -> tuple[list[list[int]], int]:
     """(token ids of each row without its pads, the batch's width)."""
     ids = ids[None] if ids.ndim == 1 else ids
     mask = torch.ones_like(ids) if mask is None else torch.as_tensor(mask, device=ids.device).view_as(ids)

@@ -5,13 +5,17 @@ Fine-tuning and evaluation both write them here, so that what is tuned is what i
 
 import json
 from pathlib import Path
+from typing import TYPE_CHECKING
 
 from gatekv.facts import chat_frame
+
+if TYPE_CHECKING:
+    from transformers import PreTrainedTokenizerBase
 
 FIELDS = ("context", "question", "choices", "answer")
 
 
-def prompt_ids(tokenizer, context: str, question: str) -> tuple[list[int], list[int]]:
+def prompt_ids(tokenizer: "PreTrainedTokenizerBase", context: str, question: str) -> tuple[list[int], list[int]]:
     """Token ids of (the context, the question up to where the answer starts); a choice follows, encoded by itself."""
     frame = chat_frame(tokenizer)
     parts = (frame[0] + context, f"\n\n{question}{frame[1]}")

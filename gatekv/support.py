@@ -1,8 +1,13 @@
 """Which models gatekv can serve: what changes attention in a way neither form of the law knows is refused, with why."""
 
+from typing import TYPE_CHECKING, Any, cast
+
 import torch
 from transformers import DynamicCache, PreTrainedModel
 from transformers.cache_utils import DynamicLayer, DynamicSlidingWindowLayer
+
+if TYPE_CHECKING:
+    from transformers import PretrainedConfig
 
 # Arguments with which models change what attention computes. Neither form of the law has them, so a layer that passes
 # one (not None, not False) is refused; arguments that change nothing (output_attentions, position_ids, …) are ignored.
@@ -17,6 +22,18 @@ UNKNOWN_TO_THE_LAW = {
     "cu_seq_lens_q": "packs several sequences into one row",
     "cache": "runs under continuous batching",
 }
+
+LATER: Any = None  # what an attribute holds that is set before it is first read
+
+if TYPE_CHECKING:
+
+    class SelfAttention(torch.nn.Module):
+        """What gatekv reads of a transformers model's attention module."""
+
+        layer_idx: int
+        head_dim: int
+        o_proj: torch.nn.Linear
+        config: PretrainedConfig
 
 
 def refuse(module: torch.nn.Module, reason: str) -> None:
@@ -76,9 +93,9 @@ def sliding_layers(model: PreTrainedModel) -> list[bool]:
                 f"{type(model).__name__} has layers that remember something else than keys and values "
                 f"({type(layer).__name__}): gatekv serves models of attention layers only."
             )
-    return [layer.is_sliding for layer in layers]
+    return [layer.is_sliding for layer in cast("list[DynamicLayer]", layers)]
 
 
-def kv_heads(config) -> int:
+def kv_heads(config: "PretrainedConfig") -> int:
     """KV heads of a text config; models without grouped queries do not name them."""
     return getattr(config, "num_key_value_heads", None) or config.num_attention_heads

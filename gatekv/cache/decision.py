@@ -1,12 +1,14 @@
 """The end of a prompt or turn: scores become flags, per layer or over all layers at once."""
 
+from typing import cast
+
 import torch
 from transformers.utils import logging
 
 from gatekv.cache.layer import KVLayer
 from gatekv.cache.plan import Plan
-from gatekv.policies.amount import budget_text, count_of, share_of
-from gatekv.policies.budgets import BudgetError, ranked, too_small
+from gatekv.policies.amount import Amount, budget_text, count_of, share_of
+from gatekv.policies.budgets import BudgetError, Ranking, ranked, too_small
 from gatekv.policies.layers import Even, layer_count, whole_layers
 from gatekv.policies.variance import Variance
 
@@ -48,7 +50,7 @@ def rooms(plan: Plan, layers: int, length: int, before: int = 0, row: int = 0) -
     if bool((counts >= need).all()):
         return counts.tolist(), None
     worst = int((need - counts).argmax())
-    why = too_small(policy.budget, length, row, int(counts[worst]), int(need[worst]))
+    why = too_small(cast(Amount, policy.budget), length, row, int(counts[worst]), int(need[worst]))
     # A threshold that does not know where the prompt ends has evicted what left the window before it could be seen.
     return (everything if plan.knows_end else need.tolist()), why
 
@@ -73,7 +75,7 @@ def admit(plan: Plan, layers: int, length: int, before: int = 0, row: int = 0) -
 class Decision:
     """Called by each layer when its prompt has ended; acts at once, or when the last layer reports."""
 
-    def __init__(self, plan: Plan, layers: list[KVLayer]):
+    def __init__(self, plan: Plan, layers: list[KVLayer]) -> None:
         self.plan, self.layers = plan, layers
 
     def __call__(self, layer: KVLayer) -> None:
@@ -111,11 +113,12 @@ class Decision:
         skipped, _ = whole_layers(policy.scorer.skip_layers, 1.0, layers)
         if not (others := [i for i in range(layers) if i not in skipped]):
             return counts
-        lengths, weights = valid.sum(-1).tolist(), policy.layers.weights(scores[others], valid)
+        shares = cast(Variance, policy.layers)
+        lengths, weights = valid.sum(-1).tolist(), shares.weights(scores[others], valid)
         rows = []
         for w, n in zip(weights.T.tolist(), lengths):
             _, rest = whole_layers(policy.scorer.skip_layers, share_of(policy.budget, n), layers)
-            found = torch.tensor(policy.layers.rooms(w, rest, n, self.plan.sinks + self.plan.window))
+            found = torch.tensor(shares.rooms(w, rest, n, self.plan.sinks + self.plan.window))
             rows.append(torch.maximum(found, needed(self.plan, n, found)))
         counts = counts.clone()
         counts[others] = torch.stack(rows, -1).to(counts)
@@ -136,11 +139,12 @@ class Decision:
         protected = torch.stack([layer.protection(r)[0] for layer, r in zip(layers, recent)])
         sure = [policy.scorer.sure(x.view(), guarded, count) for x, guarded, count in zip(layers, protected, counts)]
         protected = torch.stack(sure).expand(scores.shape)
-        keep = self._never_none(policy.rule.keep(scores, protected, valid, counts), scores, protected, valid)
-        cuts = [None] * len(layers)
+        rule = cast(Ranking, policy.rule)  # a threshold decides nothing here
+        keep = self._never_none(rule.keep(scores, protected, valid, counts), scores, protected, valid)
+        cuts: torch.Tensor | list[None] = [None] * len(layers)
         if self.plan.learned and not (self.plan.keep_later or self.plan.turns or self.plan.decays):
             logits = torch.stack([layer.all_logits() for layer in layers])
-            alone = keep if self.plan.trims else policy.rule.keep(logits, protected, valid, counts)
+            alone = keep if self.plan.trims else rule.keep(logits, protected, valid, counts)
             refused = logits.masked_fill(alone | protected | ~valid[:, None], -torch.inf).amax(-1, keepdim=True)
             if policy.rule.scope == "model":
                 refused = refused.amax((0, 2), keepdim=True).expand(len(layers), -1, -1, -1)
@@ -150,7 +154,9 @@ class Decision:
             layer.restrict(flags, cut, score, last)
 
     @staticmethod
-    def _never_none(keep, scores, protected, valid) -> torch.Tensor:
+    def _never_none(
+        keep: torch.Tensor, scores: torch.Tensor, protected: torch.Tensor, valid: torch.Tensor
+    ) -> torch.Tensor:
         """keep, and the best token of heads that compete and would be left with nothing; all as a rule takes them."""
         best = ranked(scores, protected, valid).argmax(-1, keepdim=True)
         best = torch.zeros_like(keep).scatter_(-1, best, True) & valid[:, None]

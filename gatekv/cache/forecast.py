@@ -6,14 +6,17 @@ page ends that depend on the text: half a page each is assumed.
 
 import math
 from dataclasses import dataclass
+from typing import Any, cast
 
 import torch
+from transformers.cache_utils import DynamicSlidingWindowLayer
 
 from gatekv.cache.decision import admit, rooms
 from gatekv.cache.judge import FOLD
 from gatekv.cache.kvcache import KVCache
 from gatekv.cache.layer import KVLayer
 from gatekv.cache.plan import Plan
+from gatekv.less.maps import LessMaps
 from gatekv.modules import GatedAttention, base_model, wrappers
 from gatekv.policies.budgets import Decay, Uniform
 from gatekv.policies.qaq import PAGE as NARROW_PAGE
@@ -67,7 +70,8 @@ def forecast(cache: KVCache, length: int, new_tokens: int = 0, batch: int = 1) -
     dtype, rows, layers = base_model(cache.model).dtype, batch * kv_heads(config), wrappers(cache.model)
     counts = iter(admit(plan, len(layers), length)[0])
     gated = {w.layer_idx: w for w in layers}
-    tokens, sums = [], [0, 0, 0, 0]
+    tokens: list[int] = []
+    sums = [0, 0, 0, 0]
     for i, layer in enumerate(cache.layers):
         if isinstance(layer, KVLayer):
             head_dim = gated[i].base_layer.head_dim
@@ -78,11 +82,13 @@ def forecast(cache: KVCache, length: int, new_tokens: int = 0, batch: int = 1) -
             full = length * token, (length + new_tokens) * token
         else:  # a sliding layer's first view still holds the whole prompt's storage
             token = rows * 2 * layers[0].base_layer.head_dim * dtype.itemsize
-            later = min(layer.sliding_window, length + new_tokens) if new_tokens else length
+            window = cast(DynamicSlidingWindowLayer, layer).sliding_window
+            later = min(window, length + new_tokens) if new_tokens else length
             found = full = length * token, later * token
         sums = [a + b for a, b in zip(sums, (found[0], full[0], found[1], full[1]))]
     free = plan.policy.budget is None
-    return Forecast(tokens, *sums, free, bool(new_tokens) and plan.later_leave)
+    held, full_held, end, full_end = sums
+    return Forecast(tokens, held, full_held, end, full_end, free, bool(new_tokens) and plan.later_leave)
 
 
 def shortest(cache: KVCache, length: int) -> int | None:
@@ -155,7 +161,7 @@ class _Shape:
     def _gate(self, tail: int) -> int:
         """The gate's own memory, what it measures later tokens by, and a low-rank state."""
         plan, total = self.plan, 0
-        gate, maps = self.wrapper.gate(), self.wrapper.less()
+        gate, maps = cast(Any, self.wrapper.gate()), cast(LessMaps, self.wrapper.less())
         if plan.learned and gate.reads == "hidden":
             weight = gate.norm.weight
             _, state = gate(weight.new_empty(self.batch, 1, len(weight)))

@@ -2,16 +2,19 @@
 
 import copy
 from dataclasses import dataclass
+from typing import TypeVar, cast
 
 import torch
 from torch import nn
 
 from gatekv.cache.tail import Tail
+from gatekv.support import LATER
 
 FOLD = 16  # tokens that leave the tail, and that a gate reads, together
 ROLLBACK = 256  # while recording, how many of the last tokens can be taken back
 
 State = tuple[torch.Tensor, ...] | None
+Part = TypeVar("Part", torch.Tensor, torch.Tensor | None, State)
 
 
 @dataclass
@@ -26,10 +29,10 @@ class Reading:
         return [*(self.before or ()), self.hidden, self.valid]
 
     def select(self, index: torch.Tensor) -> "Reading":
-        return Reading(*(_select(part, index) for part in (self.before, self.hidden, self.valid)))
+        return Reading(_select(self.before, index), _select(self.hidden, index), _select(self.valid, index))
 
 
-def _select(part, index: torch.Tensor):
+def _select(part: Part, index: torch.Tensor) -> Part:
     """Rows of a tensor [batch, ...], of a tuple of such, or None."""
     if isinstance(part, tuple):
         return tuple(t.index_select(0, index) for t in part)
@@ -44,11 +47,12 @@ class Judge:
         last tokens. recording: readings are kept, so that the last ROLLBACK tokens can be taken back.
     """
 
-    def __init__(self):
-        self.gate: nn.Module | None = None
+    def __init__(self) -> None:
+        self.gate: nn.Module = LATER
         self.state: State = None
         self.pending: torch.Tensor | None = None
-        self.recording, self.history = False, []
+        self.recording = False
+        self.history: list[Reading] = []
 
     def postpone(self, hidden: torch.Tensor, grace: int) -> bool:
         """Whether new tokens [batch, n, width] can wait unread: a flag acts when its token leaves the window."""
@@ -58,7 +62,7 @@ class Judge:
             self.pending = hidden
         return waits
 
-    def read(self, hidden: torch.Tensor, valid, tail: Tail) -> tuple[torch.Tensor, torch.Tensor, int]:
+    def read(self, hidden: torch.Tensor, valid: torch.Tensor, tail: Tail) -> tuple[torch.Tensor, torch.Tensor, int]:
         """Logits of the tokens that waited, which end `tail`, and of the new ones.
 
         hidden: [batch, n, width], what the gate reads; valid: [batch, n] bool.
@@ -66,7 +70,7 @@ class Judge:
         """
         old = 0 if self.pending is None else self.pending.shape[1]
         if old:
-            hidden = torch.cat([self.pending, hidden], 1)
+            hidden = torch.cat([cast(torch.Tensor, self.pending), hidden], 1)
             valid = torch.cat([tail.valid[:, -old:], valid], 1)
         before, self.pending = self.state, None
         logits, self.state = self.gate(hidden, valid, before)

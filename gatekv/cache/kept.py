@@ -1,7 +1,8 @@
 """What has left the tail and is still held: pages, and tokens that stand apart because they answer other queries."""
 
 import copy
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
+from typing import Any, cast
 
 import torch
 
@@ -12,15 +13,17 @@ from gatekv.cache.prompt_end import PromptEnd
 from gatekv.cache.quantised import Quantised
 from gatekv.cache.slots import Slots
 from gatekv.cache.thin import Thin
+from gatekv.less.maps import LessMaps
 from gatekv.less.state import State
 from gatekv.ops import backends
 from gatekv.ops.paged_attention import paged_mass
 from gatekv.policies.merging import Tokens
 from gatekv.policies.qaq import Bits
 from gatekv.policies.think import Channels
+from gatekv.support import LATER
 
 Tensor = torch.Tensor
-STORAGE = {Channels: Thin, Bits: Quantised}  # of old tokens, by the policy's width
+STORAGE: dict[type, Any] = {Channels: Thin, Bits: Quantised}  # of old tokens, by the policy's width
 
 
 class Kept:
@@ -37,7 +40,7 @@ class Kept:
 
     def __init__(
         self, like: Tensor, block_size: int, with_scores: bool, backend: str | None, merge: Merge | None = None
-    ):
+    ) -> None:
         """`like` [batch, kv_heads, tokens, head_dim] gives shapes, dtype and device."""
         self.batch, self.kv_heads = like.shape[:2]
         self.pages = Pages(like, block_size, with_scores, with_counts=merge is not None)
@@ -45,7 +48,7 @@ class Kept:
         self.slots: Slots | None = None
         self.buffer: Buffer | None = None
         self.state: State | None = None
-        self.maps = None
+        self.maps: LessMaps = LATER  # where there is a state
         self.merge = merge
         self.backend = backends.choose(backend, block_size, like.device, like.dtype)
         self.paged_segment = backends.load(self.backend)
@@ -97,18 +100,18 @@ class Kept:
         self.evict(self.pages, self.pages.unwanted(keep, base))
         self.pages.shrink()
 
-    def watch(self, observe, q: Tensor, lse: Tensor, scaling: float) -> None:
+    def watch(self, observe: Callable[[Tensor, Tensor], Tensor], q: Tensor, lse: Tensor, scaling: float) -> None:
         """Renew the scores of what is held by the attention it just received: observe = `Scorer.observe`.
 
         q: [B, H, 1, D]; lse: [B, H, 1], over everything that the query saw.
         """
         for store, (part, keys, _, table) in zip(self.stores(), self.reads(q)):
             paid = store.unrolled(paged_mass(part, keys, table, lse, scaling).float())
-            old = store.unrolled(store.scores)
+            old = store.unrolled(cast(Tensor, store.scores))
             new = observe(*(t.view(self.batch, self.kv_heads, -1) for t in (old, paid))).flatten(0, 1)
             store.scores = store.rolled(torch.where(old.isinf(), old, new))
 
-    def trim(self, worth, seen: int) -> None:
+    def trim(self, worth: Callable[[Pages], Tensor], seen: int) -> None:
         """Drop the least worthy tokens of each head until it holds no more than its buffer has room for.
 
         worth: (pages) -> [P, block_size]; seen: slots so far. Nothing happens without a buffer.
@@ -123,7 +126,7 @@ class Kept:
         if self.thin is None:
             self.thin = STORAGE[type(width)].of(self.pages, width, end)
         else:
-            self.thin.absorb(self.pages, width, end)
+            cast(Any, self.thin).absorb(self.pages, width, end)  # the storage of this very width
 
     # -- whole rows
 
@@ -134,9 +137,9 @@ class Kept:
         self.pages.select(rows)
         for part in self.apart():
             part.select(rows, index)
-        for part in (self.buffer, self.state):
-            if part is not None:
-                part.select(index)
+        for side in (self.buffer, self.state):
+            if side is not None:
+                side.select(index)
         if self.merge is not None:
             self.merge.select(rows)
 

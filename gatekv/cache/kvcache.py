@@ -1,8 +1,10 @@
 """`KVCache`: a transformers cache from which tokens really leave."""
 
 import copy
+from typing import Any, cast
 
 import torch
+from torch import nn
 from transformers import Cache, DynamicCache
 
 from gatekv.cache import storage
@@ -11,7 +13,7 @@ from gatekv.cache.layer import KVLayer, Phase
 from gatekv.cache.plan import Plan
 from gatekv.cache.settings import plan_of
 from gatekv.modules import attach, base_model, wrappers
-from gatekv.policies import Full
+from gatekv.policies import Full, Policy, Scorer
 from gatekv.policies.scorer import ALL
 
 
@@ -53,8 +55,8 @@ class KVCache(Cache):
 
     def __init__(
         self,
-        model,
-        policy=None,
+        model: nn.Module,
+        policy: Policy | Scorer | str | None = None,
         budget: float | int | None = None,
         *,
         prefill: str | None = None,
@@ -67,7 +69,7 @@ class KVCache(Cache):
         backend: str | None = None,
         kinds: torch.Tensor | None = None,
         strict: bool = False,
-    ):
+    ) -> None:
         attach(model)
         self.model = model
         self._build(
@@ -88,7 +90,7 @@ class KVCache(Cache):
         plan.decide = Decision(plan, self.evicting())
 
     @classmethod
-    def undecided(cls, model, queries: int = ALL) -> "KVCache":
+    def undecided(cls, model: nn.Module, queries: int = ALL) -> "KVCache":
         """A cache that watches one dense prefill and evicts nothing, so that many policies can share it by `decide`.
 
         queries: how many of the last queries to remember for scorers that look at them.
@@ -97,7 +99,9 @@ class KVCache(Cache):
         cache.plan.defer = True
         return cache
 
-    def decide(self, policy, budget: float | int | None = None, **kwargs) -> "KVCache":
+    def decide(
+        self, policy: Policy | Scorer | str | None, budget: float | int | None = None, **kwargs: Any
+    ) -> "KVCache":
         """A new cache: this undecided one's prompt, compressed under a policy (arguments as for `KVCache`).
 
         Scores are computed once for all budgets and rules under which they are asked for.
@@ -153,7 +157,7 @@ class KVCache(Cache):
         storage.save(self, path)
 
     @classmethod
-    def load(cls, path: str, model, backend: str | None = None) -> "KVCache":
+    def load(cls, path: str, model: nn.Module, backend: str | None = None) -> "KVCache":
         """Read a cache that `save` wrote, for the same model and adapter.
 
         Raises:
@@ -173,7 +177,7 @@ class KVCache(Cache):
         """Bytes of every storage held ("bytes"), of a full cache of the same real tokens ("full_bytes"), their "ratio";
         "whole_rows": rows whose prompt, or last turn, was too short for the budget and is held whole (see strict)."""
         held, full = 0, 0
-        for layer in self.layers:
+        for layer in cast("list[Any]", self.layers):
             if isinstance(layer, KVLayer) and layer.is_initialized:
                 held += distinct_bytes(layer.tensors())
                 keys = layer.tail.keys
@@ -200,7 +204,12 @@ class KVCache(Cache):
 
 @torch.no_grad()
 def flags(
-    model, input_ids, attention_mask=None, policy=None, budget: float | int | None = None, **kwargs
+    model: nn.Module,
+    input_ids: torch.Tensor,
+    attention_mask: torch.Tensor | None = None,
+    policy: Policy | Scorer | str | None = None,
+    budget: float | int | None = None,
+    **kwargs: Any,
 ) -> torch.Tensor:
     """Which tokens of a prompt a policy keeps, without generating anything.
 

@@ -7,6 +7,7 @@ moved to pages if flagged, dropped if not. Folding waits for FOLD tokens; meanwh
 import copy
 from dataclasses import replace
 from enum import Enum
+from typing import Any, cast
 
 import torch
 from transformers.cache_utils import CacheLayerMixin
@@ -19,16 +20,19 @@ from gatekv.cache.merge import Merge
 from gatekv.cache.pages import Pages
 from gatekv.cache.plan import Plan
 from gatekv.cache.prompt_end import PromptEnd
-from gatekv.cache.slots import Slots
+from gatekv.cache.slots import Rotary, Slots
 from gatekv.cache.tail import Tail
-from gatekv.less.maps import Waiting
+from gatekv.less.maps import LessMaps, Waiting
 from gatekv.ops import segments
 from gatekv.ops.remainder import left_of
-from gatekv.policies import View
+from gatekv.policies import Scorer, View
 from gatekv.policies.amount import share_of
 from gatekv.policies.budgets import faded
 from gatekv.policies.merging import Tokens
+from gatekv.support import LATER
 
+Tensor = torch.Tensor
+Mask = Tensor | None
 PIECE = 512  # tokens of a long call that attend together, so that what they evict is gone for the next piece
 
 
@@ -44,37 +48,41 @@ class KVLayer(CacheLayerMixin):
     is_sliding = False
     is_croppable = True
 
-    def __init__(self, plan: Plan, layer_idx: int):
+    def __init__(self, plan: Plan, layer_idx: int) -> None:
         super().__init__()
         self.plan, self.layer_idx = plan, layer_idx
         self.clear()
 
     def clear(self) -> None:
         """Forget everything; the cache is as new."""
-        self.tail: Tail | None = None
-        self.kept: Kept | None = None
-        self.seen, self.real, self.folded = 0, None, 0  # slots; real tokens [batch, 1]; slots that left the tail
+        self.tail: Tail = LATER  # this and what `lazy_initialization` makes
+        self.kept: Kept = LATER
+        self.real: Tensor = LATER
+        self.seen, self.folded = 0, 0  # slots; real: real tokens [batch, 1]; slots that left the tail
         self.phase, self.base = Phase.PROMPT, 0  # base: the slot where the current prompt or turn begins
-        self.first_call = None
-        self.unmet = None  # [batch] bool: rows whose budget could not be kept; None before there was a decision
-        self.cut = None  # [batch, 1 or kv_heads, 1]: the logit that a later token must exceed, after an exact decision
+        self.first_call: int | None = None
+        self.unmet: Tensor | None = None  # [batch] bool: rows whose budget could not be kept; None before a decision
+        self.cut: Tensor | None = None  # [batch, 1 or kv_heads, 1]: what a later token's logit must exceed
         self.judge = Judge()
-        self.queries = self.hidden = self.scaling = self.rotary = None  # only while a decision is ahead
+        self.queries: Tensor | None = None  # this and what follows only while a decision is ahead
+        self.hidden: Tensor | None = None
+        self.scaling: float = LATER
+        self.rotary: Rotary | None = None
         self.known: dict | None = None  # of an undecided prompt: scores that some policy asked for already
         self.is_initialized = False
 
     # -- what transformers asks of a cache layer
 
-    def lazy_initialization(self, key_states, value_states) -> None:
+    def lazy_initialization(self, key_states: Tensor, value_states: Tensor | None) -> None:
         plan = self.plan
         self.tail = Tail(key_states, plan.ranks)
         scored = plan.trims or plan.decays or plan.streams
-        merge = Merge(plan.policy.remainder) if plan.merges else None
+        merge = Merge(cast(Any, plan.policy.remainder)) if plan.merges else None
         self.kept = Kept(key_states, plan.block_size, scored, plan.backend, merge)
         self.real = torch.zeros(len(key_states), 1, dtype=torch.long, device=key_states.device)
         self.is_initialized = True
 
-    def update(self, key_states, value_states, *args, **kwargs):
+    def update(self, key_states: Tensor, value_states: Tensor, *args: Any, **kwargs: Any) -> tuple[Tensor, Tensor]:
         """Hands the new tokens through; `attend` stores them, because only there flags and mask are known."""
         if not self.is_initialized:
             self.lazy_initialization(key_states, value_states)
@@ -93,7 +101,7 @@ class KVLayer(CacheLayerMixin):
     def reset(self) -> None:
         self.clear()
 
-    def reorder_cache(self, beam_idx: torch.Tensor) -> None:
+    def reorder_cache(self, beam_idx: Tensor) -> None:
         """Re-order, repeat or reduce the batch."""
         if not self.is_initialized:
             return
@@ -113,7 +121,7 @@ class KVLayer(CacheLayerMixin):
         if self.is_initialized:
             self.reorder_cache(torch.arange(len(self.real)).repeat_interleave(repeats))
 
-    def batch_select_indices(self, indices: torch.Tensor) -> None:
+    def batch_select_indices(self, indices: Tensor) -> None:
         if self.is_initialized:
             self.reorder_cache(torch.arange(len(self.real), device=indices.device)[indices])
 
@@ -166,7 +174,7 @@ class KVLayer(CacheLayerMixin):
     # -- the recurrent form
 
     @torch.compiler.disable
-    def attend(self, call: AttentionCall, q, k, v, mask, scaling: float) -> torch.Tensor:
+    def attend(self, call: AttentionCall, q: Tensor, k: Tensor, v: Tensor, mask: Mask, scaling: float) -> Tensor:
         """Take in new tokens, answer their queries, evict.
 
         q: [B, H, Q, D]; k, v: [B, K, Q, D]; mask: [B, 1, Q, seen + Q] bool or None. Returns [B, H, Q, D].
@@ -183,7 +191,7 @@ class KVLayer(CacheLayerMixin):
             outs.append(self._attend(part, q[:, :, a:c], k[:, :, a:c], v[:, :, a:c], seen_by, scaling))
         return torch.cat(outs, 2)
 
-    def _attend(self, call: AttentionCall, q, k, v, mask, scaling: float) -> torch.Tensor:
+    def _attend(self, call: AttentionCall, q: Tensor, k: Tensor, v: Tensor, mask: Mask, scaling: float) -> Tensor:
         b, _, n, _ = q.shape
         valid = valid_tokens(mask, b, n, q.device)
         if self.plan.remembers:
@@ -211,7 +219,7 @@ class KVLayer(CacheLayerMixin):
             self.end_prompt()
         return outs[0] if len(outs) == 1 else torch.cat(outs, 2)
 
-    def _stream(self, call: AttentionCall, q, k, v, valid, scaling: float) -> torch.Tensor:
+    def _stream(self, call: AttentionCall, q: Tensor, k: Tensor, v: Tensor, valid: Tensor, scaling: float) -> Tensor:
         """Token by token, however many come: what each one evicts is gone for the next."""
         if self.judge.recording:
             name = type(self.plan.policy.scorer).__name__
@@ -230,7 +238,7 @@ class KVLayer(CacheLayerMixin):
             self.kept.pages.append(k[:, :, new], v[:, :, new], flags, self.seen, entering[..., new])
             self.seen, self.folded = self.seen + 1, self.folded + 1
             if self.kept.slots is not None:
-                self.kept.slots.step(tuple(t[:, new] for t in call.rotary))
+                self.kept.slots.step(cast(Rotary, tuple(t[:, new] for t in cast(Rotary, call.rotary))))
             kept = segments.merge(self.kept.segments(q[:, :, new], scaling))
             gone = self.kept.maps.answer(q[:, :, new], scaling, self.kept.state) if self.plan.remembers else []
             outs.append(segments.merge([kept, *gone])[0].to(q.dtype))
@@ -264,7 +272,7 @@ class KVLayer(CacheLayerMixin):
                 "prompt's end, which a cache cannot see: pass KVCache(…, prompt_tokens=N), or use a threshold gate."
             )
 
-    def _judge(self, call, k, valid) -> tuple[torch.Tensor, torch.Tensor | None]:
+    def _judge(self, call: AttentionCall, k: Tensor, valid: Tensor) -> tuple[Tensor, Tensor | None]:
         """(flags that new tokens will have once they leave the window, logits to keep), both [B, K, n] or None."""
         flags = valid[:, None].expand(k.shape[:3])
         later = self.phase is Phase.LATER
@@ -291,7 +299,7 @@ class KVLayer(CacheLayerMixin):
             self.tail.rewrite(flags[..., :old], logits[..., :old])
         return flags[..., old:], logits[..., old:] if scored else None
 
-    def _thresholds(self, valid, real, start: int) -> torch.Tensor:
+    def _thresholds(self, valid: Tensor, real: Tensor, start: int) -> Tensor:
         """Logit thresholds of tokens that came after `start` slots, `real` [batch, 1] of them real tokens;
         broadcastable to [batch, kv_heads, n]."""
         plan = self.plan
@@ -305,7 +313,7 @@ class KVLayer(CacheLayerMixin):
             return self._calibrated(valid, real, start)[:, None]
         return torch.tensor(-torch.inf, device=valid.device)  # a dense prompt decides at its end
 
-    def _calibrated(self, valid, real, start: int) -> torch.Tensor:
+    def _calibrated(self, valid: Tensor, real: Tensor, start: int) -> Tensor:
         """Thresholds [batch, n] that keep the budget as tokens leave the window; arguments as for `_thresholds`."""
         plan = self.plan
         # A token is judged when it leaves the window: by then its row has seen `window` more tokens. This depends
@@ -313,7 +321,7 @@ class KVLayer(CacheLayerMixin):
         index = real + valid.long().cumsum(-1)
         seen, loose = index + plan.window, 1.0 if plan.streaming else 1.5
         if not plan.knows_end:
-            return plan.thresholds(plan.policy.budget, seen)
+            return plan.thresholds(cast(float, plan.policy.budget), seen)
         pads = start - real + (~valid).sum(-1, keepdim=True)
         end = self.base if self.phase is Phase.LATER else plan.prompt_tokens or start + valid.shape[1]
         known = plan.prompt_tokens is not None or isinstance(plan.policy.budget, int)
@@ -324,7 +332,7 @@ class KVLayer(CacheLayerMixin):
             out.append(limits.masked_fill((index[row] <= length) & plan.decide.too_short(length), -torch.inf))
         return torch.stack(out)
 
-    def _answer(self, q, mask, scaling) -> torch.Tensor:
+    def _answer(self, q: Tensor, mask: Mask, scaling: float) -> Tensor:
         n, tail = q.shape[2], len(self.tail)
         whole = self.phase is Phase.TURN or (self.phase is Phase.PROMPT and self.plan.dense)
         k, v = self.tail.keys, self.tail.values
@@ -345,15 +353,15 @@ class KVLayer(CacheLayerMixin):
             visible = visible.repeat_interleave(groups, 1)
         return torch.nn.functional.scaled_dot_product_attention(q, k, v, attn_mask=visible, scale=scaling)
 
-    def _gone(self, q, mask, scaling: float, waiting: bool) -> list[tuple[torch.Tensor, torch.Tensor]]:
+    def _gone(self, q: Tensor, mask: Mask, scaling: float, waiting: bool) -> list[tuple[Tensor, Tensor]]:
         """(output, log-sum-exp) of what was evicted: the state's, and of tokens in the tail that wait to be folded."""
         tail, left = self.tail, None
         if waiting:
             mask = None if mask is None else mask[..., self.folded :]
-            left = Waiting(tail.psi, tail.keys, tail.values, left_of(tail.flags, self.plan.grace), mask)
+            left = Waiting(cast(Tensor, tail.psi), tail.keys, tail.values, left_of(tail.flags, self.plan.grace), mask)
         return self.kept.maps.answer(q, scaling, self.kept.state, left)
 
-    def _remember(self, maps) -> None:
+    def _remember(self, maps: LessMaps | None) -> None:
         """Use the adapter's low-rank maps; an empty state, if there is none yet."""
         if maps is None:
             raise ValueError("the adapter was disabled or unloaded while this cache was in use; enable it again.")
@@ -361,7 +369,7 @@ class KVLayer(CacheLayerMixin):
         if self.kept.state is None:
             self.kept.state = maps.state(self.tail.values)
 
-    def _visible(self, n: int, mask, whole: bool) -> torch.Tensor | None:
+    def _visible(self, n: int, mask: Mask, whole: bool) -> Tensor | None:
         """[B, 1 or K, n, tail] bool: what the last n tokens may see of the tail; None = everything."""
         visible = None if mask is None else mask[..., self.folded :]
         judged = self.plan.learned and not whole
@@ -376,10 +384,10 @@ class KVLayer(CacheLayerMixin):
 
     # -- decisions
 
-    def _observe(self, call: AttentionCall, q, scaling) -> None:
+    def _observe(self, call: AttentionCall, q: Tensor, scaling: float) -> None:
         """Keep what scorers will look at until the prompt ends."""
         self.known = {} if self.plan.defer else None
-        self.scaling, self.judge.gate = scaling, call.gate
+        self.scaling, self.judge.gate = scaling, cast(torch.nn.Module, call.gate)
         wanted = self.plan.queries
         if wanted:
             self.queries = torch.cat([*([] if self.queries is None else [self.queries]), q], 2)[:, :, -wanted:]
@@ -390,21 +398,23 @@ class KVLayer(CacheLayerMixin):
             )
         if self.plan.policy.scorer.slots or self.plan.defer:
             old, new = self.rotary, call.rotary
-            self.rotary = new if old is None or new is None else tuple(torch.cat(pair, 1) for pair in zip(old, new))
+            if old is not None and new is not None:
+                new = torch.cat([old[0], new[0]], 1), torch.cat([old[1], new[1]], 1)
+            self.rotary = new
         if self.plan.defer:
             self.hidden = torch.cat([*([] if self.hidden is None else [self.hidden]), call.hidden], 1)
 
-    def adopt(self, other: "KVLayer", gate, maps) -> None:
+    def adopt(self, other: "KVLayer", gate: torch.nn.Module | None, maps: LessMaps | None) -> None:
         """Take over an undecided layer's whole prompt, sharing its tensors; gate judges it from here on, and maps
         remember it."""
         self.lazy_initialization(other.tail.keys[:, :, :0], None)
         self.tail = other.tail.twin()
         for name in ("seen", "real", "folded", "queries", "hidden", "scaling", "rotary", "known"):
             setattr(self, name, vars(other)[name])
-        self.judge.gate = gate
+        self.judge.gate = cast(torch.nn.Module, gate)
         if self.plan.remembers:
             self._remember(maps)
-            self.tail.psi = maps.psi(self.tail.keys)
+            self.tail.psi = cast(LessMaps, maps).psi(self.tail.keys)
 
     def end_prompt(self) -> None:
         """The prompt or turn is whole: let the plan's rule decide what stays."""
@@ -414,10 +424,11 @@ class KVLayer(CacheLayerMixin):
     def view(self) -> View:
         """What a scorer sees of a prompt or turn that is still whole."""
         tail = self.tail
-        parts = (tail.keys, tail.values, self.queries, tail.valid, self.scaling, self.layer_idx, self._gate_logits)
+        queries = cast(Tensor, self.queries)  # None only for scorers that look at no query
+        parts = (tail.keys, tail.values, queries, tail.valid, self.scaling, self.layer_idx, self._gate_logits)
         return View(*parts, self._kinds())
 
-    def _kinds(self) -> torch.Tensor | None:
+    def _kinds(self) -> Tensor | None:
         """[batch, slots since base] of what the cache was told about its tokens; 0 for later ones."""
         kinds, slots = self.plan.kinds, self.seen - self.base
         if kinds is None:
@@ -429,12 +440,12 @@ class KVLayer(CacheLayerMixin):
         kinds = kinds[:, self.base : self.seen].to(self.real.device)
         return torch.nn.functional.pad(kinds, (0, slots - kinds.shape[1]))
 
-    def _gate_logits(self) -> torch.Tensor:
+    def _gate_logits(self) -> Tensor:
         if self.tail.scores is None:
-            self.tail.scores = self.judge.read(self.hidden, self.tail.valid, self.tail)[0].float()
+            self.tail.scores = self.judge.read(cast(Tensor, self.hidden), self.tail.valid, self.tail)[0].float()
         return self.tail.scores
 
-    def protection(self, recent: torch.Tensor | int | None = None) -> tuple[torch.Tensor, torch.Tensor]:
+    def protection(self, recent: Tensor | int | None = None) -> tuple[Tensor, Tensor]:
         """(protected [batch, 1, n], valid [batch, n]) of the n slots since base: sinks and last tokens of each row.
 
         recent: how many last tokens, [batch] or a number; None = the window.
@@ -448,19 +459,19 @@ class KVLayer(CacheLayerMixin):
         recent = torch.as_tensor(self.plan.window if recent is None else recent, device=slots.device)
         return (sinks | (valid & (slots >= self.seen - recent.view(-1, 1))))[:, None], valid
 
-    def all_scores(self) -> torch.Tensor:
+    def all_scores(self) -> Tensor:
         """[batch, kv_heads, n] since base; tokens that the prompt's own flags evicted score -inf."""
         if self.plan.decays:
             return self._gate_logits()
         if not self.plan.trims or self.phase is Phase.TURN:
             return self._scored(self.plan.policy.scorer)
-        b, kv, _ = self.tail.scores.shape
-        scores = self.tail.scores.new_full((b, kv, self.seen), -torch.inf)
-        self.kept.pages.scatter(scores, self.kept.pages.scores)
-        scores[..., self.folded :] = self.tail.scores.masked_fill(~self.tail.flags, -torch.inf)
+        b, kv, _ = (held := cast(Tensor, self.tail.scores)).shape
+        scores = held.new_full((b, kv, self.seen), -torch.inf)
+        self.kept.pages.scatter(scores, cast(Tensor, self.kept.pages.scores))
+        scores[..., self.folded :] = held.masked_fill(~self.tail.flags, -torch.inf)
         return scores
 
-    def _scored(self, scorer) -> torch.Tensor:
+    def _scored(self, scorer: Scorer) -> Tensor:
         if self.known is None:
             return scorer.score(self.view())
         of = (repr(scorer), self.judge.gate, self.plan.kinds)  # a dataclass's repr names all else that matters
@@ -468,13 +479,11 @@ class KVLayer(CacheLayerMixin):
             self.known[of] = scorer.score(self.view())
         return self.known[of]
 
-    def all_logits(self) -> torch.Tensor:
+    def all_logits(self) -> Tensor:
         """As `all_scores`, of the gate alone: what later tokens are measured by."""
         return self.all_scores() if self.plan.trims else self._gate_logits()
 
-    def restrict(
-        self, keep: torch.Tensor, cut: torch.Tensor | None, scores: torch.Tensor, recent: torch.Tensor
-    ) -> None:
+    def restrict(self, keep: Tensor, cut: Tensor | None, scores: Tensor, recent: Tensor) -> None:
         """Hold exactly keep [batch, kv_heads, slots since base].
 
         cut [batch, 1 or kv_heads, 1]: the logit that later tokens must exceed; None: they all stay. scores: those that
@@ -486,7 +495,7 @@ class KVLayer(CacheLayerMixin):
             # Tokens still in the window were kept for that alone; their own logits decide when they leave it.
             young = torch.arange(flags.shape[-1], device=flags.device) > flags.shape[-1] - max(self.plan.window, 1)
             sinks = sink_tokens(tail.valid, self.plan.sinks, self.real - tail.valid.sum(-1, keepdim=True))[:, None]
-            flags = torch.where(young, ((tail.scores > cut) & tail.valid[:, None]) | sinks, flags)
+            flags = torch.where(young, ((cast(Tensor, tail.scores) > cut) & tail.valid[:, None]) | sinks, flags)
         self.cut, tail.flags = cut, flags
         if self.folded > self.base:
             self.kept.filter(keep, self.base)
@@ -501,7 +510,7 @@ class KVLayer(CacheLayerMixin):
             tail.scores = tail.scores if self.plan.turns else None
         self.settle()
 
-    def protect(self, protected: torch.Tensor) -> None:
+    def protect(self, protected: Tensor) -> None:
         """Flag the protected [batch, 1, slots since base] for good: what follows is not judged, nor shields them."""
         self.tail.flags = self.tail.flags | protected[..., self.folded - self.base :]
 
@@ -516,19 +525,19 @@ class KVLayer(CacheLayerMixin):
         if self.plan.policy.width is not None:
             self._narrow()
         if self.plan.streams and self.plan.policy.scorer.slots:
-            room = self.kept.buffer.room[:, 0]
-            self.kept.slots = Slots.of(self.kept.pages, room, self.real[:, 0], self.rotary)
+            room = cast(Buffer, self.kept.buffer).room[:, 0]
+            self.kept.slots = Slots.of(self.kept.pages, room, self.real[:, 0], cast(Rotary, self.rotary))
         if not self.plan.later_leave:
             self.tail.psi = None
         self.queries = self.hidden = self.rotary = None
 
     def _narrow(self) -> None:
         """Store what the prompt left, but for its last tokens, as the policy's width says."""
-        asked = torch.arange(self.seen - self.queries.shape[2], self.seen, device=self.real.device)
+        asked = torch.arange(self.seen - (q := cast(Tensor, self.queries)).shape[2], self.seen, device=self.real.device)
         live = self.tail.flags & self.tail.valid[:, None]
         asks = asked >= self.seen - self.real
-        end = PromptEnd(self.queries, asks, self.tail.keys, live, self.seen, self.scaling)
-        self.kept.narrow(self.plan.policy.width, end)
+        end = PromptEnd(q, asks, self.tail.keys, live, self.seen, self.scaling)
+        self.kept.narrow(cast(Any, self.plan.policy.width), end)
 
     def fold(self, at_least: int = 1, rollback: int | None = None) -> None:
         """Move flagged tokens that have left the window from the tail to pages, if so many have; forget the others.
@@ -544,7 +553,7 @@ class KVLayer(CacheLayerMixin):
     def _fold(self, leave: int) -> None:
         t = self.tail
         pages = self.kept.pages
-        scores = None if pages.scores is None else t.scores[..., :leave]
+        scores = None if pages.scores is None else cast(Tensor, t.scores)[..., :leave]
         keys, values, flags = t.keys[:, :, :leave], t.values[:, :, :leave], t.flags[..., :leave]
         pages.append(keys, values, flags, self.folded, scores)
         if t.psi is not None or self.plan.merges:
@@ -556,9 +565,10 @@ class KVLayer(CacheLayerMixin):
         self.folded += leave
         self.kept.trim(self._worth, self.seen)
 
-    def _worth(self, pages: Pages) -> torch.Tensor:
+    def _worth(self, pages: Pages) -> Tensor:
         """[P, block_size]: by what a full buffer ranks its tokens."""
-        return faded(pages.scores, self.seen - pages.positions) if self.plan.decays else pages.scores
+        scores = cast(Tensor, pages.scores)
+        return faded(scores, self.seen - pages.positions) if self.plan.decays else scores
 
     def twin(self) -> "KVLayer":
         """An independent copy that shares storage until either side changes."""
@@ -570,7 +580,7 @@ class KVLayer(CacheLayerMixin):
 
     # -- accounting
 
-    def held(self) -> torch.Tensor:
+    def held(self) -> Tensor:
         """[batch, kv_heads, seen] bool: what the next query can still see."""
         tail = self.tail
         b, kv, _ = tail.flags.shape
@@ -583,7 +593,7 @@ class KVLayer(CacheLayerMixin):
         held[..., self.folded :] = (live | torch.tensor(whole)) & tail.valid[:, None]
         return held
 
-    def tensors(self) -> list[torch.Tensor]:
+    def tensors(self) -> list[Tensor]:
         """Every tensor that this layer holds."""
         side = (self.real, self.unmet, self.cut, self.queries, self.hidden)
         parts = (self.judge, self.tail, self.kept)

@@ -1,6 +1,7 @@
 """Evicted tokens merge into kept ones: the arithmetic, and a threshold where the rule has one."""
 
 import copy
+from typing import cast
 
 import torch
 
@@ -24,30 +25,32 @@ class Merge:
         rule: who goes where. threshold: [rows] of the rule, or None. No tensor is ever written in place.
     """
 
-    def __init__(self, rule: MergeNear | MergeSimilar):
-        self.rule, self.threshold = rule, None
+    def __init__(self, rule: MergeNear | MergeSimilar) -> None:
+        self.rule = rule
+        self.threshold: Tensor | None = None
 
     def fold(self, store: Pages, left: Tokens) -> None:
         """Merge tokens that have left into those that `store` still holds; a row that holds none forgets them."""
         places, held = store.places()
         if not places.shape[1] or not bool(left.held.any()):
             return
-        kept = Tokens(*(t.flatten(0, 1)[places] for t in (store.keys, store.values, store.positions)), held)
+        keys, values, positions = (t.flatten(0, 1)[places] for t in (store.keys, store.values, store.positions))
+        kept = Tokens(keys, values, positions, held)
         best, target = self._closest(left, kept)
         taken, self.threshold = self.rule.admits(best, left.held & ~best.isinf(), self.threshold)
         brought = taken.int() if left.counts is None else left.counts * taken
-        counts = store.counts.flatten()[places]
+        counts = cast(Tensor, store.counts).flatten()[places]
         new = counts.scatter_add(1, target, brought)
         changed = held & (new > counts)
         acc, size = accumulation_dtype(store.keys), new.to(accumulation_dtype(store.keys))[..., None]
-        means = []
+        means: list[Tensor] = []
         for mine, theirs in ((kept.keys, left.keys), (kept.values, left.values)):
             whole = mine.to(acc) * counts[..., None]
             index = target[..., None].expand_as(theirs)
             means.append(
                 (whole.scatter_add(1, index, theirs.to(acc) * brought[..., None]) / size).to(mine.dtype)[changed]
             )
-        store.rewrite(places[changed], *means, new[changed])
+        store.rewrite(places[changed], means[0], means[1], new[changed])
 
     def _closest(self, left: Tokens, kept: Tokens) -> tuple[Tensor, Tensor]:
         """(closeness, place) [rows, n] of each left token's closest kept one; -inf where a row keeps none."""

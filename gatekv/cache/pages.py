@@ -1,6 +1,7 @@
 """Paged storage: every (sequence, kv head) row holds its own number of tokens, in pages of one pool."""
 
 import copy
+from typing import cast
 
 import torch
 
@@ -28,7 +29,7 @@ class Pages:
         lengths: [rows] int64, tokens of each row.
     """
 
-    def __init__(self, like: Tensor, block_size: int, with_scores: bool = False, with_counts: bool = False):
+    def __init__(self, like: Tensor, block_size: int, with_scores: bool = False, with_counts: bool = False) -> None:
         """An empty store; `like` [batch, kv_heads, tokens, head_dim] gives shapes, dtype and device."""
         b, kv, _, d = like.shape
         self.block_size = block_size
@@ -77,7 +78,7 @@ class Pages:
             return
         sources = [keys.flatten(0, 1)[rows, slots], values.flatten(0, 1)[rows, slots], (slots + start).int()]
         if self.scores is not None:
-            sources.append(scores.flatten(0, 1)[rows, slots].float())
+            sources.append(cast(Tensor, scores).flatten(0, 1)[rows, slots].float())
         if self.counts is not None:
             sources.append(torch.ones_like(sources[2]))
         self.add(rows, (keep.cumsum(-1) - 1)[rows, slots], keep.sum(-1), sources)
@@ -201,7 +202,7 @@ class Pages:
     def rewrite(self, places: Tensor, keys: Tensor, values: Tensor, counts: Tensor) -> None:
         """Put other keys, values [n, width] and counts [n] at places [n] of the flattened pool."""
         self._own()
-        for pool, source in ((self.keys, keys), (self.values, values), (self.counts, counts)):
+        for pool, source in ((self.keys, keys), (self.values, values), (cast(Tensor, self.counts), counts)):
             pool.flatten(0, 1)[places] = source
 
     def picked(self, wanted: Tensor) -> tuple[Tensor, Tensor, Tensor, list[Tensor]]:
@@ -218,12 +219,12 @@ class Pages:
         them, counts [rows, most]."""
         rows, number, lengths, (keys, values, positions, *rest) = self.picked(gone)
         held = torch.arange(int(lengths.max()), device=rows.device) < lengths[:, None]
-        found = []
+        found: list[Tensor] = []
         for source in (keys, values, positions, *([] if self.counts is None else rest[-1:])):
             out = source.new_zeros(*held.shape, *source.shape[1:])
             out[rows, number] = source
             found.append(out)
-        return *found[:3], held, None if self.counts is None else found[3]
+        return found[0], found[1], found[2], held, None if self.counts is None else found[3]
 
     def split(self, gone: Tensor) -> "Pages":
         """The flagged tokens [P, block_size], which leave this store, as a store of their own."""
@@ -279,12 +280,13 @@ class Pages:
         Raises:
             ValueError: when their shapes do not belong together.
         """
-        pool, block, _ = saved["keys"].shape
-        wanted = {"values": (pool, block, saved["values"].shape[-1]), "positions": (pool, block), "owners": (pool,),
+        there = cast("dict[str, Tensor]", saved)  # but for scores and counts, which are not looked at here
+        pool, block, _ = there["keys"].shape
+        wanted = {"values": (pool, block, there["values"].shape[-1]), "positions": (pool, block), "owners": (pool,),
                   "ordinals": (pool,), "lengths": self.lengths.shape}  # fmt: skip
         for name, shape in wanted.items():
-            if saved[name].shape != shape:
-                raise ValueError(f"pages.{name} has shape {tuple(saved[name].shape)}, not {tuple(shape)}.")
+            if there[name].shape != shape:
+                raise ValueError(f"pages.{name} has shape {tuple(there[name].shape)}, not {tuple(shape)}.")
         vars(self).update(saved)
         self.tokens = int(self.lengths.sum())
         self._index()

@@ -1,13 +1,19 @@
 """What all layers of a cache share: the policy, when it acts, and how tokens are stored."""
 
 from dataclasses import dataclass
+from typing import TYPE_CHECKING
 
 import torch
 
+from gatekv.gates.calibration import Thresholds
 from gatekv.policies import Gate, Policy
 from gatekv.policies.budgets import Decay, Threshold
 from gatekv.policies.less import Less
 from gatekv.policies.merging import MergeNear, MergeSimilar
+from gatekv.support import LATER
+
+if TYPE_CHECKING:
+    from gatekv.cache.decision import Decision
 
 
 @dataclass
@@ -41,10 +47,10 @@ class Plan:
     block_size: int = 16
     backend: str | None = None
     whole: bool = False
-    thresholds: object = None
+    thresholds: Thresholds = LATER
     kinds: torch.Tensor | None = None
     defer: bool = False
-    decide: object = None
+    decide: "Decision" = LATER
 
     @property
     def learned(self) -> bool:

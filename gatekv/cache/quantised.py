@@ -27,7 +27,7 @@ class Quantised:
         outliers: of each vector.
     """
 
-    def __init__(self, width: Bits, like: Tensor):
+    def __init__(self, width: Bits, like: Tensor) -> None:
         """An empty one; like [..., head_dim] has the model's dtype."""
         self.pages: dict[tuple[int, int], Pages] = {}
         self.head_dim, self.dtype = like.shape[-1], like.dtype
@@ -90,11 +90,11 @@ class Quantised:
     def reads(self, q: Tensor) -> Iterator[Read]:
         """See `Kept.reads`."""
         for bits, store in self.pages.items():
-            x = (
+            keys, values = (
                 dequantise(t, b, self.outliers, self.head_dim, self.dtype)
                 for t, b in zip((store.keys, store.values), bits)
             )
-            yield q, *x, store.table
+            yield q, keys, values, store.table
 
     def select(self, rows: Tensor, index: Tensor) -> None:
         """Keep, reorder or repeat sequences: index [new_batch], rows [new_batch · kv_heads]."""

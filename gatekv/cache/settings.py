@@ -3,14 +3,16 @@
 import math
 from dataclasses import replace
 
+import torch
+from torch import nn
 from transformers.utils import logging
 
 from gatekv.cache.plan import Plan
-from gatekv.config import GateSpec, check_choice
+from gatekv.config import GateSpec, LessSpec, check_choice
 from gatekv.gates.relaxations import logit_of
 from gatekv.modules import gate_spec, wrappers
 from gatekv.ops.backends import BACKENDS
-from gatekv.policies import Gate, resolve
+from gatekv.policies import Gate, Policy, Scorer, resolve
 from gatekv.policies.budgets import Decay, Threshold
 from gatekv.policies.less import Less
 
@@ -19,7 +21,20 @@ logger = logging.get_logger(__name__)
 
 
 def plan_of(
-    model, policy, budget, *, prefill, decode, sinks, window, prompt_tokens, turns, block_size, backend, kinds, strict
+    model: nn.Module,
+    policy: Policy | Scorer | str | None,
+    budget: float | int | None,
+    *,
+    prefill: str | None,
+    decode: str | None,
+    sinks: int | None,
+    window: int | None,
+    prompt_tokens: int | None,
+    turns: bool,
+    block_size: int,
+    backend: str | None,
+    kinds: torch.Tensor | None,
+    strict: bool,
 ) -> Plan:
     """Arguments and errors as for `gatekv.KVCache`; the model has its wrappers."""
     active = [w for w in wrappers(model) if w.active()]
@@ -71,7 +86,9 @@ def plan_of(
     return plan
 
 
-def _check_modes(policy, learned: bool, streaming: bool, whole: bool, prefill: str, decode: str, turns: bool) -> None:
+def _check_modes(
+    policy: Policy, learned: bool, streaming: bool, whole: bool, prefill: str, decode: str, turns: bool
+) -> None:
     """When flags act, before and behind the prompt's end."""
     check_choice("prefill", prefill, ("dense", "sparse"))
     check_choice("decode", decode, ("evict", "keep"))
@@ -91,7 +108,7 @@ def _check_modes(policy, learned: bool, streaming: bool, whole: bool, prefill: s
         )
 
 
-def _check_gates(policy, learned: bool, spec: GateSpec, turns: bool) -> None:
+def _check_gates(policy: Policy, learned: bool, spec: GateSpec, turns: bool) -> None:
     """Gates whose tokens fade, and the rule made for them."""
     fades = spec.relaxation == "decay"
     if learned and fades != isinstance(policy.rule, Decay):
@@ -103,7 +120,7 @@ def _check_gates(policy, learned: bool, spec: GateSpec, turns: bool) -> None:
         raise ValueError("budget rule 'decay' is for gates, and decides while decoding: leave turns out.")
 
 
-def _check_extras(model, policy, learned: bool, decode: str, prefill: str) -> None:
+def _check_extras(model: nn.Module, policy: Policy, learned: bool, decode: str, prefill: str) -> None:
     """Slot positions, narrow tokens, a remainder: what goes with what."""
     if policy.scorer.slots and policy.width is not None:
         raise ValueError("positions='slot' and narrow tokens are not made for each other: leave think or qaq out.")
@@ -131,12 +148,12 @@ def _check_extras(model, policy, learned: bool, decode: str, prefill: str) -> No
         _warn_of_other_training(maps.spec, policy)
 
 
-def _warn_of_other_training(spec, policy) -> None:
+def _warn_of_other_training(spec: LessSpec, policy: Policy) -> None:
     """Low-rank maps work under any policy; they were trained for one."""
     if spec.less_policy is None:
         return
     trained, used = resolve(spec.less_policy, spec.less_budget), replace(policy, remainder=None)
-    if str(trained) != str(used) or not math.isclose(trained.budget, used.budget or 0, rel_tol=0.2):
+    if str(trained) != str(used) or not math.isclose(trained.budget or 0, used.budget or 0, rel_tol=0.2):
         logger.warning_once(
             f"gatekv: these low-rank maps were trained for {trained} at budget {trained.budget}, not for {used} at "
             f"{used.budget}; measure before relying on it."

@@ -1,11 +1,13 @@
 """Sinks whose positions count places in the cache, not in the text (StreamingLLM, arXiv 2309.17453, §3.2)."""
 
 import copy
+from typing import cast
 
 import torch
 
 from gatekv.cache.pages import Pages, Read
 from gatekv.gates.key_mlp import unrotate
+from gatekv.support import LATER
 
 Tensor = torch.Tensor
 Rotary = tuple[Tensor, Tensor]
@@ -32,8 +34,9 @@ class Slots:
         current query.
     """
 
-    def __init__(self, pages: Pages, last: Rotary, wait: Tensor):
-        self.pages, self.last, self.wait, self.now = pages, last, wait, None
+    def __init__(self, pages: Pages, last: Rotary, wait: Tensor) -> None:
+        self.pages, self.last, self.wait = pages, last, wait
+        self.now: Rotary = LATER
 
     @classmethod
     def of(cls, pages: Pages, room: Tensor, real: Tensor, rotary: Rotary) -> "Slots":
@@ -42,7 +45,7 @@ class Slots:
         room: [batch] tokens a head may hold; real: [batch] tokens of the prompt, which ends at rotary's last column;
         rotary: (cos, sin) [batch or 1, slots, rotary_dim].
         """
-        sinks = pages.split(pages.scores.isinf())
+        sinks = pages.split(cast(Tensor, pages.scores).isinf())
         columns = rotary[0].shape[1]
         column = columns - real + room  # behind the last one where a row is kept whole: a later token stands there
         index = column.clamp_max(columns - 1)[:, None, None].expand(-1, -1, rotary[0].shape[2])
@@ -53,7 +56,7 @@ class Slots:
         """(cos, sin) [batch or 1, 1, rotary_dim] of the token that asks now."""
         self.now = rotary
         waits = (self.wait > 0)[:, None, None]
-        self.last = tuple(torch.where(waits, new, old) for new, old in zip(rotary, self.last))
+        self.last = torch.where(waits, rotary[0], self.last[0]), torch.where(waits, rotary[1], self.last[1])
         self.wait = (self.wait - 1).clamp_min(0)
 
     def stores(self) -> list[Pages]:
@@ -69,7 +72,7 @@ class Slots:
     def select(self, rows: Tensor, index: Tensor) -> None:
         """Keep, reorder or repeat sequences: index [new_batch], rows [new_batch · kv_heads]."""
         self.pages.select(rows)
-        self.last = tuple(t.index_select(0, index) for t in self.last)
+        self.last = self.last[0].index_select(0, index), self.last[1].index_select(0, index)
         self.wait = self.wait.index_select(0, index)
 
     def twin(self) -> "Slots":

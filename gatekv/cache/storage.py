@@ -4,10 +4,12 @@ import dataclasses
 import json
 import os
 from pathlib import Path
+from typing import TYPE_CHECKING, Any, cast
 
 import torch
 from safetensors import SafetensorError, safe_open
 from safetensors.torch import save_file
+from torch import nn
 
 from gatekv.cache.buffer import Buffer
 from gatekv.cache.layer import KVLayer, Phase
@@ -21,16 +23,19 @@ from gatekv.policies import PARTS, SCORERS, Policy
 from gatekv.policies.qaq import PAGE, Bits
 from gatekv.version import VERSION
 
+if TYPE_CHECKING:
+    from gatekv.cache.kvcache import KVCache
+
 KEY = "gatekv_cache"
 COUNTERS = ("seen", "folded", "base", "first_call")
 POOL = ("keys", "values", "positions", "owners", "ordinals", "lengths", "scores", "counts")
 TAIL = ("keys", "values", "flags", "valid", "scores", "psi")
 SIDE = ("real", "cut", "queries", "unmet")
 STATE = ("h", "z", "m")
-ANSWERS = {"scorer": SCORERS, **PARTS}  # of a policy, one to each question
+ANSWERS: dict[str, dict[str, Any]] = {"scorer": SCORERS, **PARTS}  # of a policy, one to each question
 
 
-def _describe(part, known: dict, what: str) -> dict | None:
+def _describe(part: Any, known: dict, what: str) -> dict | None:
     """{"name", "fields"} of one part of a policy."""
     if part is None:
         return None
@@ -42,7 +47,7 @@ def _describe(part, known: dict, what: str) -> dict | None:
     return {"name": name, "fields": dataclasses.asdict(part)}
 
 
-def _tensors(layer) -> dict[str, torch.Tensor]:
+def _tensors(layer: Any) -> dict[str, torch.Tensor]:
     """Name -> tensor of everything that one layer must get back."""
     if not isinstance(layer, KVLayer):  # a sliding layer of transformers' own
         return {"keys": layer.keys, "values": layer.values}
@@ -69,7 +74,7 @@ def _tensors(layer) -> dict[str, torch.Tensor]:
     return {n: t for n, t in named.items() if t is not None}
 
 
-def save(cache, path: str) -> None:
+def save(cache: "KVCache", path: str) -> None:
     """See `KVCache.save`.
 
     Raises:
@@ -78,7 +83,7 @@ def save(cache, path: str) -> None:
     plan, layers = cache.plan, cache.evicting()
     if plan.defer or not layers[0].is_initialized or layers[0].phase is Phase.PROMPT:
         raise ValueError("only a cache whose prompt has been read and decided can be saved: feed the prompt first.")
-    header = {
+    header: dict[str, Any] = {
         "version": VERSION,
         "base": fingerprint(cache.model),
         "gates": gates_sha256(cache.model) if plan.learned or plan.remembers else None,
@@ -91,8 +96,8 @@ def save(cache, path: str) -> None:
         },
         "layers": [], "names": [],
     }  # fmt: skip
-    tensors = {}
-    for i, layer in enumerate(cache.layers):
+    tensors: dict[str, torch.Tensor] = {}
+    for i, layer in enumerate(cast("list[Any]", cache.layers)):
         own = isinstance(layer, KVLayer)
         counters = {n: getattr(layer, n) for n in COUNTERS} if own else {"cumulative_length": layer.cumulative_length}
         header["layers"].append(counters | ({"phase": layer.phase.name} if own else {}))
@@ -105,7 +110,7 @@ def save(cache, path: str) -> None:
     os.replace(partial, target)  # an interrupted save leaves the older file whole
 
 
-def _read(path: str, device) -> tuple[dict, dict[str, torch.Tensor]]:
+def _read(path: str, device: torch.device) -> tuple[dict, dict[str, torch.Tensor]]:
     if not Path(path).is_file():
         raise FileNotFoundError(f"no saved cache at {path}: write one with cache.save(path).")
     try:
@@ -122,7 +127,7 @@ def _read(path: str, device) -> tuple[dict, dict[str, torch.Tensor]]:
     return header, tensors
 
 
-def _check(path: str, header: dict, model) -> None:
+def _check(path: str, header: dict, model: nn.Module) -> None:
     found, wanted = fingerprint(model), header["base"]
     for name, value in wanted.items():
         if found[name] != value:
@@ -140,7 +145,7 @@ def _check(path: str, header: dict, model) -> None:
         )
 
 
-def load(cls, path: str, model, backend: str | None):
+def load(cls: type["KVCache"], path: str, model: nn.Module, backend: str | None) -> "KVCache":
     """See `KVCache.load`."""
     weight = next(model.parameters())
     header, tensors = _read(path, weight.device)
@@ -149,7 +154,7 @@ def load(cls, path: str, model, backend: str | None):
     parts = {part: ANSWERS[part][d["name"]](**d["fields"]) for part, d in said.items()}
     policy = Policy(**parts)
     cache = cls(model, policy, header["budget"], backend=backend, **header["options"])
-    for i, (layer, state) in enumerate(zip(cache.layers, header["layers"])):
+    for i, (layer, state) in enumerate(zip(cast("list[Any]", cache.layers), header["layers"])):
         mine = {n.split(".", 1)[1]: t for n, t in tensors.items() if n.split(".", 1)[0] == str(i)}
         if not isinstance(layer, KVLayer):
             layer.lazy_initialization(mine["keys"], mine["values"])
@@ -170,7 +175,7 @@ def _fill(layer: KVLayer, mine: dict[str, torch.Tensor], state: dict) -> None:
         setattr(layer, name, state[name])
     layer.tail.scores = mine["tail.scores"][..., :0] if "tail.scores" in mine else None
     layer.tail.psi = mine["tail.psi"][:, :, :0] if "tail.psi" in mine else None
-    layer.tail.append(*(mine.get(f"tail.{n}") for n in TAIL))
+    layer.tail.append(*cast("tuple[Any, Any, Any, Any, Any, Any]", tuple(mine.get(f"tail.{n}") for n in TAIL)))
     if "state.h" in mine:
         layer.kept.state = State(mine["tail.values"], mine["state.z"].shape[-1])
         for name in STATE:

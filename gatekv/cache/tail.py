@@ -1,6 +1,7 @@
 """The dense end of a layer's cache: the recent window and what has not been folded into pages yet."""
 
 import copy
+from typing import cast
 
 import torch
 
@@ -18,7 +19,7 @@ class Tail:
         psi: [batch, kv_heads, n, rank], what a low-rank state takes of each token, or None.
     """
 
-    def __init__(self, like: Tensor, with_scores: bool):
+    def __init__(self, like: Tensor, with_scores: bool) -> None:
         """An empty tail; `like` [batch, kv_heads, tokens, head_dim] gives shapes, dtype and device."""
         b, kv, _, d = like.shape
         self._buffers = [like.new_empty(b, kv, 0, d) for _ in range(2)]
@@ -43,7 +44,16 @@ class Tail:
         """Every tensor held, slack included."""
         return [*self._buffers, self.flags, self.valid, *(t for t in (self.scores, self.psi) if t is not None)]
 
-    def append(self, keys, values, flags, valid, scores=None, psi=None, slack: int = 0) -> None:
+    def append(
+        self,
+        keys: Tensor,
+        values: Tensor,
+        flags: Tensor,
+        valid: Tensor,
+        scores: Tensor | None = None,
+        psi: Tensor | None = None,
+        slack: int = 0,
+    ) -> None:
         """Add n tokens (shapes as the attributes'); a new buffer, when one is due, leaves room for `slack` more."""
         old, new = len(self), keys.shape[2]
         if old == 0 and slack == 0:
@@ -54,8 +64,8 @@ class Tail:
             for buffer, piece in zip(self._buffers, (keys, values)):
                 buffer[:, :, old : old + new] = piece
         self.flags, self.valid = torch.cat([self.flags, flags], -1), torch.cat([self.valid, valid], -1)
-        self.scores = None if self.scores is None else torch.cat([self.scores, scores.float()], -1)
-        self.psi = psi if self.psi is None else torch.cat([self.psi, psi], 2)
+        self.scores = None if self.scores is None else torch.cat([self.scores, cast(Tensor, scores).float()], -1)
+        self.psi = psi if self.psi is None else torch.cat([self.psi, cast(Tensor, psi)], 2)
         self.shared = False
 
     def rewrite(self, flags: Tensor, scores: Tensor) -> None:

@@ -20,7 +20,7 @@ class Thin:
         channels: [batch, kv_heads, kept] int64, which of head_dim the keys still have.
     """
 
-    def __init__(self, pages: Pages, channels: Tensor):
+    def __init__(self, pages: Pages, channels: Tensor) -> None:
         self.pages, self.channels = pages, channels
 
     @classmethod

@@ -17,7 +17,8 @@ def read_arms(arms: dict[str, list[str]]) -> dict[str, list[list[dict]]]:
     Raises:
         ValueError: a folder without records, or measured with other settings than the first one.
     """
-    first, out = None, {}
+    first: dict | None = None
+    out: dict[str, list[list[dict]]] = {}
     for name, folders in arms.items():
         out[name] = []
         for folder in folders:
@@ -76,12 +77,12 @@ def table(arms: dict[str, list[list[dict]]], baseline: tuple[str, str]) -> list[
         cell: [[score for run in runs for score in run[s]["scores"]] for s in shared] for cell, runs in cells.items()
     }
     base = scores[max(own, key=lambda cell: cell[2])]
-    for (name, policy, budget), runs in cells.items():
+    for (name, policy, budget), samples in cells.items():
         mine = scores[name, policy, budget]
         low, high = interval(mine)
         row = {"arm": name, "policy": policy, "budget": budget, "score": mean(mine), "ci_low": low, "ci_high": high}
-        row |= {"by_run": [mean([run[s]["scores"] for s in shared]) for run in runs], "contexts": len(shared)}
-        row |= {"bytes_ratio": mean([[run[s]["ratio"] for run in runs] for s in shared])}
+        row |= {"by_run": [mean([run[s]["scores"] for s in shared]) for run in samples], "contexts": len(shared)}
+        row |= {"bytes_ratio": mean([[run[s]["ratio"] for run in samples] for s in shared])}
         difference, low, high = paired_interval(mine, base)
         row |= {"difference": difference, "difference_low": low, "difference_high": high, "refused": None}
         rows.append(row)

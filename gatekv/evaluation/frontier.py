@@ -1,9 +1,12 @@
 """Every policy at every budget on the same samples: one dense prefill per sample, then one compressed copy each."""
 
+from collections.abc import Callable
 from dataclasses import replace
+from typing import TYPE_CHECKING, Any, cast
 
 import torch
 from peft import get_peft_model_state_dict, set_peft_model_state_dict
+from peft.tuners.tuners_utils import BaseTuner
 from tqdm import tqdm
 
 from gatekv.adapter import GateKVConfig
@@ -18,13 +21,19 @@ from gatekv.policies.budgets import Threshold
 from gatekv.policies.fastgen import token_kinds
 from gatekv.policies.less import Less
 
+if TYPE_CHECKING:
+    from peft import PeftModel
+    from transformers import PreTrainedModel, PreTrainedTokenizerBase
+
+    GateModel = PeftModel | PreTrainedModel
+
 UNTRAINED = "untrained"
 FULL = ("full", 1.0)
 
 
-def add_untrained(model) -> None:
+def add_untrained(model: "PeftModel") -> None:
     """A second adapter of the same form with random weights: the control for "is it the training?"."""
-    config = model.peft_config["default"]
+    config = cast(GateKVConfig, model.peft_config["default"])
     fields = {k: v for k, v in vars(config.gate_spec()).items()}
     with torch.random.fork_rng():
         torch.manual_seed(0)  # the same control in every run and for every task
@@ -37,10 +46,11 @@ def add_untrained(model) -> None:
     set_peft_model_state_dict(model, state, adapter_name=UNTRAINED)
 
 
-def use_gate(model, name: str) -> None:
+def use_gate(model: "PeftModel", name: str) -> None:
     """Put one adapter's gates in force, or the trained ones' ("default"), beside whatever maps there are."""
     others = [other for other in model.peft_config if other not in (name, UNTRAINED)]
-    model.base_model.set_adapter([name, *others], inference_mode=True)  # the first that has a gate judges
+    tuner = cast(BaseTuner, model.base_model)
+    tuner.set_adapter([name, *others], inference_mode=True)  # the first that has a gate judges
 
 
 def _named(policy: str) -> str:
@@ -48,7 +58,7 @@ def _named(policy: str) -> str:
     return policy.replace(UNTRAINED, "gate")
 
 
-def _fitted(model, undecided: KVCache, policy: Policy, budget: float) -> tuple[Policy, float]:
+def _fitted(model: "GateModel", undecided: KVCache, policy: Policy, budget: float) -> tuple[Policy, float]:
     """(policy, budget of tokens to keep) for a budget of bytes: a state costs tokens, narrow ones leave room.
 
     So a policy without its remainder, at the same budget, is LESS's control with the state's bytes as extra tokens.
@@ -78,20 +88,24 @@ def _fitted(model, undecided: KVCache, policy: Policy, budget: float) -> tuple[P
     return policy, budget
 
 
-def _compressed(model, undecided: KVCache, context, policy: str, budget: float, options: dict) -> KVCache:
+def _compressed(
+    model: "GateModel", undecided: KVCache, context: torch.Tensor, policy: str, budget: float, options: dict
+) -> KVCache:
     """The context under one policy: from the shared prefill, or by a prefill of its own where flags act inside it."""
     if policy.startswith(("gate", UNTRAINED)):
-        use_gate(model, UNTRAINED if policy.startswith(UNTRAINED) else "default")
-    policy, budget = _fitted(model, undecided, resolve(_named(policy), budget), budget)
-    options = {**options, "strict": True} | ({} if policy.scorer.streams else {"decode": "keep"})
-    if isinstance(policy.scorer, Gate) and isinstance(policy.rule, Threshold):
-        cache = KVCache(model, policy, budget, **options)
+        use_gate(cast("PeftModel", model), UNTRAINED if policy.startswith(UNTRAINED) else "default")
+    fitted, budget = _fitted(model, undecided, resolve(_named(policy), budget), budget)
+    options = {**options, "strict": True} | ({} if fitted.scorer.streams else {"decode": "keep"})
+    if isinstance(fitted.scorer, Gate) and isinstance(fitted.rule, Threshold):
+        cache = KVCache(model, fitted, budget, **options)
         model(context, past_key_values=cache, logits_to_keep=1)
         return cache
-    return undecided.decide(policy, budget, **options)
+    return undecided.decide(fitted, budget, **options)
 
 
-def _ask(model, cache: KVCache, asks: list) -> tuple[list[torch.Tensor], float]:
+def _ask(
+    model: "GateModel", cache: KVCache, asks: list[tuple[list[int], list[int]]]
+) -> tuple[list[torch.Tensor], float]:
     """Feed every (query, answer) to its own copy of a one-row cache, all in one forward.
 
     An answer's last token is not fed, so choices of one token share a row. Shorter rows get pads behind them, which
@@ -111,14 +125,14 @@ def _ask(model, cache: KVCache, asks: list) -> tuple[list[torch.Tensor], float]:
     return answers, copies.memory()["ratio"]
 
 
-def _generate(model, cache: KVCache, item: Generated) -> tuple[list[int], float]:
+def _generate(model: "GateModel", cache: KVCache, item: Generated) -> tuple[list[int], float]:
     """The greedy answer's token ids, from a copy of a one-row cache, and the bytes ratio when its last is chosen."""
     copy = cache.snapshot()
     ids = torch.tensor([item.context + item.query], device=model.device)
     own = model.generation_config.eos_token_id
     ends = [*(own if isinstance(own, list) else [own]), *item.stops]
     ends = [end for end in ends if end is not None]
-    out = model.generate(
+    out = cast(Any, model).generate(
         input_ids=ids,
         past_key_values=copy,
         max_new_tokens=item.tokens,
@@ -132,7 +146,13 @@ def _generate(model, cache: KVCache, item: Generated) -> tuple[list[int], float]
 
 
 @torch.no_grad()
-def run_item(model, item: Item | Generated, cells: list[tuple[str, float]], kinds=None, **options) -> list[dict]:
+def run_item(
+    model: "GateModel",
+    item: Item | Generated,
+    cells: list[tuple[str, float]],
+    kinds: torch.Tensor | None = None,
+    **options: Any,
+) -> list[dict]:
     """What each (policy, budget) does on one item, as the fields of a record; see `Records`.
 
     cells[0] must be FULL: KL is taken against it. kinds: [vocabulary], what each token is, for FastGen. options: of
@@ -166,9 +186,23 @@ def run_item(model, item: Item | Generated, cells: list[tuple[str, float]], kind
     return found
 
 
-def evaluate(model, tokenizer, texts, policies: list[str], budgets: list[float | int], task: str, mode: str, n: int,
-             seed: int, records: Records, *, tokens: int | None = None, progress: bool = True, build=None,
-             **options) -> None:  # fmt: skip
+def evaluate(
+    model: "GateModel",
+    tokenizer: "PreTrainedTokenizerBase",
+    texts: list[str],
+    policies: list[str],
+    budgets: list[float | int],
+    task: str,
+    mode: str,
+    n: int,
+    seed: int,
+    records: Records,
+    *,
+    tokens: int | None = None,
+    progress: bool = True,
+    build: Callable[..., Item | Generated] | None = None,
+    **options: Any,
+) -> None:
     """Score every policy at every budget on at least n questions; what `records` holds already is not done again.
 
     Args:
@@ -177,11 +211,11 @@ def evaluate(model, tokenizer, texts, policies: list[str], budgets: list[float |
         options: of `KVCache`: decode, sinks, window.
     """
     cells = [FULL] + [(p, b) for p in policies if p != "full" for b in budgets]
-    build = build or TASKS[task]
+    make: Callable[..., Item | Generated] = build or TASKS[task]
     control = any(p.startswith(UNTRAINED) for p in policies)
     kinds = token_kinds(tokenizer) if any(p.startswith("fastgen") for p in policies) else None
     if control:
-        add_untrained(model)
+        add_untrained(cast("PeftModel", model))
     try:
         done, index = 0, 0
         with tqdm(total=n, desc=f"{task} {mode} seed {seed}", disable=not progress) as bar:
@@ -189,7 +223,7 @@ def evaluate(model, tokenizer, texts, policies: list[str], budgets: list[float |
                 held = records.of(task, mode, seed, index)
                 missing = [cell for cell in cells if cell not in held]
                 if missing:
-                    item = build(tokenizer, texts, mode, index, seed, tokens)
+                    item = make(tokenizer, texts, mode, index, seed, tokens)
                     found = run_item(model, item, [FULL, *(c for c in missing if c != FULL)], kinds=kinds, **options)
                     key = {"task": task, "mode": mode, "seed": seed, "index": index}
                     records.append([key | r for r in found if (r["policy"], r["budget"]) in missing])
@@ -198,5 +232,5 @@ def evaluate(model, tokenizer, texts, policies: list[str], budgets: list[float |
                 done, index = done + scored, index + 1
     finally:
         if control:
-            use_gate(model, "default")
+            use_gate(cast("PeftModel", model), "default")
             model.delete_adapter(UNTRAINED)

@@ -1,6 +1,7 @@
 """Keep maps: which token each head of each layer holds, for several policies over one text, ready for JSON."""
 
 import base64
+from typing import TYPE_CHECKING, Any, cast
 
 import numpy
 import torch
@@ -8,6 +9,12 @@ import torch
 from gatekv.cache.kvcache import KVCache
 from gatekv.policies import Gate, resolve
 from gatekv.policies.budgets import Threshold
+
+if TYPE_CHECKING:
+    from peft import PeftModel
+    from transformers import PreTrainedModel, PreTrainedTokenizerBase
+
+    GateModel = PeftModel | PreTrainedModel
 
 
 def pack(keep: torch.Tensor) -> str:
@@ -27,14 +34,15 @@ def unpack(text: str, shape: tuple[int, ...]) -> numpy.ndarray:
     return numpy.unpackbits(data, count=size).astype(bool).reshape(shape)
 
 
-def token_texts(tokenizer, ids: list[int]) -> list[str]:
+def token_texts(tokenizer: "PreTrainedTokenizerBase", ids: list[int]) -> list[str]:
     """A string per token whose concatenation is the decoded text.
 
     A character whose bytes are split over tokens belongs to the last of them, the others get "". Each token is decoded
     behind the ones before it, because alone it may lose its leading blank.
     """
-    decode = lambda part: tokenizer.decode(part, clean_up_tokenization_spaces=False)  # noqa: E731
-    texts, start, done = [], 0, 0  # ids[start:done] are spelled out and serve as context
+    decode = lambda part: cast(str, tokenizer.decode(part, clean_up_tokenization_spaces=False))  # noqa: E731
+    texts: list[str] = []
+    start, done = 0, 0  # ids[start:done] are spelled out and serve as context
     for i in range(len(ids)):
         before, now = decode(ids[start:done]), decode(ids[start : i + 1])
         if i + 1 < len(ids) and (now.endswith("\ufffd") or len(now) <= len(before)):
@@ -45,7 +53,7 @@ def token_texts(tokenizer, ids: list[int]) -> list[str]:
     return texts
 
 
-def _decided(model, undecided: KVCache, ids: torch.Tensor, policy: str, budget: float | None) -> KVCache:
+def _decided(model: "GateModel", undecided: KVCache, ids: torch.Tensor, policy: str, budget: float | None) -> KVCache:
     """The text under one policy; threshold gates act inside the prefill, so they need one of their own."""
     resolved = resolve(policy, budget)
     if isinstance(resolved.scorer, Gate) and isinstance(resolved.rule, Threshold):
@@ -56,7 +64,13 @@ def _decided(model, undecided: KVCache, ids: torch.Tensor, policy: str, budget: 
 
 
 @torch.no_grad()
-def keep_map(model, tokenizer, ids, policies: list[str], budgets: list[float | int | None]) -> dict:
+def keep_map(
+    model: "GateModel",
+    tokenizer: "PreTrainedTokenizerBase",
+    ids: list[int] | torch.Tensor,
+    policies: list[str],
+    budgets: list[float | int | None],
+) -> dict:
     """What every policy holds of one text at every budget, after one dense prefill.
 
     Args:
@@ -84,7 +98,7 @@ def keep_map(model, tokenizer, ids, policies: list[str], budgets: list[float | i
     undecided = KVCache.undecided(model)
     model(ids, past_key_values=undecided, logits_to_keep=1)
     layers = undecided.evicting()
-    out = {"tokens": token_texts(tokenizer, ids[0].tolist()), "layers": len(layers)}
+    out: dict[str, Any] = {"tokens": token_texts(tokenizer, ids[0].tolist()), "layers": len(layers)}
     out |= {"heads": layers[0].tail.keys.shape[1], "layer_indices": [layer.layer_idx for layer in layers]}
     out |= {"maps": [], "refused": []}
     for policy in policies:

@@ -5,16 +5,18 @@ import hashlib
 import json
 from pathlib import Path
 
+from torch import nn
+
 from gatekv.fingerprint import fingerprint, gates_sha256, lora_sha256
 from gatekv.modules import gate_spec, wrappers
 from gatekv.version import VERSION
 
 
-def _digest(value) -> str:
+def _digest(value: object) -> str:
     return hashlib.sha256(json.dumps(value).encode()).hexdigest()[:16]
 
 
-def settings(model, name: str, options: dict, texts: list[str], examples: list | None) -> dict:
+def settings(model: nn.Module, name: str, options: dict, texts: list[str], examples: list | None) -> dict:
     """What every record of a file has in common: the model (`name`, empty = the embedded one), its gates, maps and
     LoRA, the options of the run, and digests of the held-out texts and of the examples given."""
     adapter, sha256, tuned = None, gates_sha256(model), lora_sha256(model)
@@ -53,8 +55,9 @@ class Records:
         ValueError: the file was made with other settings, or is not such a file.
     """
 
-    def __init__(self, path: Path | None, pinned: dict, fresh: bool = False):
-        self.path, self.lines = path, []
+    def __init__(self, path: Path | None, pinned: dict, fresh: bool = False) -> None:
+        self.path = path
+        self.lines: list[dict] = []
         self._by_sample: dict[tuple, dict] = {}
         if path is None:
             return
@@ -68,6 +71,7 @@ class Records:
             path.write_text(json.dumps({"pinned": pinned}) + "\n")
 
     def _whole_lines(self) -> list[dict]:
+        assert self.path is not None
         content = self.path.read_bytes()
         whole = content[: content.rfind(b"\n") + 1]
         try:

@@ -13,11 +13,12 @@ from gatekv.gates.linear import LinearGate
 from gatekv.gates.mlp import MLPGate
 from gatekv.gates.prompt import PromptGate
 
-FORMS = {"linear": LinearGate, "mlp": MLPGate, "key_mlp": KeyMLPGate, "attention": AttentionGate}
+Form = type[AttentionGate | KeyMLPGate | LinearGate | MLPGate | PromptGate]
+FORMS: dict[str, Form] = {"linear": LinearGate, "mlp": MLPGate, "key_mlp": KeyMLPGate, "attention": AttentionGate}
 
 
 def build_gate(spec: GateSpec, hidden_size: int, num_kv_heads: int, head_dim: int) -> nn.Module:
     """The gate that `spec.gate` and `spec.context` name, in float32."""
-    form = PromptGate if spec.context == "prompt" else FORMS[spec.gate]
+    form: Form = PromptGate if spec.context == "prompt" else FORMS[spec.gate]
     width = 2 * num_kv_heads * head_dim if form.reads == "keys" else hidden_size
     return form(spec, width, num_kv_heads)

@@ -10,13 +10,15 @@ from torch import nn
 
 from gatekv.config import GateSpec
 
+Ring = tuple[torch.Tensor, torch.Tensor, torch.Tensor]  # k', v' and which of them are real
+
 
 class AttentionGate(nn.Module):
     """Causal multi-head attention over the last `context_window` tokens -> Linear -> one logit per KV head."""
 
     reads = "hidden"
 
-    def __init__(self, spec: GateSpec, width: int, num_kv_heads: int):
+    def __init__(self, spec: GateSpec, width: int, num_kv_heads: int) -> None:
         super().__init__()
         self.heads, self.head_dim, self.context = spec.heads, spec.head_dim, spec.context_window
         inner = spec.heads * spec.head_dim
@@ -27,7 +29,9 @@ class AttentionGate(nn.Module):
         nn.init.zeros_(self.out.weight)
         nn.init.constant_(self.out.bias, spec.initial_logit)
 
-    def forward(self, hidden: torch.Tensor, valid=None, state=None):
+    def forward(
+        self, hidden: torch.Tensor, valid: torch.Tensor | None = None, state: Ring | None = None
+    ) -> tuple[torch.Tensor, Ring]:
         """Logits of new tokens, given the ring of the ones before them.
 
         Args:
@@ -49,12 +53,11 @@ class AttentionGate(nn.Module):
             state = (empty, empty, valid.new_zeros(b, past))
         k, v, valid = (torch.cat([old, new], 1) for old, new in zip(state, (k, v, valid)))
         out = self._banded(q, k, v, valid)
-        return self.out(out.flatten(2)).transpose(1, 2), tuple(
-            t[:, t.shape[1] - past :].clone()
-            for t in (k, v, valid)  # a view would keep the whole prompt alive
-        )
+        last = slice(k.shape[1] - past, None)  # cloned: a view would keep the whole prompt alive
+        ring = k[:, last].clone(), v[:, last].clone(), valid[:, last].clone()
+        return self.out(out.flatten(2)).transpose(1, 2), ring
 
-    def _banded(self, q, k, v, valid):
+    def _banded(self, q: torch.Tensor, k: torch.Tensor, v: torch.Tensor, valid: torch.Tensor) -> torch.Tensor:
         """Query t reads ring slots t .. t + context - 1. Blocks of `context` queries: O(tokens · 2·context) memory."""
         b, n, h, d = q.shape
         c = self.context

@@ -3,12 +3,19 @@
 import bisect
 import math
 from dataclasses import dataclass
+from typing import Protocol
 
 import torch
 
 from gatekv.config import MOST
 
 CURE = "Calibrate again (gatekv.training.calibrate), or load the adapter as it was saved."
+
+
+class Thresholds(Protocol):
+    """What `Calibration.thresholds` returns."""
+
+    def __call__(self, ratio: float, seen: torch.Tensor, prompt: int | None = None) -> torch.Tensor: ...
 
 
 @dataclass
@@ -25,7 +32,7 @@ class Calibration:
     levels: list[float]
     table: list[list[float]]
 
-    def __post_init__(self):
+    def __post_init__(self) -> None:
         numbers = [self.ratios, self.levels, *(self.table if isinstance(self.table, list) else [None])]
         for row in numbers:
             if not isinstance(row, list) or not all(type(v) in (int, float) and abs(v) <= MOST for v in row):
@@ -57,7 +64,7 @@ class Calibration:
         low, high = self.levels[right - 1], self.levels[right]
         return row[right - 1] + (level - low) / (high - low) * (row[right] - row[right - 1])
 
-    def thresholds(self, sinks: int, window: int):
+    def thresholds(self, sinks: int, window: int) -> Thresholds:
         """(ratio, tokens seen [...], prompt length or None) -> logit thresholds [...] of tokens that leave the window.
 
         A row that has seen T tokens may hold ratio·T, sinks and window inside. Flags are final, so the share that keeps

@@ -10,7 +10,7 @@ class Documents:
         valid: [documents, longest] bool. real: [rows, tokens] bool, the same for the packed rows.
     """
 
-    def __init__(self, segments: torch.Tensor):
+    def __init__(self, segments: torch.Tensor) -> None:
         """segments: [rows, tokens] int, the document's number in its row, contiguous and from 0; -1 for pads."""
         rows, tokens = segments.shape
         counts = segments.amax(-1) + 1

@@ -19,7 +19,7 @@ def unrotate(keys: torch.Tensor, rotary: tuple[torch.Tensor, torch.Tensor]) -> t
     return torch.cat([back, rest], -1)
 
 
-def key_features(keys: torch.Tensor, rotary) -> torch.Tensor:
+def key_features(keys: torch.Tensor, rotary: tuple[torch.Tensor, torch.Tensor] | None) -> torch.Tensor:
     """What the gate reads: [batch, tokens, kv_heads · 2 · head_dim], each head's key before and after RoPE.
 
     Raises:
@@ -38,7 +38,7 @@ class KeyMLPGate(nn.Module):
 
     reads = "keys"
 
-    def __init__(self, spec: GateSpec, width: int, num_kv_heads: int):
+    def __init__(self, spec: GateSpec, width: int, num_kv_heads: int) -> None:
         super().__init__()
         self.heads = num_kv_heads
         self.head_dim = width // (2 * num_kv_heads)
@@ -50,7 +50,9 @@ class KeyMLPGate(nn.Module):
         bound = (2 * self.head_dim) ** -0.5
         nn.init.uniform_(self.up, -bound, bound)
 
-    def forward(self, hidden: torch.Tensor, valid=None, state=None) -> tuple[torch.Tensor, None]:
+    def forward(
+        self, hidden: torch.Tensor, valid: torch.Tensor | None = None, state: None = None
+    ) -> tuple[torch.Tensor, None]:
         """hidden: `key_features` [batch, tokens, width] -> (logits [batch, kv_heads, tokens] in float32, no state)."""
         x = hidden.to(self.up.dtype).unflatten(2, (self.heads, 2, self.head_dim))
         x = nn.functional.rms_norm(x, (self.head_dim,), eps=1e-6) * self.norm

@@ -11,7 +11,7 @@ class LinearGate(nn.Module):
 
     reads = "hidden"
 
-    def __init__(self, spec: GateSpec, width: int, num_kv_heads: int):
+    def __init__(self, spec: GateSpec, width: int, num_kv_heads: int) -> None:
         super().__init__()
         self.scale = spec.logit_scale
         self.norm = nn.RMSNorm(width, eps=1e-6)
@@ -19,6 +19,8 @@ class LinearGate(nn.Module):
         nn.init.zeros_(self.out.weight)
         nn.init.constant_(self.out.bias, spec.initial_logit / spec.logit_scale)
 
-    def forward(self, hidden: torch.Tensor, valid=None, state=None) -> tuple[torch.Tensor, None]:
+    def forward(
+        self, hidden: torch.Tensor, valid: torch.Tensor | None = None, state: None = None
+    ) -> tuple[torch.Tensor, None]:
         """hidden [batch, tokens, width] -> (logits [batch, kv_heads, tokens] in float32, no state)."""
         return self.out(self.norm(hidden.to(self.norm.weight.dtype))).transpose(1, 2) * self.scale, None

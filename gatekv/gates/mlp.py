@@ -11,7 +11,7 @@ class MLPGate(nn.Module):
 
     reads = "hidden"
 
-    def __init__(self, spec: GateSpec, width: int, num_kv_heads: int):
+    def __init__(self, spec: GateSpec, width: int, num_kv_heads: int) -> None:
         super().__init__()
         self.norm = nn.RMSNorm(width, eps=1e-6)
         self.up = nn.Linear(width, spec.hidden)
@@ -19,7 +19,9 @@ class MLPGate(nn.Module):
         nn.init.zeros_(self.out.weight)
         nn.init.constant_(self.out.bias, spec.initial_logit)
 
-    def forward(self, hidden: torch.Tensor, valid=None, state=None) -> tuple[torch.Tensor, None]:
+    def forward(
+        self, hidden: torch.Tensor, valid: torch.Tensor | None = None, state: None = None
+    ) -> tuple[torch.Tensor, None]:
         """hidden [batch, tokens, width] -> (logits [batch, kv_heads, tokens] in float32, no state)."""
         x = nn.functional.gelu(self.up(self.norm(hidden.to(self.norm.weight.dtype))))
         return self.out(x).transpose(1, 2), None

@@ -15,7 +15,7 @@ class PromptGate(nn.Module):
 
     reads = "hidden"
 
-    def __init__(self, spec: GateSpec, width: int, num_kv_heads: int):
+    def __init__(self, spec: GateSpec, width: int, num_kv_heads: int) -> None:
         super().__init__()
         self.heads, self.head_dim = spec.heads, spec.head_dim
         self.norm = nn.RMSNorm(width, eps=1e-6)
@@ -24,7 +24,9 @@ class PromptGate(nn.Module):
         nn.init.zeros_(self.out.weight)
         nn.init.constant_(self.out.bias, spec.initial_logit)
 
-    def forward(self, hidden: torch.Tensor, valid=None, state=None) -> tuple[torch.Tensor, None]:
+    def forward(
+        self, hidden: torch.Tensor, valid: torch.Tensor | None = None, state: None = None
+    ) -> tuple[torch.Tensor, None]:
         """hidden [batch, tokens, width], valid [batch, tokens] bool -> (logits [batch, kv_heads, tokens], no state)."""
         x = self.norm(hidden.to(self.norm.weight.dtype))
         b, n, _ = x.shape

@@ -1,6 +1,7 @@
 """From a gate's margins (logit - threshold, > 0 keeps) to the weights that attention uses, in training and deployed."""
 
 import math
+from collections.abc import Callable
 
 import torch
 
@@ -40,5 +41,10 @@ def hard(margin: torch.Tensor) -> torch.Tensor:
 
 def relax(form: str, margin: torch.Tensor, temperature: float, seed: int | None = None) -> torch.Tensor:
     """The weight in [0, 1] of tokens with that margin, by a relaxation's name or "hard"."""
-    forms = {"ste": ste, "log": log, "hard": hard, "decay": torch.sigmoid}
+    forms: dict[str, Callable[[torch.Tensor], torch.Tensor]] = {
+        "ste": ste,
+        "log": log,
+        "hard": hard,
+        "decay": torch.sigmoid,
+    }
     return gumbel(margin, temperature, seed) if form == "gumbel" else forms[form](margin)

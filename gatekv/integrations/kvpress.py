@@ -4,10 +4,13 @@ kvpress prunes a transformers cache in hooks on `self_attn`, after a dense prefi
 own attention stands there again, without gatekv's wrapper: nothing evicts but the press.
 """
 
+from collections.abc import Iterator
 from contextlib import contextmanager, nullcontext
 from dataclasses import dataclass, field
+from typing import TYPE_CHECKING, Any
 
 import torch
+from torch import nn
 
 try:
     from kvpress import ScorerPress
@@ -25,6 +28,11 @@ from gatekv.policies.budgets import check_counts, ranked
 from gatekv.policies.gate import OBSERVED
 from gatekv.support import sliding_layers
 
+if TYPE_CHECKING:
+    from transformers import PreTrainedModel
+
+    from gatekv.support import SelfAttention
+
 
 @dataclass
 class Heard(AttentionCall):
@@ -37,7 +45,16 @@ class Heard(AttentionCall):
     form: str = "listen"
     view: View | None = None
 
-    def listen(self, module, q, k, v, mask, scaling: float, plain: torch.Tensor) -> None:
+    def listen(
+        self,
+        module: nn.Module,
+        q: torch.Tensor,
+        k: torch.Tensor,
+        v: torch.Tensor,
+        mask: torch.Tensor | None,
+        scaling: float,
+        plain: torch.Tensor,
+    ) -> None:
         """Shapes as in `AttentionCall.listen`."""
         valid = valid_tokens(mask, q.shape[0], q.shape[2], q.device)
         if not valid.all():
@@ -76,7 +93,7 @@ class GateKVPress(ScorerPress):
     model: object = field(default=None, init=False, repr=False, compare=False)  # inside `on`
 
     @contextmanager
-    def on(self, model):
+    def on(self, model: "PreTrainedModel") -> Iterator[nn.Module]:
         """Inside, presses work on a model with gatekv's gates; yields the transformers model that kvpress takes.
 
         model: the PEFT model, or the transformers model inside it. It is as before afterwards.
@@ -85,7 +102,7 @@ class GateKVPress(ScorerPress):
             ValueError: no gates in force, gates that fade, sliding-window layers, eager attention.
         """
         inner = base_model(model)
-        gates = {w.layer_idx: (w.gate(), w.specs[w.active()]) for w in wrappers(inner) if w.active()}
+        gates = {w.layer_idx: (w.gate(), w.specs[name]) for w in wrappers(inner) if (name := w.active())}
         layers = attention_layers(inner)
         if len(gates) < len(layers):
             raise ValueError(
@@ -100,7 +117,7 @@ class GateKVPress(ScorerPress):
         if inner.config._attn_implementation == NAMES["eager"]:
             raise ValueError("kvpress masks single heads in sdpa only: load the model with attn_implementation='sdpa'.")
 
-        def prepare(module, args, kwargs):
+        def prepare(module: "SelfAttention", args: tuple, kwargs: dict[str, Any]) -> tuple[tuple, dict[str, Any]]:
             cache, hidden = kwargs.get("past_key_values"), kwargs["hidden_states"]
             if cache is None or isinstance(cache, KVCache):
                 raise ValueError("a press prunes a cache of transformers' own: pass past_key_values=DynamicCache().")
@@ -124,18 +141,26 @@ class GateKVPress(ScorerPress):
                     hook.remove()
 
     @contextmanager
-    def __call__(self, model):
+    def __call__(self, model: "PreTrainedModel") -> Iterator[None]:
         """As every press's; model: as for `on`."""
         inner = base_model(model)
         with nullcontext() if self.model is inner else self.on(inner), super().__call__(inner):
             yield
 
-    def post_init_from_model(self, model) -> None:
+    def post_init_from_model(self, model: "PreTrainedModel") -> None:
         """Called by the press in use, which may be another one around this."""
         if self.model is not base_model(model):
             raise ValueError("a press around a GateKVPress is used inside `with press.on(model)`, press the inner one.")
 
-    def score(self, module, hidden_states, keys, values, attentions, kwargs) -> torch.Tensor:
+    def score(
+        self,
+        module: nn.Module,
+        hidden_states: torch.Tensor,
+        keys: torch.Tensor,
+        values: torch.Tensor,
+        attentions: torch.Tensor | None,
+        kwargs: dict[str, Any],
+    ) -> torch.Tensor:
         """[batch, kv_heads, tokens] float32, higher keeps; what is kept in any case scores infinity."""
         call = kwargs["gatekv"]
         view, spec = call.view, call.spec

@@ -12,8 +12,10 @@ The harness (0.4.13) loads no plugins, so that `--model gatekv` needs this modul
 
 import os
 from collections import defaultdict
+from collections.abc import Iterator
 from contextlib import contextmanager
 from dataclasses import asdict, dataclass
+from typing import TYPE_CHECKING, Any, cast
 
 import torch
 from lm_eval.__main__ import cli_evaluate
@@ -29,6 +31,9 @@ from gatekv.cache.kvcache import KVCache
 from gatekv.config import check_choice
 from gatekv.integrations.lm_eval_prompts import Framed, Prompt, PromptFormat
 from gatekv.policies.budgets import BudgetError
+
+if TYPE_CHECKING:
+    from lm_eval.api.instance import Instance
 
 Request = tuple[
     tuple[str, str], list[int], list[int]
@@ -48,10 +53,10 @@ class Held:
 
     prompts: int = 0
     whole: int = 0
-    bytes: int = 0
-    full_bytes: int = 0
-    bytes_end: int = 0
-    full_bytes_end: int = 0
+    bytes: float = 0
+    full_bytes: float = 0
+    bytes_end: float = 0
+    full_bytes_end: float = 0
 
     def report(self) -> dict:
         """As lm-eval's results name it; ratios are of sums."""
@@ -91,11 +96,11 @@ class GateKVLM(HFLM):
         ValueError: what gatekv refuses of the model, policy or budget, and what it cannot measure honestly.
     """
 
-    def __init__(self, pretrained="", *, adapter: str | None = None, policy: str | None = None,
+    def __init__(self, pretrained: Any = "", *, adapter: str | None = None, policy: str | None = None,
                  budget: float | int | None = None, prefill: str | None = None, decode: str | None = None,
                  sinks: int | None = None, window: int | None = None, short: str = "refuse",
                  compress: str = "prompt", truncate: str = "left", no_chat: str | list[str] = "",
-                 batch_size: int | str = 1, **harness):  # fmt: skip
+                 batch_size: int | str = 1, **harness: Any) -> None:  # fmt: skip
         check_choice("short", short, ("refuse", "whole"))
         self.format = PromptFormat.of(compress, truncate, no_chat)
         self._framed: dict[str, Framed] = {}  # text with the chat template -> what it was put around
@@ -111,11 +116,18 @@ class GateKVLM(HFLM):
         device = harness.pop("device", None) or ("cuda" if torch.cuda.is_available() else "cpu")
         super().__init__(pretrained, batch_size=batch_size, device=device, **harness)
         if adapter is not None:
-            self._model = PeftModel.from_pretrained(self._model, adapter).eval()
+            self._model: Any = PeftModel.from_pretrained(self._model, adapter).eval()
         self.held: dict[str, Held] = defaultdict(Held)
         self.kind = "loglikelihood"  # of the requests that are answered now
-        self._options = {"policy": policy, "budget": budget, "prefill": prefill, "decode": decode, "sinks": sinks,
-                         "window": window, "strict": short == "refuse"}  # fmt: skip
+        self._options: dict[str, Any] = {
+            "policy": policy,
+            "budget": budget,
+            "prefill": prefill,
+            "decode": decode,
+            "sinks": sinks,
+            "window": window,
+            "strict": short == "refuse",
+        }
         empty = self._cache()  # what gatekv refuses, it refuses here
         self.plan, self._layers = empty.plan, len(empty.evicting())
 
@@ -129,7 +141,7 @@ class GateKVLM(HFLM):
         """Something is decided at a prompt's end; a gate that reads all of it must not see what is scored."""
         return self.plan.waits or self.plan.whole
 
-    def set_cache_hook(self, cache_hook) -> None:
+    def set_cache_hook(self, cache_hook: Any) -> None:
         """Raises ValueError: an answer from a file was given by no cache."""
         raise ValueError("use_cache=… answers from a file, and no bytes are held for that: leave it out.")
 
@@ -143,7 +155,7 @@ class GateKVLM(HFLM):
 
     # -- the three kinds of request
 
-    def loglikelihood(self, requests, disable_tqdm: bool = False) -> list[Answer]:
+    def loglikelihood(self, requests: list["Instance"], disable_tqdm: bool = False) -> list[Answer]:
         """As the harness asks; see the module. Raises ValueError where the question is to be seen later."""
         if self.format.compress == "before_question":
             raise ValueError(
@@ -153,7 +165,7 @@ class GateKVLM(HFLM):
         with self._of("loglikelihood"):
             return super().loglikelihood(requests, disable_tqdm)
 
-    def loglikelihood_rolling(self, requests, disable_tqdm: bool = False) -> list[float]:
+    def loglikelihood_rolling(self, requests: list["Instance"], disable_tqdm: bool = False) -> list[float]:
         """As the harness asks, for policies that evict as tokens come: a text is no prompt with an end.
 
         Raises:
@@ -167,9 +179,9 @@ class GateKVLM(HFLM):
         with self._of("loglikelihood_rolling"):
             return super().loglikelihood_rolling(requests, disable_tqdm)
 
-    def generate_until(self, requests, disable_tqdm: bool = False) -> list[str]:
+    def generate_until(self, requests: list["Instance"], disable_tqdm: bool = False) -> list[str]:
         """As the harness asks; see the module, and `PromptFormat` for what it raises."""
-        prompts = {}
+        prompts: dict[str, Prompt] = {}
         for request in [] if self.format.plain else requests:
             text = request.args[0]
             prompt = self.format.prompt(request.task_name or "", request.doc, text, self._framed.get(text))
@@ -189,7 +201,13 @@ class GateKVLM(HFLM):
             self._framed[text] = Framed(tuple((m["role"], m["content"]) for m in chat_history), text)
         return text
 
-    def tok_batch_encode(self, strings, padding_side="left", left_truncate_len=None, truncation=False):
+    def tok_batch_encode(
+        self,
+        strings: list[str],
+        padding_side: str = "left",
+        left_truncate_len: int | None = None,
+        truncation: bool = False,
+    ) -> tuple[torch.Tensor, torch.Tensor]:
         """(ids, mask), [batch, tokens] each: prompts padded on the left, of at most left_truncate_len tokens."""
         if not all(text in self._prompts for text in strings):
             return super().tok_batch_encode(strings, padding_side, left_truncate_len, truncation)
@@ -197,13 +215,17 @@ class GateKVLM(HFLM):
         for text in strings:
             prompt = self._prompts[text]
             begun = has_bos_prefix(prompt.before or prompt.body, getattr(self.tokenizer, "bos_token", None))
-            parts.append(prompt.ids(self.tokenizer, left_truncate_len, False if begun else self.add_bos_token))
+            parts.append(
+                prompt.ids(self.tokenizer, cast(int, left_truncate_len), False if begun else self.add_bos_token)
+            )
         self._asked = [len(question) for _, question in parts]
         return _padded([context + question for context, question in parts], self.tokenizer.pad_token_id)
 
     # -- what they come down to
 
-    def _model_call(self, inps, attn_mask=None, labels=None) -> torch.Tensor:
+    def _model_call(
+        self, inps: torch.Tensor, attn_mask: torch.Tensor | None = None, labels: torch.Tensor | None = None
+    ) -> torch.Tensor:
         """[batch, tokens, vocabulary]: the harness' own forward, through a cache that keeps all."""
         cache = self._cache()
         with torch.no_grad():
@@ -211,7 +233,9 @@ class GateKVLM(HFLM):
         self._count(cache, len(inps), start=True, end=True)
         return logits
 
-    def _loglikelihood_tokens(self, requests: list[Request], disable_tqdm=False, override_bs=None) -> list[Answer]:
+    def _loglikelihood_tokens(
+        self, requests: list[Request], disable_tqdm: bool = False, override_bs: int | None = None
+    ) -> list[Answer]:
         if self.keeps_all:
             return super()._loglikelihood_tokens(requests, disable_tqdm, override_bs)
         contexts, lone = defaultdict(list), defaultdict(list)
@@ -253,7 +277,7 @@ class GateKVLM(HFLM):
         for some in _chunks(asked, self.batch_size):
             rows = torch.tensor([row for row, _ in some], device=self.device)
             copies = cache.snapshot()
-            copies.reorder_cache(rows)
+            copies.reorder_cache(cast(torch.LongTensor, rows))
             fed = [[contexts[row][-1], *continuation[:-1]] for row, continuation in some]
             longest = max(map(len, fed))
             # Shorter rows get tokens behind them, which nothing before looks at.
@@ -284,7 +308,7 @@ class GateKVLM(HFLM):
             found.append((float(likelihood), bool((row.argmax(-1) == truth).all())))
         return found
 
-    def _model_generate(self, context, max_length: int, stop: list[str], **options) -> torch.Tensor:
+    def _model_generate(self, context: torch.Tensor, max_length: int, stop: list[str], **options: Any) -> torch.Tensor:
         """The harness' own, with a cache that has read and compressed what stands before every question.
 
         Where prompts are not taken apart, the question is the last token.
@@ -308,7 +332,15 @@ class GateKVLM(HFLM):
             longest = max(longest, part.shape[1])
         return out[:, :longest]
 
-    def _generate(self, cache: KVCache, context, max_length: int, stop, whole: bool = False, **options) -> torch.Tensor:
+    def _generate(
+        self,
+        cache: KVCache,
+        context: torch.Tensor,
+        max_length: int,
+        stop: list[str],
+        whole: bool = False,
+        **options: Any,
+    ) -> torch.Tensor:
         unread = not cache.get_seq_length()  # then what was held at the prompt's end cannot be told apart
         out = super()._model_generate(context, max_length, stop, past_key_values=cache, **options)
         self._count(cache, len(context), whole, start=unread, end=True)
@@ -338,14 +370,16 @@ class GateKVLM(HFLM):
 
     def _too_short(self, prompt: int) -> bool:
         """Whether a prompt of so many tokens can only be held whole; BudgetError where that is refused."""
-        why = "one token of context leaves nothing before it to compress: use longer prompts."
+        why: str | None = "one token of context leaves nothing before it to compress: use longer prompts."
         if prompt:
             why = rooms(self.plan, self._layers, prompt)[1]
         if why is not None and self.plan.strict:
             raise BudgetError(f"{why} Or evict nothing from such prompts, and count them: short='whole'.")
         return why is not None
 
-    def _count(self, cache: KVCache, prompts: int, whole: bool = False, *, start=False, end=False) -> None:
+    def _count(
+        self, cache: KVCache, prompts: int, whole: bool = False, *, start: bool = False, end: bool = False
+    ) -> None:
         held, memory = self.held[self.kind], cache.memory()
         if start:
             held.prompts, held.whole = held.prompts + prompts, held.whole + whole * prompts
@@ -355,7 +389,7 @@ class GateKVLM(HFLM):
             held.full_bytes_end += memory["full_bytes"]
 
     @contextmanager
-    def _of(self, kind: str):
+    def _of(self, kind: str) -> Iterator[None]:
         before, self.kind = self.kind, kind
         try:
             yield
@@ -374,7 +408,7 @@ def _chunks(items: list, size: int) -> list[list]:
     return [items[a : a + size] for a in range(0, len(items), size)]
 
 
-def _refuse(batch_size, harness: dict) -> None:
+def _refuse(batch_size: int | str, harness: dict) -> None:
     """ValueError for what of the harness this class cannot do, or cannot count."""
     wrong = {
         "peft": "give a gatekv adapter as adapter=…",

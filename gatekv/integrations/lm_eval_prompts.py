@@ -6,11 +6,15 @@ question begins, and what is too long loses its left end. Here such a string is 
 
 from dataclasses import dataclass
 from fnmatch import fnmatch
+from typing import TYPE_CHECKING
 
 from gatekv.config import check_choice
 from gatekv.evaluation.tasks.item import encode
 from gatekv.evaluation.tasks.longbench import NO_CHAT, truncated
 from gatekv.evaluation.tasks.ruler_sets import QUESTIONS
+
+if TYPE_CHECKING:
+    from transformers import PreTrainedTokenizerBase
 
 LONGBENCH = "longbench"  # as no_chat: the tasks that LongBench itself gives no chat template
 LONGBENCH_PATTERNS = tuple(f"longbench_{name}{end}" for name in NO_CHAT for end in ("", "_e"))
@@ -37,7 +41,7 @@ class PromptFormat:
     truncate: str = "left"
     no_chat: tuple[str, ...] = ()
 
-    def __post_init__(self):
+    def __post_init__(self) -> None:
         check_choice("compress", self.compress, ("prompt", "before_question"))
         check_choice("truncate", self.truncate, ("left", "middle"))
 
@@ -127,7 +131,9 @@ class Prompt:
     split: bool
     middle: bool
 
-    def ids(self, tokenizer, limit: int, add_special_tokens: bool | None = None) -> tuple[list[int], list[int]]:
+    def ids(
+        self, tokenizer: "PreTrainedTokenizerBase", limit: int, add_special_tokens: bool | None = None
+    ) -> tuple[list[int], list[int]]:
         """Token ids (compressed, fed to the compressed cache), of at most `limit` tokens together.
 
         add_special_tokens: of the tokenizer; None: its own default.
@@ -141,8 +147,8 @@ class Prompt:
             room = limit - sum(len(encode(tokenizer, part)) for part in (self.before, self.after))
             if room < 2:
                 raise ValueError(f"the chat template leaves {room} of {limit} tokens: use a model that holds more.")
-            context, question = truncated(tokenizer, body, behind, room)
-            body, behind = context + question, len(question)
+            start, end = truncated(tokenizer, body, behind, room)
+            body, behind = start + end, len(end)
         cut = len(body) - behind
         if self.split:
             context = list(tokenizer(self.before + body[:cut], **special).input_ids)

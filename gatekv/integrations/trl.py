@@ -5,8 +5,11 @@ compares with the whole one. The objective does, in two passes of one model, gat
 """
 
 from collections import defaultdict
+from typing import Any, cast
 
 import torch
+from peft import PeftModel
+from torch import nn
 
 try:
     from trl import SFTTrainer
@@ -25,9 +28,9 @@ def row_of(ids: list[int], mask: list[int], labels: list[int]) -> Row:
 
     The prompt's last token is never compressed: it is fed to what was kept and says the completion's first.
     """
-    ids, learned = zip(*((i, label != -100) for i, m, label in zip(ids, mask, labels) if m))
-    prompt = learned.index(True) if any(learned) else len(ids)
-    return Row([*ids], [float(x) for x in learned[1:]] + [0.0], prompt - 1, [len(ids)])
+    real, learned = zip(*((i, label != -100) for i, m, label in zip(ids, mask, labels) if m))
+    prompt = learned.index(True) if any(learned) else len(real)
+    return Row([*real], [float(x) for x in learned[1:]] + [0.0], prompt - 1, [len(real)])
 
 
 class GatedSFTTrainer(SFTTrainer):
@@ -47,9 +50,9 @@ class GatedSFTTrainer(SFTTrainer):
         ValueError: where gates would be trained wrongly, says which argument to change.
     """
 
-    loss_is_scaled_for_ga = False  # a mean over rows: Trainer divides it by the number of micro-batches
+    loss_is_scaled_for_ga: Any = False  # a mean over rows: Trainer divides it by the number of micro-batches
 
-    def __init__(self, *args, keep: float = 0.25, objective: dict | None = None, **kwargs):
+    def __init__(self, *args: Any, keep: float = 0.25, objective: dict | None = None, **kwargs: Any) -> None:
         super().__init__(*args, **kwargs)
         if self.args.gradient_checkpointing:
             raise ValueError(
@@ -68,8 +71,11 @@ class GatedSFTTrainer(SFTTrainer):
             )
         if not 0 < keep <= 1:
             raise ValueError(f"keep is the share of tokens that is held, above 0 and at most 1; got {keep}.")
-        self.keep, self.found = keep, defaultdict(list)
-        self.objective = Objective(self.model, **{"objective": "lm", "oracle_weight": 0.3} | (objective or {}))
+        self.keep = keep
+        self.found: dict[str, list[float]] = defaultdict(list)
+        self.objective: Objective = Objective(
+            cast(PeftModel, self.model), **{"objective": "lm", "oracle_weight": 0.3} | (objective or {})
+        )
         if self.objective.sparsity == "lagrange":
             raise ValueError("sparsity='lagrange' has multipliers that Trainer would not save: use another penalty.")
 
@@ -82,11 +88,17 @@ class GatedSFTTrainer(SFTTrainer):
         batch = collate(rows, aligned)
         return {k: v.to(inputs["input_ids"].device) for k, v in batch.items() if k not in ("segments", "position_ids")}
 
-    def compute_loss(self, model, inputs, return_outputs: bool = False, num_items_in_batch=None) -> torch.Tensor:
+    def compute_loss(
+        self,
+        model: nn.Module,
+        inputs: dict[str, Any],
+        return_outputs: bool = False,
+        num_items_in_batch: torch.Tensor | int | None = None,
+    ) -> torch.Tensor:
         """The objective's loss of a batch, a scalar."""
         if return_outputs:
             raise ValueError("the objective gives a loss and no logits: leave compute_metrics out.")
-        step, training = self.state.global_step, self.model.training
+        step, training = self.state.global_step, cast(nn.Module, self.model).training
         target = target_keep(step, self.state.max_steps, self.keep, 0.5) if training else self.keep
         out = self.objective(self.batch_of(inputs), target, seed=step)
         for name in ("keep", "task", "oracle") if training else ():

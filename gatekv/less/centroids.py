@@ -26,7 +26,7 @@ class CentroidPsi(FeatureMap):
 
     of = "KV heads"
 
-    def __init__(self, heads: int, head_dim: int, rank: int = 4, hidden: int = 512, dropout: float = 0.0):
+    def __init__(self, heads: int, head_dim: int, rank: int = 4, hidden: int = 512, dropout: float = 0.0) -> None:
         super().__init__(heads, head_dim, rank, hidden, dropout, outputs=rank + 1)
 
     def _features(self, k: Tensor) -> Tensor:
@@ -37,7 +37,7 @@ class CentroidPsi(FeatureMap):
 class CentroidPhi(nn.Module):
     """φ, one for each query head: what it makes of a centroid's answer."""
 
-    def __init__(self, heads: int):
+    def __init__(self, heads: int) -> None:
         super().__init__()
         self.sharpness = nn.Parameter(torch.ones(heads, 1, 1))
         self.bias = nn.Parameter(torch.zeros(heads, 1, 1))
@@ -62,6 +62,7 @@ class CentroidPhi(nn.Module):
         q: [batch, heads, queries, head_dim]. Returns (output, shaped as q, log-sum-exp [batch, heads, queries]),
         (0, -inf) while nothing is folded.
         """
+        assert state.m is not None
         (b, h, n, d), kv, acc = q.shape, state.z.shape[1], state.z.dtype
         info = torch.finfo(acc)
         x = group_queries(q.to(acc) * (self.sharpness.to(acc) * scaling), kv)  # [b, kv, group, n, d]

@@ -9,6 +9,8 @@ attention head both maps; here φ belongs to a query head, ψ (and the state) to
 its multi-query variant does for all heads.
 """
 
+from collections.abc import Callable
+
 import torch
 from torch import nn
 from torch.nn.functional import dropout, gelu
@@ -30,8 +32,11 @@ class FeatureMap(nn.Module):
     """What the maps share: one two-layer perceptron for each head, evaluated in at least float32."""
 
     of = "heads"
+    _features: Callable[[Tensor], Tensor]  # of each kind: [batch, heads, tokens, head_dim] -> [..., rank]
 
-    def __init__(self, heads: int, head_dim: int, rank: int, hidden: int, dropout: float, outputs: int | None = None):
+    def __init__(
+        self, heads: int, head_dim: int, rank: int, hidden: int, dropout: float, outputs: int | None = None
+    ) -> None:
         super().__init__()
         for name, value in (("heads", heads), ("head_dim", head_dim), ("rank", rank), ("hidden", hidden)):
             if value < 1:
@@ -75,7 +80,7 @@ class Phi(FeatureMap):
 
     of = "query heads"
 
-    def __init__(self, heads: int, head_dim: int, rank: int = 8, hidden: int = 512, dropout: float = 0.3):
+    def __init__(self, heads: int, head_dim: int, rank: int = 8, hidden: int = 512, dropout: float = 0.3) -> None:
         super().__init__(heads, head_dim, rank, hidden, dropout)
 
     def _features(self, q: Tensor) -> Tensor:
@@ -87,7 +92,7 @@ class Psi(FeatureMap):
 
     of = "KV heads"
 
-    def __init__(self, heads: int, head_dim: int, rank: int = 8, hidden: int = 512, dropout: float = 0.3):
+    def __init__(self, heads: int, head_dim: int, rank: int = 8, hidden: int = 512, dropout: float = 0.3) -> None:
         super().__init__(heads, head_dim, rank, hidden, dropout)
         self.w3 = _xavier(heads, rank, rank)
         self.s1 = nn.Parameter(torch.full((heads, rank), SMALL))

@@ -1,10 +1,11 @@
 """The maps of one layer, and the answer of everything it evicted: what is folded, and what waits to be."""
 
-from typing import NamedTuple
+from typing import NamedTuple, cast
 
 import torch
 from torch import nn
 
+from gatekv.config import LessSpec
 from gatekv.less.centroids import CentroidPhi, CentroidPsi
 from gatekv.less.features import Phi, Psi
 from gatekv.less.state import State
@@ -31,7 +32,7 @@ class Waiting(NamedTuple):
 class LessMaps(nn.Module):
     """φ and ψ of one layer, as `spec` (`gatekv.config.LessSpec`) says: LESS's kernel, or centroids."""
 
-    def __init__(self, spec, heads: int, kv_heads: int, head_dim: int):
+    def __init__(self, spec: LessSpec, heads: int, kv_heads: int, head_dim: int) -> None:
         super().__init__()
         sizes = (head_dim, spec.less_rank, spec.less_hidden, spec.less_dropout)
         self.spec, self.centroids = spec, spec.less_form == "centroids"
@@ -52,7 +53,7 @@ class LessMaps(nn.Module):
         """
         ops = naive if q.shape[2] == 1 else remainder  # a lone query is no chunk
         if self.centroids and waiting is None:
-            return [self.phi.ask(q, state, scaling)]
+            return [cast(CentroidPhi, self.phi).ask(q, cast(State, state), scaling)]
         if self.centroids:
             said = [] if state is None else [state.reach(q)]
             if waiting is not None:

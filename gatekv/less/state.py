@@ -22,7 +22,7 @@ class State:
         m: as h, Σ ψ(k)ᵀ k, or None.
     """
 
-    def __init__(self, like: Tensor, rank: int, keys: bool = False):
+    def __init__(self, like: Tensor, rank: int, keys: bool = False) -> None:
         """An empty state; `like` [batch, kv_heads, tokens, head_dim], values, gives shapes, dtype and device; keys: sum
         up keys too.
 
@@ -34,7 +34,7 @@ class State:
         b, kv, _, d = like.shape
         self.h = torch.zeros(b, kv, rank, d, dtype=accumulation_dtype(like), device=like.device)
         self.z = self.h.new_zeros(b, kv, rank)
-        self.m = torch.zeros_like(self.h) if keys else None
+        self.m: Tensor | None = torch.zeros_like(self.h) if keys else None
 
     def fold(self, psi: Tensor, k: Tensor, v: Tensor, gone: Tensor) -> None:
         """Add the flagged tokens; nothing ever comes back, and the order in which tokens are folded means nothing.
@@ -58,10 +58,11 @@ class State:
 
     def reach(self, q: Tensor) -> tuple[Tensor, Tensor]:
         """(Σ ψ(k) q·k, Σ ψ(k)), both [batch, heads, queries, rank], for q [batch, heads, queries, head_dim]."""
+        assert self.m is not None, "reach is of the centroid form, whose state sums keys too"
         kv, (b, h, n, _) = self.h.shape[1], q.shape
         said = group_queries(q.to(self.h.dtype), kv).flatten(2, 3) @ self.m.transpose(-1, -2)
         mass = self.z[:, :, None].expand(-1, -1, h // kv * n, -1)
-        return tuple(t.reshape(b, h, n, -1) for t in (said, mass))
+        return said.reshape(b, h, n, -1), mass.reshape(b, h, n, -1)
 
     def segment(self, phi: Tensor) -> tuple[Tensor, Tensor]:
         """What the evicted tokens answer: phi [batch, heads, queries, rank] -> (out [batch, heads, queries, head_dim],

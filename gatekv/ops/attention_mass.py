@@ -9,7 +9,9 @@ from gatekv.ops.naive import accumulation_dtype, causal_mask, group_queries
 ELEMENTS = 2**24  # of a block of probabilities
 
 
-def _paid(q, k, scale: float, valid: torch.Tensor, asks: torch.Tensor) -> Iterator[tuple[int, int, torch.Tensor]]:
+def _paid(
+    q: torch.Tensor, k: torch.Tensor, scale: float, valid: torch.Tensor, asks: torch.Tensor
+) -> Iterator[tuple[int, int, torch.Tensor]]:
     """(first query's slot, the slot behind the last one, probabilities [B, K, G, block, that slot]) block by block."""
     acc, (b, h, n, _), total = accumulation_dtype(q), q.shape, k.shape[2]
     qg, ka = group_queries(q, k.shape[1]).to(acc), k.to(acc)
@@ -24,7 +26,9 @@ def _paid(q, k, scale: float, valid: torch.Tensor, asks: torch.Tensor) -> Iterat
         yield start, end, p.masked_fill_(~asks[:, None, None, a:c, None], 0)
 
 
-def attention_mass(q, k, *, scale: float, valid: torch.Tensor, asks: torch.Tensor | None = None) -> torch.Tensor:
+def attention_mass(
+    q: torch.Tensor, k: torch.Tensor, *, scale: float, valid: torch.Tensor, asks: torch.Tensor | None = None
+) -> torch.Tensor:
     """See `gatekv.ops.naive.attention_mass`."""
     mass = torch.zeros(k.shape[:3], dtype=accumulation_dtype(q), device=k.device)
     for _, end, p in _paid(q, k, scale, valid, valid[:, -q.shape[2] :] if asks is None else asks):
@@ -32,7 +36,9 @@ def attention_mass(q, k, *, scale: float, valid: torch.Tensor, asks: torch.Tenso
     return mass
 
 
-def local_mass(q, k, *, scale: float, valid: torch.Tensor, near: torch.Tensor, beside: torch.Tensor) -> torch.Tensor:
+def local_mass(
+    q: torch.Tensor, k: torch.Tensor, *, scale: float, valid: torch.Tensor, near: torch.Tensor, beside: torch.Tensor
+) -> torch.Tensor:
     """See `gatekv.ops.naive.local_mass`."""
     mass = torch.zeros(k.shape[:2], dtype=accumulation_dtype(q), device=k.device)
     at = torch.arange(k.shape[2], device=k.device)

@@ -2,6 +2,7 @@
 
 import importlib
 import importlib.util
+from collections.abc import Callable
 
 import torch
 
@@ -45,6 +46,6 @@ def triton_serves(device: torch.device, dtype: torch.dtype) -> bool:
     return device.type == "cuda" and dtype != torch.float64 and importlib.util.find_spec("triton") is not None
 
 
-def load(name: str):
+def load(name: str) -> Callable[..., tuple[torch.Tensor, torch.Tensor]]:
     """The `paged_segment` of a backend."""
     return importlib.import_module(BACKENDS[name]).paged_segment

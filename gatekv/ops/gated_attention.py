@@ -5,6 +5,8 @@ products with probabilities are in bfloat16 where the model is, as in any flash 
 """
 
 import importlib
+from collections.abc import Iterator
+from typing import Any
 
 import torch
 
@@ -22,7 +24,9 @@ def heads_at_once(device: torch.device, heads: int) -> int:
     return 1 if device.type == "cpu" else heads
 
 
-def _tiles(q, k, log_gate, mask, window, decay):
+def _tiles(
+    q: torch.Tensor, k: torch.Tensor, log_gate: torch.Tensor, mask: torch.Tensor | None, window: int, decay: bool
+) -> Iterator[tuple[slice, slice, int, int, torch.Tensor]]:
     """Every block of probabilities: (heads, queries, first, end, p [N, G, Q, end]), slices of the N = B·K heads and of
     the queries, where `first` is the first query's place among the keys and `end` follows the last key of the block.
 
@@ -43,12 +47,20 @@ def _tiles(q, k, log_gate, mask, window, decay):
             yield heads, queries, first, end, p
 
 
-def _probabilities(q, k, log_gate, mask, first, window, decay):
+def _probabilities(
+    q: torch.Tensor,
+    k: torch.Tensor,
+    log_gate: torch.Tensor,
+    mask: torch.Tensor | None,
+    first: int,
+    window: int,
+    decay: bool,
+) -> torch.Tensor:
     """Probabilities [N, G, Q, T] of one block of queries; all 0 for a query that may look nowhere."""
     (n, g, m, d), t = q.shape, k.shape[1]
     s = torch.bmm(q.reshape(n, g * m, d), k.transpose(1, 2)).view(n, g, m, t)
     distance, local, far = _band(first, t, window, decay, q.device)
-    bias = (log_gate[:, None] * distance if decay else log_gate[:, None])[:, None]
+    bias = (log_gate[:, None] * distance if distance is not None else log_gate[:, None])[:, None]
     s[..., :far] += bias[..., :far]
     s[..., far:] += bias[..., far:].masked_fill(local, 0)
     if mask is None:
@@ -57,7 +69,9 @@ def _probabilities(q, k, log_gate, mask, first, window, decay):
     return s.masked_fill_(~mask[:, None], -torch.inf).softmax(-1).nan_to_num_(nan=0.0)
 
 
-def _band(first, end, window, decay, device):
+def _band(
+    first: int, end: int, window: int, decay: bool, device: torch.device
+) -> tuple[torch.Tensor | None, torch.Tensor, int]:
     """(i - j [Q, T] where weights decay with it, else None; local [Q, T - far]; far) for the queries first … end - 1:
     none of them has a local key before `far`."""
     far = max(0, first - max(window, 1) + 1)
@@ -65,20 +79,32 @@ def _band(first, end, window, decay, device):
     return i - j if decay else None, i - j[far:] < max(window, 1), far
 
 
-def _operands(q, k, gate, scale):
+def _operands(
+    q: torch.Tensor, k: torch.Tensor, gate: torch.Tensor, scale: float
+) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
     """(scaled queries [N, G, Q, D], keys [N, T, D], log gate [N, T]) in the accumulation dtype."""
     acc = accumulation_dtype(q)
     log_gate = gate.detach().to(acc).log()
     return group_queries(q.to(acc) * scale, k.shape[1]).flatten(0, 1), k.to(acc).flatten(0, 1), log_gate.flatten(0, 1)
 
 
-def _product_dtype(q):
+def _product_dtype(q: torch.Tensor) -> torch.dtype:
     return q.dtype if q.dtype == torch.bfloat16 else accumulation_dtype(q)
 
 
 class _GatedAttention(torch.autograd.Function):
     @staticmethod
-    def forward(ctx, q, k, v, gate, mask, window, scale, decay):
+    def forward(
+        ctx: Any,
+        q: torch.Tensor,
+        k: torch.Tensor,
+        v: torch.Tensor,
+        gate: torch.Tensor,
+        mask: torch.Tensor | None,
+        window: int,
+        scale: float,
+        decay: bool,
+    ) -> torch.Tensor:
         qs, ks, log_gate = _operands(q, k, gate, scale)
         out, vs = q.new_empty(qs.shape), v.flatten(0, 1).to(_product_dtype(q))
         for heads, queries, _, end, p in _tiles(qs, ks, log_gate, mask, window, decay):
@@ -90,7 +116,7 @@ class _GatedAttention(torch.autograd.Function):
         return out
 
     @staticmethod
-    def backward(ctx, dout):
+    def backward(ctx: Any, dout: torch.Tensor) -> tuple[torch.Tensor | None, ...]:
         q, k, v, gate, out, *rest = ctx.saved_tensors
         mask, window, decay = rest[0] if rest else None, ctx.window, ctx.decay
         qs, ks, log_gate = _operands(q, k, gate, ctx.scale)
@@ -109,7 +135,7 @@ class _GatedAttention(torch.autograd.Function):
             ds = torch.bmm(db, vs[heads, :end].transpose(1, 2)).view_as(p).mul_(p)
             if ctx.needs_input_grad[3]:
                 distance, local, far = _band(first, end, window, decay, q.device)
-                slope = ds * distance if decay else ds
+                slope = ds * distance if distance is not None else ds
                 dlog[heads, :far] += slope[..., :far].sum((1, 2), dtype=acc)
                 dlog[heads, far:end] += slope[..., far:].masked_fill(local, 0).sum((1, 2), dtype=acc)
             if any(ctx.needs_input_grad[:3]):
@@ -123,7 +149,15 @@ class _GatedAttention(torch.autograd.Function):
 
 
 def gated_attention(
-    q, k, v, gate, *, window: int, scale: float, mask: torch.Tensor | None = None, decay: bool = False
+    q: torch.Tensor,
+    k: torch.Tensor,
+    v: torch.Tensor,
+    gate: torch.Tensor,
+    *,
+    window: int,
+    scale: float,
+    mask: torch.Tensor | None = None,
+    decay: bool = False,
 ) -> torch.Tensor:
     """See `gatekv.ops.naive.gated_attention`; on a GPU with Triton `gated_triton` answers."""
     if backends.triton_serves(q.device, q.dtype):
@@ -133,7 +167,9 @@ def gated_attention(
 
 
 @torch.no_grad()
-def received_attention(q, k, *, window: int, scale: float, mask: torch.Tensor | None = None) -> torch.Tensor:
+def received_attention(
+    q: torch.Tensor, k: torch.Tensor, *, window: int, scale: float, mask: torch.Tensor | None = None
+) -> torch.Tensor:
     """See `gatekv.ops.naive.received_attention`."""
     qs, ks, log_gate = _operands(q.float(), k.float(), torch.ones(k.shape[:3], device=k.device), scale)
     best = torch.zeros_like(log_gate)

@@ -6,6 +6,8 @@ atomics, so equal inputs give equal bits. For evicted keys behind the windows it
 else; where the gates do not learn it leaves such queries out.
 """
 
+from typing import Any
+
 import torch
 import triton
 import triton.language as tl
@@ -180,7 +182,7 @@ def _grad_keys(Q, K, V, Gate, Order, Mask, Lse, DOut, Delta, DK, DV, DGate, kv_h
         tl.store(DGate + kv_row * keys + j, dgate, mask=j < keys)
 
 
-def _listed(gate) -> tuple[torch.Tensor, torch.Tensor]:
+def _listed(gate: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
     """Of gate [B, K, T]: key indices [B, K, T], those of gates above 0 first, each part in order; and ranks
     [B, K, T + 1], how many live keys stand before each."""
     live = (gate > 0).to(torch.int8)
@@ -190,7 +192,17 @@ def _listed(gate) -> tuple[torch.Tensor, torch.Tensor]:
 
 class _GatedAttention(torch.autograd.Function):
     @staticmethod
-    def forward(ctx, q, k, v, gate, mask, window, scale, decay):
+    def forward(
+        ctx: Any,
+        q: torch.Tensor,
+        k: torch.Tensor,
+        v: torch.Tensor,
+        gate: torch.Tensor,
+        mask: torch.Tensor | None,
+        window: int,
+        scale: float,
+        decay: bool,
+    ) -> torch.Tensor:
         (b, h, m, d), (kv, n) = q.shape, k.shape[1:3]
         width = max(16, triton.next_power_of_2(d))
         block = max(16, min(128, TILE_BYTES // width) // q.element_size())
@@ -209,7 +221,7 @@ class _GatedAttention(torch.autograd.Function):
 
     @staticmethod
     @once_differentiable
-    def backward(ctx, dout):
+    def backward(ctx: Any, dout: torch.Tensor) -> tuple[torch.Tensor | None, ...]:
         q, k, v, gate, out, lse, order, rank, *rest = ctx.saved_tensors
         (b, h, m, _), (kv, n) = q.shape, k.shape[1:3]
         mask, dout, delta = rest[0] if rest else gate, dout.contiguous(), torch.empty_like(lse)
@@ -229,7 +241,15 @@ class _GatedAttention(torch.autograd.Function):
 
 
 def gated_attention(
-    q, k, v, gate, *, window: int, scale: float, mask: torch.Tensor | None = None, decay: bool = False
+    q: torch.Tensor,
+    k: torch.Tensor,
+    v: torch.Tensor,
+    gate: torch.Tensor,
+    *,
+    window: int,
+    scale: float,
+    mask: torch.Tensor | None = None,
+    decay: bool = False,
 ) -> torch.Tensor:
     """See `gatekv.ops.naive.gated_attention`; accumulates in float32, so float64 belongs on the blocked path.
 

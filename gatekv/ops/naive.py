@@ -3,7 +3,12 @@
 Shape letters, here and everywhere: B batch, H query heads, K key-value heads, G = H/K, Q queries, T keys, D head dim.
 """
 
+from typing import TYPE_CHECKING
+
 import torch
+
+if TYPE_CHECKING:
+    from gatekv.ops.page_table import PageTable
 
 Tensor = torch.Tensor
 WHOLE = 16  # bits of a number that is stored as it came, whatever its dtype
@@ -20,14 +25,22 @@ def group_queries(q: Tensor, num_kv_heads: int) -> Tensor:
     return q.reshape(b, num_kv_heads, h // num_kv_heads, n, d)
 
 
-def causal_mask(num_queries: int, num_keys: int, device=None) -> Tensor:
+def causal_mask(num_queries: int, num_keys: int, device: torch.device | None = None) -> Tensor:
     """[Q, T] bool; the last query sees the last key."""
     i = torch.arange(num_keys - num_queries, num_keys, device=device)
     return i[:, None] >= torch.arange(num_keys, device=device)
 
 
 def gated_attention(
-    q, k, v, gate, *, window: int, scale: float, mask: Tensor | None = None, decay: bool = False
+    q: Tensor,
+    k: Tensor,
+    v: Tensor,
+    gate: Tensor,
+    *,
+    window: int,
+    scale: float,
+    mask: Tensor | None = None,
+    decay: bool = False,
 ) -> Tensor:
     """Attention in which key j weighs ``gate_j * exp(s_ij)`` once it is `window` tokens behind query i.
 
@@ -52,7 +65,7 @@ def gated_attention(
     return gated_segment(q, k, v, weight, seen, scale)[0].to(q.dtype)
 
 
-def gated_segment(q, k, v, weight: Tensor, mask: Tensor, scale: float) -> tuple[Tensor, Tensor]:
+def gated_segment(q: Tensor, k: Tensor, v: Tensor, weight: Tensor, mask: Tensor, scale: float) -> tuple[Tensor, Tensor]:
     """Attention in which key j weighs ``weight_ij * exp(s_ij)``, answered as (output, log-sum-exp).
 
     q: [B, H, Q, D]; k, v: [B, K, T, D]; weight: [B, K, Q or 1, T] in [0, 1]; mask: [B, 1, Q, T] bool. The gradient is
@@ -70,7 +83,7 @@ def gated_segment(q, k, v, weight: Tensor, mask: Tensor, scale: float) -> tuple[
     return out.reshape(b, h, m, d), (lse + top[..., 0]).reshape(b, h, m)
 
 
-def received_attention(q, k, *, window: int, scale: float, mask: Tensor | None = None) -> Tensor:
+def received_attention(q: Tensor, k: Tensor, *, window: int, scale: float, mask: Tensor | None = None) -> Tensor:
     """Per key, the largest probability that any query at least `window` tokens later gives it: what evicting it risks.
 
     q: [B, H, T, D]; k: [B, K, T, D]; mask as in `gated_attention`. Maximum over queries and over the heads of a group
@@ -85,7 +98,7 @@ def received_attention(q, k, *, window: int, scale: float, mask: Tensor | None =
     return p.masked_fill(i - j < max(window, 1), 0).amax((2, 3))
 
 
-def _paid(q, k, scale: float, valid: Tensor, asks: Tensor) -> Tensor:
+def _paid(q: Tensor, k: Tensor, scale: float, valid: Tensor, asks: Tensor) -> Tensor:
     """Probabilities [B, K, G, Q, T] of the last Q tokens' queries over all keys; zero for pads and who does not ask."""
     acc = accumulation_dtype(q)
     s = torch.einsum("bkgqd,bktd->bkgqt", group_queries(q, k.shape[1]).to(acc), k.to(acc)) * scale
@@ -93,7 +106,7 @@ def _paid(q, k, scale: float, valid: Tensor, asks: Tensor) -> Tensor:
     return s.masked_fill(~seen, -torch.inf).softmax(-1).masked_fill(~seen, 0)
 
 
-def attention_mass(q, k, *, scale: float, valid: Tensor, asks: Tensor | None = None) -> Tensor:
+def attention_mass(q: Tensor, k: Tensor, *, scale: float, valid: Tensor, asks: Tensor | None = None) -> Tensor:
     """Per key, the probability that a causal prompt's last queries give it, summed over queries, mean over a group.
 
     q: [B, H, Q, D]; k: [B, K, T, D]; valid: [B, T] bool, pads neither ask nor receive; asks: [B, Q] bool, whose queries
@@ -102,7 +115,7 @@ def attention_mass(q, k, *, scale: float, valid: Tensor, asks: Tensor | None = N
     return _paid(q, k, scale, valid, valid[:, -q.shape[2] :] if asks is None else asks).sum(-2).mean(2)
 
 
-def local_mass(q, k, *, scale: float, valid: Tensor, near: Tensor, beside: Tensor) -> Tensor:
+def local_mass(q: Tensor, k: Tensor, *, scale: float, valid: Tensor, near: Tensor, beside: Tensor) -> Tensor:
     """[B, K]: the probability that all queries of a causal prompt give their last keys, those `beside` left out.
 
     Shapes as for `attention_mass`, Q = T; near: [B], query i finds keys j with i - j < near; beside: [B, K, T] bool.
@@ -113,7 +126,7 @@ def local_mass(q, k, *, scale: float, valid: Tensor, near: Tensor, beside: Tenso
     return (_paid(q, k, scale, valid, valid) * close[:, :, None]).sum((-1, -2)).mean(2)
 
 
-def dense_segment(q, k, v, mask: Tensor, scale: float) -> tuple[Tensor, Tensor]:
+def dense_segment(q: Tensor, k: Tensor, v: Tensor, mask: Tensor | None, scale: float) -> tuple[Tensor, Tensor]:
     """Attention over a rectangular memory, answered as (output, log-sum-exp).
 
     q: [B, H, Q, D]; k, v: [B, K, T, D]; mask: [B, 1 or K, Q, T] bool or None = all is seen.
@@ -140,7 +153,9 @@ def normalised(total_value: Tensor, total: Tensor) -> tuple[Tensor, Tensor]:
     return torch.where(held[..., None], total_value / total[..., None], 0), torch.where(held, total.log(), -torch.inf)
 
 
-def remainder_reach(q, k, psi, left, *, mask: Tensor | None = None) -> tuple[Tensor, Tensor]:
+def remainder_reach(
+    q: Tensor, k: Tensor, psi: Tensor, left: Tensor, *, mask: Tensor | None = None
+) -> tuple[Tensor, Tensor]:
     """Σ_j ψ(k_j) (q_i·k_j) and Σ_j ψ(k_j) over the tokens that query i finds, as in `remainder_segment`.
 
     q: [B, H, Q, D], of the last Q of T tokens; k: [B, K, T, D]; psi: [B, K, T, R]. Returns both [B, H, Q, R] in the
@@ -162,7 +177,9 @@ def _found(left: Tensor, queries: int, n: int, mask: Tensor | None) -> Tensor:
     return gone if mask is None else gone & mask
 
 
-def remainder_segment(phi, psi, v, left, *, mask: Tensor | None = None) -> tuple[Tensor, Tensor]:
+def remainder_segment(
+    phi: Tensor, psi: Tensor, v: Tensor, left: Tensor, *, mask: Tensor | None = None
+) -> tuple[Tensor, Tensor]:
     """Attention over the tokens that have left, with φ(q_i)·ψ(k_j) for e^{s_ij}: LESS (arXiv 2402.09398) in parallel.
 
     Args:
@@ -183,7 +200,7 @@ def remainder_segment(phi, psi, v, left, *, mask: Tensor | None = None) -> tuple
     return out.reshape(b, -1, m, v.shape[-1]), lse.reshape(b, -1, m)
 
 
-def paged_segment(q, keys, values, table, scale: float) -> tuple[Tensor, Tensor]:
+def paged_segment(q: Tensor, keys: Tensor, values: Tensor, table: "PageTable", scale: float) -> tuple[Tensor, Tensor]:
     """Attention over a paged memory in which every (sequence, kv head) row has its own tokens.
 
     q: [B, H, Q, D]; keys [P, block, D], values [P, block, D'], the pool; table: a `PageTable` over B·K rows.
@@ -203,7 +220,7 @@ def paged_segment(q, keys, values, table, scale: float) -> tuple[Tensor, Tensor]
     return torch.stack(outs).reshape(b, h, n, -1), torch.stack(lses).reshape(b, h, n)
 
 
-def paged_mass(q, keys, table, lse, scale: float, most: bool = False) -> Tensor:
+def paged_mass(q: Tensor, keys: Tensor, table: "PageTable", lse: Tensor, scale: float, most: bool = False) -> Tensor:
     """The attention that each token of a paged memory receives: [P, block], mean over queries and heads of a group.
 
     q: [B, H, Q, D]; lse: [B, H, Q], log-sum-exp over everything the query saw, infinite for one that does not count;

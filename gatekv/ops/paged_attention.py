@@ -21,7 +21,7 @@ def paged_segment(q: Tensor, keys: Tensor, values: Tensor, table: PageTable, sca
     return out.reshape(b, h, n, -1), lse.reshape(b, h, n)
 
 
-def paged_mass(q: Tensor, keys: Tensor, table: PageTable, lse: Tensor, scale: float, most=False) -> Tensor:
+def paged_mass(q: Tensor, keys: Tensor, table: PageTable, lse: Tensor, scale: float, most: bool = False) -> Tensor:
     """See `gatekv.ops.naive.paged_mass`."""
     b, acc = q.shape[0], accumulation_dtype(q)
     x = (group_queries(q, table.rows // b).to(acc) * scale).reshape(table.rows, -1, q.shape[-1])
@@ -63,6 +63,7 @@ def _page_by_page(x: Tensor, keys: Tensor, values: Tensor, table: PageTable) -> 
 def _even_rows(x: Tensor, keys: Tensor, values: Tensor, table: PageTable) -> tuple[Tensor, Tensor]:
     """Rows of equal page counts are a rectangle; spans of it answer and merge."""
     pages, fill, block = (*(t.view(table.rows, -1) for t in (table.pages, table.fill)), keys.shape[1])
+    assert table.even is not None
     slots, answers = torch.arange(block, dtype=torch.int32, device=x.device), []
     step = max(1, CHUNK // table.rows)
     for a in range(0, table.even, step):

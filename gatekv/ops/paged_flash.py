@@ -9,7 +9,9 @@ from gatekv.ops.page_table import PageTable
 PAGE_MULTIPLE = 256  # the kernel's own condition on block_size
 
 
-def paged_segment(q, keys, values, table: PageTable, scale: float) -> tuple[torch.Tensor, torch.Tensor]:
+def paged_segment(
+    q: torch.Tensor, keys: torch.Tensor, values: torch.Tensor, table: PageTable, scale: float
+) -> tuple[torch.Tensor, torch.Tensor]:
     """See `gatekv.ops.naive.paged_segment`; half precision on CUDA, block_size a multiple of 256."""
     from flash_attn import flash_attn_with_kvcache
 

@@ -55,7 +55,9 @@ def _split(Q, K, V, Pages, Starts, Fill, Out, Lse, scale, stride_key, stride_val
     tl.store(Lse + to, tl.where(seen, top + tl.log(total), float("-inf")), mask=real_q)
 
 
-def paged_segment(q, keys, values, table: PageTable, scale: float) -> tuple[torch.Tensor, torch.Tensor]:
+def paged_segment(
+    q: torch.Tensor, keys: torch.Tensor, values: torch.Tensor, table: PageTable, scale: float
+) -> tuple[torch.Tensor, torch.Tensor]:
     """See `gatekv.ops.naive.paged_segment`. float64 and many queries go to the torch path."""
     b, h, n, d = q.shape
     x = group_queries(q, table.rows // b).reshape(table.rows, -1, d).contiguous()

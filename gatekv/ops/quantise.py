@@ -70,5 +70,5 @@ def _unpack(packed: Tensor, bits: int) -> Tensor:
     return ((packed[..., None] >> _shifts(bits, packed.device)) & 2**bits - 1).flatten(-2)
 
 
-def _shifts(bits: int, device) -> Tensor:
+def _shifts(bits: int, device: torch.device) -> Tensor:
     return torch.arange(0, 8, bits, dtype=torch.uint8, device=device)

@@ -4,6 +4,9 @@ Queries go in chunks; what left before a chunk is a running [R, D + 1] sum, what
 Memory is O(T·(R + D) + CHUNK²) a head, whatever the times; a chunk takes as long as the row in which most tokens leave.
 """
 
+from collections.abc import Iterator
+from typing import Any
+
 import torch
 
 from gatekv.ops.naive import accumulation_dtype, group_queries, normalised
@@ -29,7 +32,7 @@ class _Schedule:
     left: [rows, T], T = never. Chunk 0 has no queries: it is everything that left before the first of them.
     """
 
-    def __init__(self, left: Tensor, queries: int, heads: int):
+    def __init__(self, left: Tensor, queries: int, heads: int) -> None:
         n = left.shape[1]
         first = n - queries
         self.left, self.order = left.sort(-1)
@@ -40,7 +43,7 @@ class _Schedule:
         self.parts = [slice(max(a - first, 0) * heads, (c - first) * heads) for a, c in zip(edges, edges[1:])]
         self.steps = torch.arange(first, n, device=left.device).repeat_interleave(heads)
 
-    def pieces(self, chunk: int):
+    def pieces(self, chunk: int) -> Iterator[tuple[Tensor, Tensor, Tensor]]:
         """(index [rows, m], held [rows, m, 1], hidden [rows, queries, m]) of the keys that leave in a chunk, in pieces
         of m <= CHUNK; rows with fewer keys than others hold none at the end."""
         at, end = self.starts[:, chunk : chunk + 1], self.starts[:, chunk + 1 : chunk + 2]
@@ -64,7 +67,7 @@ class _Sums(torch.autograd.Function):
     """
 
     @staticmethod
-    def forward(ctx, phi, psi, v, left, heads):
+    def forward(ctx: Any, phi: Tensor, psi: Tensor, v: Tensor, left: Tensor, heads: int) -> Tensor:
         schedule = _Schedule(left, phi.shape[1] // heads, heads)
         sums = phi.new_empty(*phi.shape[:2], v.shape[-1] + 1)
         base = phi.new_zeros(len(phi), phi.shape[-1], v.shape[-1] + 1)
@@ -83,7 +86,7 @@ class _Sums(torch.autograd.Function):
         return sums
 
     @staticmethod
-    def backward(ctx, dsums):
+    def backward(ctx: Any, dsums: Tensor) -> tuple[Tensor | None, ...]:
         phi, psi, v, bases = ctx.saved_tensors
         schedule = ctx.schedule
         dphi, dpsi, dv = torch.empty_like(phi), torch.zeros_like(psi), torch.zeros_like(v)

@@ -6,6 +6,7 @@ processes, of gradients too, and the mean is the loss. Every exchange here has i
 """
 
 from dataclasses import dataclass, replace
+from typing import Any
 
 import torch
 import torch.distributed as dist
@@ -58,7 +59,7 @@ class Sequence:
 ALONE = Sequence(None, 0, 1)
 
 
-def _sum(x: torch.Tensor, group: ProcessGroup) -> torch.Tensor:
+def _sum(x: torch.Tensor, group: ProcessGroup | None) -> torch.Tensor:
     total = x.detach().clone()
     dist.all_reduce(total, group=group)
     return total
@@ -78,37 +79,37 @@ def _exchange(sent: list[torch.Tensor], dim: int, sequence: Sequence) -> torch.T
 
 class _Into(torch.autograd.Function):
     @staticmethod
-    def forward(ctx, x, tokens: int, heads: int, sequence: Sequence):
+    def forward(ctx: Any, x: torch.Tensor, tokens: int, heads: int, sequence: Sequence) -> torch.Tensor:
         ctx.back = tokens, heads, sequence
         received = _exchange(list(x.chunk(sequence.size, heads)), tokens, sequence)
         return torch.cat([x.narrow(tokens, 0, n) for x, n in zip(received, sequence.parts())], tokens)
 
     @staticmethod
-    def backward(ctx, grad):
+    def backward(ctx: Any, grad: torch.Tensor) -> tuple[torch.Tensor, None, None, None]:
         return _OutOf.apply(grad, *ctx.back), None, None, None
 
 
 class _OutOf(torch.autograd.Function):
     @staticmethod
-    def forward(ctx, x, tokens: int, heads: int, sequence: Sequence):
+    def forward(ctx: Any, x: torch.Tensor, tokens: int, heads: int, sequence: Sequence) -> torch.Tensor:
         ctx.back = tokens, heads, sequence
         received = _exchange(list(x.tensor_split(sequence.size, tokens)), tokens, sequence)
         return torch.cat([x.narrow(tokens, 0, sequence.parts()[sequence.rank]) for x in received], heads)
 
     @staticmethod
-    def backward(ctx, grad):
+    def backward(ctx: Any, grad: torch.Tensor) -> tuple[torch.Tensor, None, None, None]:
         return _Into.apply(grad, *ctx.back), None, None, None
 
 
 class _Together(torch.autograd.Function):
     @staticmethod
-    def forward(ctx, x, dim: int, sequence: Sequence):
+    def forward(ctx: Any, x: torch.Tensor, dim: int, sequence: Sequence) -> torch.Tensor:
         ctx.back = dim, sequence
         parts = [torch.empty_like(x, memory_format=torch.contiguous_format) for _ in range(sequence.size)]
         dist.all_gather(parts, x.contiguous(), group=sequence.group)
         return torch.cat(parts, dim)
 
     @staticmethod
-    def backward(ctx, grad):
+    def backward(ctx: Any, grad: torch.Tensor) -> tuple[torch.Tensor, None, None]:
         dim, sequence = ctx.back
         return sequence.part(_sum(grad, sequence.group), dim), None, None

@@ -2,6 +2,7 @@
 remainder (what becomes of the rest?)."""
 
 from dataclasses import replace
+from typing import Any
 
 from gatekv.policies.adakv import Ada
 from gatekv.policies.controls import Random, SinksRecent, ValueNorm
@@ -28,27 +29,34 @@ __all__ += ["NACL", "PARTS", "Policy", "PyramidKV", "QAQ", "REMAINDERS", "Random
 __all__ += ["SnapKV", "StreamingLLM", "TOVA", "ThinK", "ValueNorm", "View", "WIDTHS", "resolve"]
 
 
-def _over(policy, default: Scorer, **parts) -> Policy:
+def _over(policy: Policy | Scorer | None, default: Scorer, **parts: Any) -> Policy:
     """The policy, or scorer, or default, with some parts replaced."""
     policy = default if policy is None else policy
     return replace(policy if isinstance(policy, Policy) else Policy(policy), **parts)
 
 
-def AdaKV(policy=None, *, alpha: float = 0.2, floor: str = "soft") -> Policy:
+def AdaKV(policy: Policy | Scorer | None = None, *, alpha: float = 0.2, floor: str = "soft") -> Policy:
     """Ada-KV (arXiv 2407.11550) over a scorer or policy (None: SnapKV); see `gatekv.policies.adakv.Ada`."""
     return _over(policy, SnapKV(), rule=Ada(alpha, floor))
 
 
-def PyramidKV(policy=None, *, beta: int = 20, variant: str = "paper") -> Policy:
+def PyramidKV(policy: Policy | Scorer | None = None, *, beta: int = 20, variant: str = "paper") -> Policy:
     """PyramidKV (arXiv 2406.02069) over a scorer or policy (None: SnapKV); see `gatekv.policies.pyramidkv.Pyramid`."""
     return _over(policy, SnapKV(), layers=Pyramid(beta, variant))
 
 
-def ThinK(policy=None, *, prune: float = 0.4, window: int = 32) -> Policy:
+def ThinK(policy: Policy | Scorer | None = None, *, prune: float = 0.4, window: int = 32) -> Policy:
     """ThinK (arXiv 2407.21018) over a scorer or policy (None: no token goes); see `gatekv.policies.think.Channels`."""
     return _over(policy, Full(), width=Channels(prune, window))
 
 
-def QAQ(policy=None, *, bits=3.0, outliers=0.01, window: int = 32, floor=8.0) -> Policy:
+def QAQ(
+    policy: Policy | Scorer | None = None,
+    *,
+    bits: float = 3.0,
+    outliers: float = 0.01,
+    window: int = 32,
+    floor: float = 8.0,
+) -> Policy:
     """QAQ (arXiv 2403.04643) over a scorer or policy (None: no token goes); see `gatekv.policies.qaq.Bits`."""
     return _over(policy, Full(), width=Bits(bits, outliers, window, floor))

@@ -25,12 +25,14 @@ class Ada:
     floor: str = "soft"
     scope = "layer"
 
-    def __post_init__(self):
+    def __post_init__(self) -> None:
         check_choice("floor", self.floor, ("soft", "hard"))
         if not 0 <= self.alpha <= 1:
             raise ValueError(f"alpha is the share of its budget that a head is sure of, 0 to 1; got {self.alpha}.")
 
-    def keep(self, scores, protected, valid, counts):
+    def keep(
+        self, scores: torch.Tensor, protected: torch.Tensor, valid: torch.Tensor, counts: torch.Tensor
+    ) -> torch.Tensor:
         layers, batch, heads, tokens = scores.shape
         guarded = protected & valid[:, None]
         if self.floor == "hard":

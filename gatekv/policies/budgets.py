@@ -8,6 +8,7 @@ Every rule answers `keep(scores, protected, valid, counts)`:
 """
 
 from dataclasses import dataclass
+from typing import Protocol
 
 import torch
 
@@ -16,6 +17,22 @@ from gatekv.policies.amount import Amount
 
 class BudgetError(ValueError):
     """A budget that no prompt of this length, or no prompt at all, can keep under the policy."""
+
+
+class Rule(Protocol):
+    """How heads share a room; most rank (`Ranking`), a threshold judges tokens one by one."""
+
+    scope: str
+
+
+class Ranking(Rule, Protocol):
+    """A rule that turns scores into flags."""
+
+    def keep(
+        self, scores: torch.Tensor, protected: torch.Tensor, valid: torch.Tensor, counts: torch.Tensor
+    ) -> torch.Tensor:
+        """See the module."""
+        ...
 
 
 def too_small(budget: Amount, length: int, row: int, count: int, need: int) -> str:
@@ -53,7 +70,9 @@ class Uniform:
 
     scope = "layer"
 
-    def keep(self, scores, protected, valid, counts):
+    def keep(
+        self, scores: torch.Tensor, protected: torch.Tensor, valid: torch.Tensor, counts: torch.Tensor
+    ) -> torch.Tensor:
         return top(ranked(scores, protected, valid), counts[:, :, None, None])
 
 
@@ -63,7 +82,9 @@ class Global:
 
     scope = "model"
 
-    def keep(self, scores, protected, valid, counts):
+    def keep(
+        self, scores: torch.Tensor, protected: torch.Tensor, valid: torch.Tensor, counts: torch.Tensor
+    ) -> torch.Tensor:
         layers, batch, heads, tokens = scores.shape
         total = (counts * heads).sum(0)  # per row
         everything = ranked(scores, protected, valid).transpose(0, 1).flatten(1)  # [batch, layers·heads·tokens]
@@ -83,7 +104,9 @@ class Above:
 
     scope = "layer"
 
-    def keep(self, scores, protected, valid, counts):
+    def keep(
+        self, scores: torch.Tensor, protected: torch.Tensor, valid: torch.Tensor, counts: torch.Tensor
+    ) -> torch.Tensor:
         return ((scores > 0) | protected) & valid[:, None]
 
 
@@ -99,6 +122,8 @@ class Decay:
 
     scope = "layer"
 
-    def keep(self, scores, protected, valid, counts):
+    def keep(
+        self, scores: torch.Tensor, protected: torch.Tensor, valid: torch.Tensor, counts: torch.Tensor
+    ) -> torch.Tensor:
         age = torch.arange(scores.shape[-1] - 1, -1, -1, device=scores.device)
         return top(ranked(faded(scores, age), protected, valid), counts[:, :, None, None])

@@ -2,6 +2,7 @@
 
 import string
 from dataclasses import dataclass
+from typing import TYPE_CHECKING, cast
 
 import torch
 
@@ -10,17 +11,20 @@ from gatekv.policies.budgets import Global, top
 from gatekv.policies.controls import real_index
 from gatekv.policies.scorer import ALL, Scorer, View
 
+if TYPE_CHECKING:
+    from transformers import PreTrainedTokenizerBase
+
 SPECIAL, PUNCTUATION = 1, 2
 TIE = 1e-4  # of the mass: within a step the best attended come first
 
 
-def token_kinds(tokenizer) -> torch.Tensor:
+def token_kinds(tokenizer: "PreTrainedTokenizerBase") -> torch.Tensor:
     """[vocabulary] int8: SPECIAL for the tokenizer's special tokens, PUNCTUATION for tokens of nothing else, or 0.
 
     `token_kinds(tokenizer)[input_ids]` is what `KVCache(…, kinds=…)` takes.
     """
     special, marks = set(tokenizer.all_special_ids), set(string.punctuation)
-    texts = (tokenizer.decode([i]).strip() for i in range(len(tokenizer)))
+    texts = (cast(str, tokenizer.decode([i])).strip() for i in range(len(tokenizer)))
     return torch.tensor(
         [
             SPECIAL if i in special else PUNCTUATION if text and set(text) <= marks else 0
@@ -54,7 +58,7 @@ class FastGen(Scorer):
     partners = {"rule": Global}
     absolute = True
 
-    def __post_init__(self):
+    def __post_init__(self) -> None:
         if not 0 < self.recover <= 1:
             raise ValueError(f"recover is a share of the attention, above 0 and at most 1; got {self.recover}.")
         for name, value in (("heavy", self.heavy), ("local", self.local)):

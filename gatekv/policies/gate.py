@@ -31,7 +31,7 @@ class Gate(Scorer):
     streams = True
     decode = "evict"
 
-    def __post_init__(self):
+    def __post_init__(self) -> None:
         if self.observed < 0:
             raise ValueError(f"observed is a weight, at least 0; got {self.observed}.")
         self.queries = OBSERVED if self.observed else 0

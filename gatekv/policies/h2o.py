@@ -26,7 +26,7 @@ class H2O(Scorer):
     decode = "evict"
     watches = True
 
-    def __post_init__(self):
+    def __post_init__(self) -> None:
         if not 0 <= self.recent_share < 1:
             raise ValueError(f"recent_share is a share of the buffer, at least 0 and below 1; got {self.recent_share}.")
 

@@ -27,5 +27,5 @@ class L2Norm(Scorer):
     def score(self, view: View) -> torch.Tensor:
         return self.enter(view.keys, None)
 
-    def enter(self, keys: torch.Tensor, index) -> torch.Tensor:
+    def enter(self, keys: torch.Tensor, index: torch.Tensor | None) -> torch.Tensor:
         return -keys.float().norm(dim=-1)

@@ -7,8 +7,17 @@ tokens (sinks + window) are kept in any case.
 
 import math
 from dataclasses import dataclass
+from typing import Protocol
 
 from gatekv.policies.budgets import BudgetError
+
+
+class Rooms(Protocol):
+    """What `layer_count` asks: how many tokens a head of one layer may keep."""
+
+    def count(self, ratio: float, length: int, protected: int, layer: int, layers: int) -> int:
+        """See the module."""
+        ...
 
 
 @dataclass
@@ -37,7 +46,7 @@ def whole_layers(skip: tuple[int, ...], ratio: float, layers: int) -> tuple[list
     return skipped, rest
 
 
-def layer_count(allocation, skip: tuple[int, ...], ratio: float, length: int, protected: int, layer: int,
+def layer_count(allocation: Rooms, skip: tuple[int, ...], ratio: float, length: int, protected: int, layer: int,
                 layers: int) -> int:  # fmt: skip
     """Tokens per head of one layer, when the layers in `skip` stay whole; errors as for `whole_layers`."""
     skipped, rest = whole_layers(skip, ratio, layers)

@@ -43,7 +43,7 @@ class MergeSimilar:
     beta: float = 0.5
     later = True  # what leaves while decoding merges too
 
-    def __post_init__(self):
+    def __post_init__(self) -> None:
         if not 0 <= self.beta <= 1:
             raise ValueError(f"beta is the weight of the newest similarity, 0 to 1; got {self.beta}.")
 
@@ -73,7 +73,7 @@ class MergeNear:
     spare: int = 4
     later = False  # what leaves while decoding is forgotten
 
-    def __post_init__(self):
+    def __post_init__(self) -> None:
         if self.spare < 0:
             raise ValueError(f"spare counts the first kept tokens that take nothing in, at least 0; got {self.spare}.")
 
@@ -84,6 +84,6 @@ class MergeNear:
         close = -(2 * away.abs() + (away > 0)).double()
         return close.masked_fill((order < self.spare)[:, None], -torch.inf)
 
-    def admits(self, best: Tensor, held: Tensor, threshold: None) -> tuple[Tensor, None]:
+    def admits(self, best: Tensor, held: Tensor, threshold: Tensor | None) -> tuple[Tensor, None]:
         """(who merges [rows, n]: all, no threshold)."""
         return held, None

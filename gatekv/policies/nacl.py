@@ -34,7 +34,7 @@ class NACL(Scorer):
     window: int = 1
     queries = ALL
 
-    def __post_init__(self):
+    def __post_init__(self) -> None:
         for name, value in (("proxies", self.proxies), ("sampled", self.sampled), ("recent_share", self.recent_share)):
             if not 0 <= value <= 1:
                 raise ValueError(f"{name} is a share, 0 to 1; got {value}.")

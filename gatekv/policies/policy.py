@@ -5,7 +5,7 @@ from dataclasses import dataclass, replace
 from gatekv.config import check_choice
 from gatekv.policies.adakv import Ada
 from gatekv.policies.amount import Amount, checked_budget
-from gatekv.policies.budgets import Above, Decay, Global, Threshold, Uniform
+from gatekv.policies.budgets import Above, Decay, Global, Rule, Threshold, Uniform
 from gatekv.policies.controls import Random, SinksRecent, ValueNorm
 from gatekv.policies.d2o import D2O
 from gatekv.policies.elastic import ElasticCache
@@ -27,6 +27,7 @@ from gatekv.policies.streaming_llm import StreamingLLM
 from gatekv.policies.think import Channels
 from gatekv.policies.tova import TOVA
 from gatekv.policies.variance import Variance
+from gatekv.support import LATER
 
 SCORERS = {
     "full": Full,
@@ -50,7 +51,7 @@ BUDGETS = {"threshold": Threshold, "uniform": Uniform, "ada": Ada, "global": Glo
 LAYERS = {"even": Even, "pyramid": Pyramid, "variance": Variance}
 WIDTHS = {"think": Channels, "qaq": Bits}
 REMAINDERS = {"less": Less, "merge_similar": MergeSimilar, "merge_near": MergeNear}
-PARTS = {"rule": BUDGETS, "layers": LAYERS, "width": WIDTHS, "remainder": REMAINDERS}  # of a policy, beside its scorer
+PARTS: dict[str, dict] = {"rule": BUDGETS, "layers": LAYERS, "width": WIDTHS, "remainder": REMAINDERS}  # beside scorers
 
 
 @dataclass
@@ -66,9 +67,9 @@ class Policy:
     """
 
     scorer: Scorer
-    rule: object = None
+    rule: Rule = LATER
     budget: Amount | None = None
-    layers: Even | Pyramid | Variance | None = None
+    layers: Even | Pyramid | Variance = LATER
     width: Channels | Bits | None = None
     remainder: Less | MergeSimilar | MergeNear | None = None
 
@@ -105,7 +106,7 @@ def _parse(name: str) -> Policy:
     return Policy(SCORERS[first](), **found)
 
 
-def resolve(policy, budget: Amount | None) -> Policy:
+def resolve(policy: Policy | Scorer | str, budget: Amount | None) -> Policy:
     """Turn "snapkv+ada+pyramid", `SnapKV(window=16)` or a `Policy` into a Policy with its budget checked.
 
     Raises:
@@ -121,7 +122,7 @@ def resolve(policy, budget: Amount | None) -> Policy:
             f"policy must be a name, a Policy, or an object of a class derived from Scorer, not {policy!r}."
         )
     scorer, learned = policy.scorer, isinstance(policy.scorer, Gate)
-    usual = {"rule": Threshold if learned else Uniform, "layers": Even, **scorer.partners}
+    usual: dict[str, type] = {"rule": Threshold if learned else Uniform, "layers": Even, **scorer.partners}
     if budget is None and scorer.absolute:
         usual["rule"] = Above
     missing = {part: kind() for part, kind in usual.items() if getattr(policy, part) is None}

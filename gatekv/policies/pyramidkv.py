@@ -23,7 +23,7 @@ class Pyramid:
     variant: str = "paper"
     scope = "layer"
 
-    def __post_init__(self):
+    def __post_init__(self) -> None:
         check_choice("variant", self.variant, ("paper", "kvpress"))
         if self.beta < 1:
             raise ValueError(f"beta is a divisor, at least 1; got {self.beta}.")

@@ -48,7 +48,7 @@ class Bits:
     window: int = 32
     floor: float = 8.0
 
-    def __post_init__(self):
+    def __post_init__(self) -> None:
         if not WIDTHS[0] <= self.bits <= WHOLE:
             raise ValueError(f"bits is a mean over numbers of {WIDTHS} bits, between 2 and 16; got {self.bits}.")
         if not 0 <= self.outliers < 0.5:
@@ -68,7 +68,15 @@ class Bits:
             raise ValueError(f"outliers are found by a byte, and head_dim is {head_dim}, above 256: use outliers=0.")
         return 2 * math.ceil(self.outliers / 2 * head_dim)
 
-    def sensitivity(self, attention, held, key_range, value_range, value_size, query_size) -> torch.Tensor:
+    def sensitivity(
+        self,
+        attention: torch.Tensor,
+        held: torch.Tensor,
+        key_range: torch.Tensor,
+        value_range: torch.Tensor,
+        value_size: torch.Tensor,
+        query_size: torch.Tensor,
+    ) -> torch.Tensor:
         """How far a code of one step over its range would move the output: [2, rows, tokens], keys then values.
 
         attention, key_range, value_range: [rows, tokens]; held: [rows, tokens] bool, False where there is no token;

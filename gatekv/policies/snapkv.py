@@ -41,7 +41,7 @@ class SnapKV(Scorer):
     pooling: str = "max"
     sinks: int = 0
 
-    def __post_init__(self):
+    def __post_init__(self) -> None:
         check_choice("pooling", self.pooling, ("max", "mean"))
         if self.kernel < 1 or self.kernel % 2 == 0:
             raise ValueError(f"kernel must be odd and at least 1, so that pooling stays centred; got {self.kernel}.")

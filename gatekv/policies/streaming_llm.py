@@ -25,7 +25,7 @@ class StreamingLLM(Scorer):
     streams = True
     decode = "evict"
 
-    def __post_init__(self):
+    def __post_init__(self) -> None:
         check_choice("positions", self.positions, ("original", "slot"))
         self.slots = self.positions == "slot"
 

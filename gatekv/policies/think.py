@@ -22,7 +22,7 @@ class Channels:
     prune: float = 0.4
     window: int = 32
 
-    def __post_init__(self):
+    def __post_init__(self) -> None:
         if not 0 <= self.prune < 1:
             raise ValueError(f"prune is the share of key channels to drop, at least 0 and below 1; got {self.prune}.")
         if self.window < 1:

@@ -21,7 +21,7 @@ class Variance:
     floor: float = 0.2
     scope = "model"
 
-    def __post_init__(self):
+    def __post_init__(self) -> None:
         if not 0 <= self.floor <= 1:
             raise ValueError(f"floor is the share of an even room that a layer is sure of, 0 to 1; got {self.floor}.")
 

@@ -2,15 +2,19 @@
 
 import math
 from pathlib import Path
+from typing import TYPE_CHECKING, Any
 
 from gatekv.extras import need
 from gatekv.report.style import measure, styles
+
+if TYPE_CHECKING:
+    from matplotlib.axes import Axes
 
 TICKS = [2.0**-i for i in range(8)]
 LABELS = {"kl": "KL to the full cache, nats per token (lower is better)", "score": "share of answers right"}
 
 
-def _line(axis, points: list[dict], value: str, name: str, style: dict) -> None:
+def _line(axis: "Axes", points: list[dict], value: str, name: str, style: dict) -> None:
     """One policy's points, sorted by bytes; the rows' interval is the score's, so KL goes without one."""
     points = sorted(points, key=lambda r: r["bytes_ratio"])
     x, y = [r["bytes_ratio"] for r in points], [r[value] for r in points]
@@ -26,7 +30,7 @@ def _line(axis, points: list[dict], value: str, name: str, style: dict) -> None:
             axis.fill_between(x, low, high, alpha=0.08, color=color, lw=0)
 
 
-def _panel(axis, rows: list[dict], looks: dict[str, dict]) -> None:
+def _panel(axis: "Axes", rows: list[dict], looks: dict[str, dict]) -> None:
     value = measure(rows[0])
     rows = [r for r in rows if r[value] is not None]
     for name, look in looks.items():
@@ -35,8 +39,8 @@ def _panel(axis, rows: list[dict], looks: dict[str, dict]) -> None:
             _line(axis, points, value, name, look)
     for full in [r for r in rows if r["policy"] == "full"][:1]:
         axis.axhline(full[value], color="black", ls="--", lw=1)
-        place = dict(xytext=(3, 4), textcoords="offset points", xycoords=("axes fraction", "data"))
-        axis.annotate("full cache", (0, full[value]), fontsize=9, **place)
+        at, place = (0, full[value]), ("axes fraction", "data")
+        axis.annotate("full cache", at, xytext=(3, 4), textcoords="offset points", xycoords=place, fontsize=9)
     if value == "score" and all(0 <= r["score"] <= 1 for r in rows):
         axis.set_ylim(-0.03, 1.03)
     least = min((r["bytes_ratio"] for r in rows), default=0.5)
@@ -69,8 +73,8 @@ def frontier(results: dict, path: Path) -> None:
     columns = min(3, max(1, len(panels)))
     lines = max(1, math.ceil(len(panels) / columns))
     size = (6.0 * columns + 1.8, 4.8 * lines)
-    figure, axes = pyplot.subplots(lines, columns, figsize=size, squeeze=False, layout="constrained")
-    axes = list(axes.flat)
+    figure, grid = pyplot.subplots(lines, columns, figsize=size, squeeze=False, layout="constrained")
+    axes: list[Axes] = list(grid.flat)
     for axis, (task, mode) in zip(axes, panels):
         here = [r for r in rows if (r["task"], r["mode"]) == (task, mode)]
         _panel(axis, here, looks)
@@ -79,7 +83,7 @@ def frontier(results: dict, path: Path) -> None:
         axis.set_axis_off()
     if not panels:
         axes[0].text(0.5, 0.5, "nothing was measured", ha="center", va="center", transform=axes[0].transAxes)
-    handles = {}
+    handles: dict[str, Any] = {}
     for axis in axes:
         handles |= {label: handle for handle, label in zip(*axis.get_legend_handles_labels())}
     if handles:

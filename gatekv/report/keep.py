@@ -2,6 +2,7 @@
 
 import math
 from pathlib import Path
+from typing import Any
 
 from gatekv.evaluation.keepmap import unpack
 from gatekv.extras import need
@@ -30,7 +31,8 @@ def keep(maps: dict, path: Path) -> bool:
     lines = math.ceil(len(rates) / columns)
     size = (4.6 * columns + 0.9, (0.9 + min(2.6, 0.24 * shape[1])) * lines + 0.4)
     figure, axes = pyplot.subplots(lines, columns, figsize=size, squeeze=False, layout="constrained")
-    image, top = None, max(r.max() for r in rates)
+    image: Any = None
+    top = max(r.max() for r in rates)
     for axis, entry, rate in zip(axes.flat, maps["maps"], rates):
         image = axis.imshow(rate.T, cmap="viridis", vmin=0, vmax=top, aspect="auto")
         budget = "its own threshold" if entry["budget"] is None else budget_text(entry["budget"])

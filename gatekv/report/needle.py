@@ -2,6 +2,7 @@
 
 import math
 from pathlib import Path
+from typing import Any
 
 from gatekv.extras import need
 
@@ -46,7 +47,7 @@ def needle(results: dict, path: Path) -> bool:
     lines = math.ceil(len(rows) / columns)
     size = (3.1 * columns + 1.2, 2.7 * lines + 0.3)
     figure, axes = pyplot.subplots(lines, columns, figsize=size, squeeze=False, layout="constrained")
-    image = None
+    image: Any = None
     modes = {r["mode"] for r in rows}
     for axis, row in zip(axes.flat, rows):
         depths, lengths, scores = grid(row["cells"])

@@ -10,7 +10,7 @@ from gatekv.report.style import measure, styles
 HERE = Path(__file__).parent
 
 
-def _plain(value):
+def _plain(value: object) -> object:
     """The same data with NaN and infinities as None: JSON has no word for them."""
     if isinstance(value, dict):
         return {k: _plain(v) for k, v in value.items()}

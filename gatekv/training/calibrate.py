@@ -1,10 +1,14 @@
 """After training: measure, on training text and with eviction on, which threshold keeps which share of tokens."""
 
+from typing import cast
+
 import torch
+from torch import nn
 
 from gatekv.adapter import set_calibration
+from gatekv.config import GateSpec
 from gatekv.gates.calibration import Calibration
-from gatekv.modules import base_model, gate_spec, parallel
+from gatekv.modules import base_model, gate_spec, judged, parallel
 from gatekv.training.data import TrainingData
 from gatekv.training.streams import RESERVED
 
@@ -16,23 +20,23 @@ LEVELS = (
 
 
 @torch.no_grad()
-def logits_of(model, data: TrainingData, first: int, rows: int, threshold: float) -> torch.Tensor:
+def logits_of(model: nn.Module, data: TrainingData, first: int, rows: int, threshold: float) -> torch.Tensor:
     """Gate logits of tokens beyond sinks and window, all layers and heads pooled, under eviction at `threshold`."""
     pooled = []
     device = base_model(model).device
     for row in range(rows):
         batch = {k: v.to(device) for k, v in data.batch(first + row, 1).items()}
-        spec = gate_spec(model)
+        spec = cast(GateSpec, gate_spec(model))
         split = int(batch["split"][0]) if spec.context == "prompt" else None
         with parallel(model, "hard", threshold=threshold, split=split) as layers:
             base_model(model).base_model(input_ids=batch["input_ids"], use_cache=False)
-            end = layers[0].recorded.logits.shape[-1] - spec.window
-            pooled += [w.recorded.logits[..., spec.sinks : end].flatten() for w in layers]
+            end = judged(layers[0]).logits.shape[-1] - spec.window
+            pooled += [judged(w).logits[..., spec.sinks : end].flatten() for w in layers]
     return torch.cat(pooled).float()
 
 
 def calibrate(
-    model, data: TrainingData, rows: int = 4, keep: float | None = None, first: int = RESERVED[1]
+    model: nn.Module, data: TrainingData, rows: int = 4, keep: float | None = None, first: int = RESERVED[1]
 ) -> Calibration | None:
     """Measure and store the thresholds. Rows `first` … are training text that the run has not reached.
 
@@ -40,7 +44,7 @@ def calibrate(
     A gate that reads whole prompts does not stream: it gets tau alone, and the result is None.
     """
     model.eval()
-    levels, spec = torch.tensor(LEVELS), gate_spec(model)
+    levels, spec = torch.tensor(LEVELS), cast(GateSpec, gate_spec(model))
     if spec.context == "prompt":
         if keep is not None:
             logits = logits_of(model, data, first, rows, -torch.inf).sort().values

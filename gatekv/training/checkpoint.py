@@ -3,6 +3,7 @@
 import hashlib
 import json
 from pathlib import Path
+from typing import cast
 
 import torch
 from accelerate import Accelerator
@@ -10,6 +11,7 @@ from transformers.utils import logging
 
 from gatekv.training import rotation, sharding
 from gatekv.training.options import RunConfig
+from gatekv.training.packing import RowSource
 
 logger = logging.get_logger(__name__)
 
@@ -21,16 +23,23 @@ def trained(module: torch.nn.Module) -> dict[str, torch.nn.Parameter]:
     return {name: p for name, p in module.named_parameters() if p.requires_grad}
 
 
-def tensors_of(accelerator: Accelerator, module, optimizer) -> dict[str, torch.Tensor]:
+def tensors_of(
+    accelerator: Accelerator, module: torch.nn.Module, optimizer: torch.optim.Optimizer
+) -> dict[str, torch.Tensor]:
     """What is to be saved: whole tensors on the CPU, however they are spread. Every process must call it."""
     named = trained(module)
-    tensors = {"multiplier": module.multiplier.cpu()}
+    tensors = {"multiplier": cast(torch.Tensor, module.multiplier).cpu()}
     tensors |= {f"param.{k}": v for k, v in sharding.gather(accelerator, named).items()}
     tensors |= {f"adam.{k}": v for k, v in sharding.gather_moments(accelerator, optimizer, named).items()}
     return {k: v.contiguous() for k, v in tensors.items()}
 
 
-def restore(accelerator: Accelerator, tensors: dict[str, torch.Tensor], module, optimizer) -> None:
+def restore(
+    accelerator: Accelerator,
+    tensors: dict[str, torch.Tensor],
+    module: torch.nn.Module,
+    optimizer: torch.optim.Optimizer,
+) -> None:
     """Put back what `tensors_of` gave, under any sharding, into what `sharding.prepare` has prepared.
 
     Every process must call it, with all tensors. ValueError when they are of other parameters.
@@ -39,7 +48,7 @@ def restore(accelerator: Accelerator, tensors: dict[str, torch.Tensor], module, 
     part = lambda start: {k.removeprefix(start): v for k, v in tensors.items() if k.startswith(start)}  # noqa: E731
     if {k: v.shape for k, v in part("param.").items()} != sharding.shapes(accelerator, named):
         raise ValueError("the checkpoint is of another gate: resume with the options it was started with.")
-    module.multiplier.copy_(tensors["multiplier"])
+    cast(torch.Tensor, module.multiplier).copy_(tensors["multiplier"])
     sharding.put(accelerator, named, part("param."))
     sharding.put_moments(accelerator, optimizer, named, part("adam."))
 
@@ -55,7 +64,7 @@ def identity(config: RunConfig, processes: int) -> dict:
     return {"options": config.decisive(), "rows_per_step": rows}
 
 
-def text_sha256(data, step: int, run: dict) -> str:
+def text_sha256(data: RowSource, step: int, run: dict) -> str:
     """Hash of the next rows that a run reads, which tells whether its text, tokenizer and order are still the same.
 
     data: `gatekv.training.data.TrainingData`. run: what `identity` gave.

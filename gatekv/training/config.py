@@ -27,7 +27,9 @@ class CPTConfig(Gated, RunConfig, GateSpec):
 
     recipe: ClassVar[str] = "cpt.py"
 
-    preset: str = option("default", "Named recipe whose values stand where nothing else is given.", choices=PRESETS)
+    preset: str = option(
+        "default", "Named recipe whose values stand where nothing else is given.", choices=tuple(PRESETS)
+    )
     output_dir: str = "checkpoints/demo"
     objective: str = option("kl", "Task loss.", choices=OBJECTIVES)
     prefill: str = option("sparse", "Flags act inside the prompt (sparse) or behind it (dense).", choices=PREFILLS)
@@ -44,7 +46,7 @@ class CPTConfig(Gated, RunConfig, GateSpec):
     target_share: float = option(0.5, "Share of the run over which the kept share falls from 1 to target_keep.")
     gradient_checkpointing: bool = option(False, "Hold one layer's activations at a time, for a third more time.")
 
-    def __post_init__(self):
+    def __post_init__(self) -> None:
         RunConfig.__post_init__(self)
         GateSpec.__post_init__(self)
         if self.gate == "none":

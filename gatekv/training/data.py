@@ -3,6 +3,7 @@ so that resuming, accumulation and data parallelism are questions of counting.""
 
 import math
 import random
+from typing import TYPE_CHECKING, cast
 
 import torch
 
@@ -11,6 +12,9 @@ from gatekv.facts import chat_frame, make_sample, paragraph_window
 from gatekv.training.packing import Row, collate, joined
 from gatekv.training.sources import Corpus, open_source, weighted
 from gatekv.training.sources import read_source as read_source
+
+if TYPE_CHECKING:
+    from transformers import PretrainedConfig, PreTrainedTokenizerBase
 
 CUE, PASSAGE = 6, 32  # words that ask for a passage, words of it
 SHORTEST = 16  # tokens of room that are worth another document
@@ -31,8 +35,18 @@ class TrainingData:
         ValueError: a length without room, a source that cannot be read or a weight that is none.
     """
 
-    def __init__(self, tokenizer, sources: list[str], length: int, *, retrieval_share: float, answer_weight: float,
-                 seed: int, recite_share: float = 0.0, pack: bool = False):  # fmt: skip
+    def __init__(
+        self,
+        tokenizer: "PreTrainedTokenizerBase",
+        sources: list[str],
+        length: int,
+        *,
+        retrieval_share: float,
+        answer_weight: float,
+        seed: int,
+        recite_share: float = 0.0,
+        pack: bool = False,
+    ) -> None:
         if length < 64:
             raise ValueError(f"sequence_length={length} leaves no room for a context; use at least 64.")
         weights = weighted(sources or [str(p) for p in sorted(TRAIN.glob("*.txt"))])
@@ -86,7 +100,7 @@ class TrainingData:
         """Two thirds of the row are read; then passages of it are asked for by their first words until it is full."""
         ids = self._tokens(self.frame[0]) + self._window(text, self.length * 2 // 3, rng)
         split, weights = len(ids), [1.0] * (len(ids) - 1)
-        words = self.tokenizer.decode(ids[len(self._tokens(self.frame[0])) :]).split(" ")
+        words = cast(str, self.tokenizer.decode(ids[len(self._tokens(self.frame[0])) :])).split(" ")
         while True:
             start = rng.randrange(max(1, len(words) - CUE - PASSAGE))
             cue, passage = words[start : start + CUE], words[start + CUE : start + CUE + PASSAGE]
@@ -132,7 +146,7 @@ class TrainingData:
         return out
 
 
-def check_length(length: int, config) -> None:
+def check_length(length: int, config: "PretrainedConfig") -> None:
     """ValueError when rows are longer than the positions a model was trained for."""
     limit = config.get_text_config(decoder=True).max_position_embeddings
     if length > limit:

@@ -7,8 +7,10 @@ the whole run; activations, communication in flight and the allocator's own loss
 import json
 import os
 import re
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import asdict, dataclass
 from pathlib import Path
+from typing import TYPE_CHECKING
 
 import torch
 from torch import nn
@@ -16,8 +18,12 @@ from transformers import AutoModelForCausalLM, PretrainedConfig
 
 from gatekv.config import check_choice
 from gatekv.training.checkpoint import trained
-from gatekv.training.options import RunConfig
 from gatekv.training.schedule import learning_rate_at, target_at
+
+if TYPE_CHECKING:
+    from transformers import PreTrainedModel
+
+    from gatekv.training.schedule import AnyConfig
 
 # What each plan divides by the number of processes: frozen weights, trained weights, gradients, AdamW's state.
 DIVIDED = {
@@ -41,7 +47,7 @@ class Plan:
     processes: int
     sharing: int = 1
 
-    def __post_init__(self):
+    def __post_init__(self) -> None:
         check_choice("dry_run plan", self.kind, DIVIDED)
         if self.processes < 1:
             raise ValueError(f"a plan has at least 1 process, not {self.processes}.")
@@ -73,7 +79,7 @@ class Memory:
     largest_layer: int
 
 
-def plan_of(text: str, environment=os.environ) -> Plan:
+def plan_of(text: str, environment: Mapping[str, str] = os.environ) -> Plan:
     """A plan from "zero3:16", or "zero3:16/8" where 8 share a row; "auto": from what `accelerate launch` says in
     the environment.
 
@@ -103,13 +109,13 @@ def memory(module: nn.Module, plan: Plan) -> Memory:
     """Bytes each process of a plan holds for a module, on whatever device its parameters are; frozen ones have no
     gradient. Sharded parts are counted as even shares, rounded up."""
 
-    def bytes_of(tensors) -> int:
+    def bytes_of(tensors: Iterable[torch.Tensor]) -> int:
         return sum(t.numel() * t.element_size() for t in tensors)
 
     def share(whole: int, divided: bool) -> int:
         return -(-whole // plan.processes) if divided else whole
 
-    def weights(parameters, divided: bool) -> int:
+    def weights(parameters: Sequence[torch.Tensor], divided: bool) -> int:
         small = bytes_of(p for p in parameters if p.numel() <= LEFT_WHOLE) if plan.kind == "zero3" else 0
         return share(bytes_of(parameters), divided) + small
 
@@ -124,11 +130,11 @@ def memory(module: nn.Module, plan: Plan) -> Memory:
         buckets = held  # gradients are copied into them
     still, moving = weights(at_rest, f) + bytes_of(module.buffers()), weights(learning, t)
     parts = still, moving, share(held, g), share(moments + copy, o), buckets
-    layers = max((m for m in module.modules() if isinstance(m, nn.ModuleList)), key=len, default=[])
+    layers = max((m for m in module.modules() if isinstance(m, nn.ModuleList)), key=len, default=nn.ModuleList())
     return Memory(*parts, sum(parts), max((bytes_of(layer.parameters()) for layer in layers), default=0))
 
 
-def report(module: nn.Module, config: RunConfig) -> dict:
+def report(module: nn.Module, config: "AnyConfig") -> dict:
     """What a run of `config` on `module` takes, as a plain dict that JSON can say.
 
     module: the PEFT model, on the meta device or a real one.
@@ -172,7 +178,7 @@ def text_of(found: dict) -> str:
     return "\n".join(lines)
 
 
-def on_meta(shape: PretrainedConfig, dtype: str, gated) -> nn.Module:
+def on_meta(shape: PretrainedConfig, dtype: str, gated: Callable[[PreTrainedModel], nn.Module]) -> nn.Module:
     """A model without weights. shape: its config. gated: puts an adapter on a transformers model and returns both."""
     with torch.device("meta"):
         return gated(AutoModelForCausalLM.from_config(shape, dtype=getattr(torch, dtype)))

@@ -1,6 +1,7 @@
 """How long a run still takes, from the steps it has made."""
 
 import time
+from typing import cast
 
 # A step on the oracle alone runs the model once; one with a student three times and backward. Until one was timed:
 STUDENT = 3.0  # times as long
@@ -31,7 +32,7 @@ class Remaining:
         warm, student = mean[True], mean[False]
         if warm is None and student is None:
             return None
-        student = STUDENT * warm if student is None else student
+        student = STUDENT * cast(float, warm) if student is None else student
         warm = student / STUDENT if warm is None else warm
         left = max(0, self.warm - self.done)
         return left * warm + (self.steps - self.done - left) * student

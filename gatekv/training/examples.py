@@ -3,8 +3,10 @@ the completion that follows it, which alone is learned. Row i is a pure function
 
 import random
 import string
+from collections.abc import Iterable
 from dataclasses import dataclass
 from statistics import median
+from typing import TYPE_CHECKING, Any, cast
 
 import torch
 
@@ -12,6 +14,9 @@ from gatekv.facts import chat_frame
 from gatekv.questions import FIELDS, prompt_ids, read_lines, with_choices
 from gatekv.training.packing import Row, collate
 from gatekv.training.streams import RESERVED
+
+if TYPE_CHECKING:
+    from transformers import PreTrainedTokenizerBase
 
 MODES = ("aware", "agnostic")
 FORMS = "context + question + choices + answer, prompt + completion, or messages"
@@ -45,7 +50,7 @@ def read_entries(source: str, fields: dict, split: str = "train") -> list[tuple[
     return [(where, filled(fields, row, where)) for where, row in rows] if fields else rows
 
 
-def _load(source: str, split: str):
+def _load(source: str, split: str) -> Iterable[dict]:
     name, _, configuration = source.partition(":")
     try:
         from datasets import load_dataset
@@ -67,7 +72,7 @@ def filled(fields: dict, row: dict, where: str) -> dict:
         ValueError: a column that the row does not have, an answer that is none of the labels; says `where`.
     """
 
-    def fill(value):
+    def fill(value: object) -> object:
         if isinstance(value, list):
             return [fill(v) for v in value]
         if not isinstance(value, str):
@@ -78,7 +83,7 @@ def filled(fields: dict, row: dict, where: str) -> dict:
         return value.format(**row)
 
     try:
-        entry = {name: fill(value) for name, value in fields.items()}
+        entry: dict[str, Any] = {name: fill(value) for name, value in fields.items()}
     except (KeyError, IndexError) as error:
         raise ValueError(f"{where} has no column {error} that `fields` names; it has {', '.join(row)}.") from error
     if "labels" in entry:
@@ -89,7 +94,7 @@ def filled(fields: dict, row: dict, where: str) -> dict:
     return entry
 
 
-def tokenised(tokenizer, entry: dict, where: str) -> Example:
+def tokenised(tokenizer: "PreTrainedTokenizerBase", entry: dict, where: str) -> Example:
     """An entry as token ids.
 
     With choices it is written as `recipes/evaluate.py --tasks classification` asks it; a prompt or messages by the
@@ -122,25 +127,27 @@ def tokenised(tokenizer, entry: dict, where: str) -> Example:
     return Example(_ids(tokenizer, prompt), [], _ids(tokenizer, completion) + end)
 
 
-def _chat(tokenizer, messages: list[dict], frame, where: str) -> tuple[str, str]:
+def _chat(
+    tokenizer: "PreTrainedTokenizerBase", messages: list[dict], frame: tuple[str, str, str], where: str
+) -> tuple[str, str]:
     if not tokenizer.chat_template:
         return "\n\n".join(m["content"] for m in messages[:-1]) + frame[1], messages[-1]["content"]
-    prompt = tokenizer.apply_chat_template(messages[:-1], tokenize=False, add_generation_prompt=True)
-    whole = tokenizer.apply_chat_template(messages, tokenize=False)
+    prompt = cast(str, tokenizer.apply_chat_template(messages[:-1], tokenize=False, add_generation_prompt=True))
+    whole = cast(str, tokenizer.apply_chat_template(messages, tokenize=False))
     if not whole.startswith(prompt):
         raise ValueError(f"{where}: the chat template writes the prompt otherwise once it is answered; give prompt and "
                          "completion as `choices` do, or a tokenizer with another template.")  # fmt: skip
     return prompt, whole[len(prompt) :].rstrip()
 
 
-def _end(tokenizer) -> list[int]:
+def _end(tokenizer: "PreTrainedTokenizerBase") -> list[int]:
     if tokenizer.eos_token_id is None:
         raise ValueError("the tokenizer has neither a chat template nor an end-of-text token, so that no completion "
                          "could end: set tokenizer.eos_token, and save it with the model.")  # fmt: skip
     return [tokenizer.eos_token_id]
 
 
-def _ids(tokenizer, text: str) -> list[int]:
+def _ids(tokenizer: "PreTrainedTokenizerBase", text: str) -> list[int]:
     return tokenizer(text, add_special_tokens=False).input_ids
 
 
@@ -159,8 +166,18 @@ class Examples:
         ValueError: examples that cannot be read, are too long or too few, or have no question to be agnostic of.
     """
 
-    def __init__(self, tokenizer, sources: list[str], length: int, *, mode: str, seed: int, fields: dict | None = None,
-                 split: str = "train", too_long: str = "error"):  # fmt: skip
+    def __init__(
+        self,
+        tokenizer: "PreTrainedTokenizerBase",
+        sources: list[str],
+        length: int,
+        *,
+        mode: str,
+        seed: int,
+        fields: dict | None = None,
+        split: str = "train",
+        too_long: str = "error",
+    ) -> None:
         if not sources:
             raise ValueError("nothing to fine-tune on: name a .jsonl file or a data set with --data.")
         self.mode, self.seed = mode, seed

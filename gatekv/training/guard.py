@@ -2,6 +2,7 @@
 
 import math
 from collections import deque
+from collections.abc import Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass
 from statistics import median
@@ -35,7 +36,7 @@ class LossGuard:
         ratio: 0 lets a finite loss be as large as it likes. losses: of the steps before, when a run is resumed.
     """
 
-    def __init__(self, ratio: float, losses: list[float]):
+    def __init__(self, ratio: float, losses: list[float]) -> None:
         self.ratio, self.losses = ratio, deque(losses, WINDOW)
 
     def verdict(self, loss: float, norm: float | None) -> str:
@@ -69,7 +70,7 @@ def failure(verdict: str, step: int, batches: list[Fingerprint], last: str) -> F
 
 
 @contextmanager
-def peers_named():
+def peers_named() -> Iterator[None]:
     """Inside, what the communication library raises when another process is gone becomes a ConnectionError."""
     try:
         yield

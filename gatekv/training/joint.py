@@ -1,6 +1,7 @@
 """A gate and low-rank maps that learn at once: the gate what the maps cannot say, the maps what the gate lets go."""
 
 import torch
+from peft import PeftModel
 from torch import nn
 
 from gatekv.training.lesson import LessObjective
@@ -21,7 +22,7 @@ class JointObjective(nn.Module):
         ValueError: an adapter without gates or without maps, a policy that is no gate's, or what `Objective` refuses.
     """
 
-    def __init__(self, model, policy: str, oracle_weight: float = 0.3):
+    def __init__(self, model: PeftModel, policy: str, oracle_weight: float = 0.3) -> None:
         super().__init__()
         self.maps = LessObjective(model, policy)
         self.gate = Objective(
@@ -42,6 +43,6 @@ class JointObjective(nn.Module):
     def move_multipliers(self, gap: torch.Tensor) -> None:
         """Nothing to move: budgets are held exactly."""
 
-    def soft_hard(self, batch, target: float) -> dict[str, float]:
+    def soft_hard(self, batch: dict[str, torch.Tensor], target: float) -> dict[str, float]:
         """What `LessObjective.soft_hard` finds of the layers, and the divergence with hard flags and a state."""
         return self.maps.soft_hard(batch, target) | {"kl": self.gate.soft_hard(batch, target)["hard"]}

@@ -43,7 +43,7 @@ class LessConfig(RunConfig):
     sparsity: ClassVar[str] = "budget"
     target_share: ClassVar[float] = 0.0
 
-    def __post_init__(self):
+    def __post_init__(self) -> None:
         super().__post_init__()
         if self.rank < 1:
             raise ValueError(f"rank must be at least 1, not {self.rank}.")

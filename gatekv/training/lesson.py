@@ -7,13 +7,15 @@ distilled from the model with its whole cache.
 """
 
 import copy
+from typing import Any, cast
 
 import torch
 from peft import PeftModel, get_peft_model
 from torch import nn
-from transformers import DynamicCache
+from transformers import DynamicCache, PreTrainedModel
 
 from gatekv.adapter import GateKVConfig
+from gatekv.attention import Lesson
 from gatekv.bundled import adapter_path
 from gatekv.cache.kvcache import KVCache
 from gatekv.cache.layer import KVLayer
@@ -40,7 +42,9 @@ class LessObjective(nn.Module):
         ValueError: an adapter without low-rank maps, a policy that does not exist.
     """
 
-    def __init__(self, model, policy: str, objective: str = "attention_mse"):
+    multiplier: torch.Tensor
+
+    def __init__(self, model: PeftModel, policy: str, objective: str = "attention_mse") -> None:
         super().__init__()
         check_choice("objective", objective, KINDS)
         self.model, self.policy, self.objective = model, policy, objective
@@ -50,7 +54,7 @@ class LessObjective(nn.Module):
         self.register_buffer("multiplier", torch.zeros(1))  # part of every objective's checkpoint
 
     @torch.no_grad()
-    def _lesson(self, batch, split: int, budget: float) -> tuple[KVCache, list[torch.Tensor]]:
+    def _lesson(self, batch: dict[str, torch.Tensor], split: int, budget: float) -> tuple[KVCache, list[torch.Tensor]]:
         """(the whole prompt's cache, what the policy keeps of it per layer [batch, kv_heads, split])."""
         ids, mask = batch["input_ids"][:, :split], batch["attention_mask"][:, :split]
         cache = KVCache.undecided(self.model, queries=resolve(self.policy, budget).queries)
@@ -61,7 +65,7 @@ class LessObjective(nn.Module):
         kept = cache.decide(self.policy, budget, decode="keep", strict=True).flags()
         return cache, kept
 
-    def _behind(self, batch, split: int, prompt: KVCache) -> torch.Tensor:
+    def _behind(self, batch: dict[str, torch.Tensor], split: int, prompt: KVCache) -> torch.Tensor:
         """Last hidden states of the tokens behind the prompt, given its cache, which stays as it is."""
         past = DynamicCache(config=base_model(self.model).config.get_text_config(decoder=True))
         for i, layer in enumerate(prompt.layers):
@@ -90,7 +94,7 @@ class LessObjective(nn.Module):
         try:
             with torch.no_grad(), gates_off(self.model, listen=True):
                 teacher = self._behind(batch, split, prompt)
-            lessons = [w.recorded for w in layers]
+            lessons = [cast(Lesson, w.recorded) for w in layers]
             loss = torch.stack([lesson.error for lesson in lessons]).mean()
             if self.objective == "kl" and not warm:
                 head = base_model(self.model).get_output_embeddings()
@@ -108,7 +112,7 @@ class LessObjective(nn.Module):
         """Nothing to move."""
 
     @torch.no_grad()
-    def soft_hard(self, batch, target: float) -> dict[str, float]:
+    def soft_hard(self, batch: dict[str, torch.Tensor], target: float) -> dict[str, float]:
         """The layers' error on a row kept apart, beside the policy's own, and the share of that which is closed; end to
         end, the divergence too."""
         with evaluating(self.model):
@@ -120,7 +124,9 @@ class LessObjective(nn.Module):
         return found
 
 
-def with_maps(model, adapter: str, gate: GateSpec | None = None, train_gate: bool = False, **less):
+def with_maps(
+    model: PreTrainedModel, adapter: str, gate: GateSpec | None = None, train_gate: bool = False, **less: Any
+) -> PeftModel:
     """A PEFT model with low-rank maps: alone, beside a fresh gate, or beside the gates and LoRA of a trained adapter.
 
     adapter: folder or Hub name, or empty; maps that it has are where these begin, else they are fresh. LoRA that it has
@@ -131,10 +137,10 @@ def with_maps(model, adapter: str, gate: GateSpec | None = None, train_gate: boo
         ValueError: the adapter's maps are of another form or size, or it has no gate to train.
     """
     if not adapter:
-        gate = {"gate": "none"} if gate is None else vars(gate)
-        return get_peft_model(model, GateKVConfig(task_type="CAUSAL_LM", **gate, **less))
+        fields = {"gate": "none"} if gate is None else vars(gate)
+        return cast(PeftModel, get_peft_model(model, GateKVConfig(task_type="CAUSAL_LM", **fields, **less)))
     trained = PeftModel.from_pretrained(model, adapter_path(adapter))
-    old = trained.peft_config["default"]
+    old = cast(GateKVConfig, trained.peft_config["default"])
     if old.less_rank:
         check_form(adapter, "maps", old, LessSpec(**less), ("less_form", "less_rank", "less_hidden"))
     if train_gate and old.gate == "none":

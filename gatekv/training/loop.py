@@ -2,25 +2,37 @@
 
 import math
 import time
+from collections.abc import Callable
 from contextlib import ExitStack
 from pathlib import Path
+from typing import TYPE_CHECKING, Any, TypeVar, cast
 
 import torch
 from accelerate import Accelerator
 from accelerate.utils import broadcast_object_list
 from tqdm import tqdm
 
+from gatekv.ops.sequence import Sequence
 from gatekv.training import checkpoint, rotation, sharding, shared
-from gatekv.training.data import TrainingData
 from gatekv.training.eta import Remaining
 from gatekv.training.guard import Fingerprint, LossGuard, failure, peers_named
 from gatekv.training.objective import Objective
-from gatekv.training.options import RunConfig
+from gatekv.training.packing import RowSource
 from gatekv.training.schedule import learning_rate_at, target_at
 from gatekv.training.signals import Stopped, StopSignals
 from gatekv.training.streams import RESERVED
 from gatekv.training.upload import Upload
 
+if TYPE_CHECKING:
+    from gatekv.training.config import CPTConfig
+    from gatekv.training.joint import JointObjective
+    from gatekv.training.lesson import LessObjective
+    from gatekv.training.plain import PlainObjective
+    from gatekv.training.schedule import AnyConfig
+
+    AnyObjective = Objective | JointObjective | LessObjective | PlainObjective
+
+Made = TypeVar("Made")
 PROBE_ROW = RESERVED[0]  # far behind any run: a row on which soft and hard gates are compared
 
 
@@ -29,7 +41,7 @@ def global_mean(accelerator: Accelerator, tensor: torch.Tensor) -> torch.Tensor:
     return accelerator.reduce(tensor, reduction="mean")
 
 
-def train(objective: Objective, data: TrainingData, config: RunConfig, accelerator: Accelerator) -> list[dict]:
+def train(objective: "AnyObjective", data: RowSource, config: "AnyConfig", accelerator: Accelerator) -> list[dict]:
     """Run to config.max_steps; returns one record per step of the whole run, those before a resume too: loss, task,
     sparsity, keep, target, lr; every save_every steps also the soft and hard loss on one row, their gap, and the share
     of undecided gates.
@@ -47,7 +59,9 @@ def train(objective: Objective, data: TrainingData, config: RunConfig, accelerat
             raise ValueError(f"{type(objective).__name__} computes whole rows: only gates train with sp_size above 1.")
         objective.share_rows(sequence)
     # Nobody but the optimizer may hold the parameters as they are now: FSDP2 puts parts in their place.
-    optimizer = torch.optim.AdamW(checkpoint.trained(objective).values(), lr=config.learning_rate, weight_decay=0.0)
+    optimizer: torch.optim.Optimizer = torch.optim.AdamW(
+        checkpoint.trained(objective).values(), lr=config.learning_rate, weight_decay=0.0
+    )
     identity = checkpoint.identity(config, readers)
     upload = _by_main(accelerator, lambda: Upload(config.push_to)) if config.push_to else None
     module, optimizer = sharding.prepare(accelerator, objective, optimizer, config)
@@ -110,9 +124,10 @@ def train(objective: Objective, data: TrainingData, config: RunConfig, accelerat
     return records
 
 
-def _by_main(accelerator: Accelerator, make):
+def _by_main(accelerator: Accelerator, make: Callable[[], Made]) -> Made | None:
     """make() of the main process, None on the others; a ValueError is everyone's, who would else wait for the first."""
-    made, error = None, [None]
+    made: Made | None = None
+    error: list[str | None] = [None]
     if accelerator.is_main_process:
         try:
             made = make()
@@ -126,11 +141,18 @@ def _by_main(accelerator: Accelerator, make):
 
 def _any(accelerator: Accelerator, *flags: bool) -> list[bool]:
     """Which of the flags are up in any process."""
-    flags = torch.tensor(flags, dtype=torch.float32, device=accelerator.device)
-    return (accelerator.reduce(flags, reduction="sum") > 0).tolist()
+    up = torch.tensor(flags, dtype=torch.float32, device=accelerator.device)
+    return (accelerator.reduce(up, reduction="sum") > 0).tolist()
 
 
-def _resume(config, objective, optimizer, data, identity, accelerator) -> list[dict]:
+def _resume(
+    config: "AnyConfig",
+    objective: "AnyObjective",
+    optimizer: torch.optim.Optimizer,
+    data: RowSource,
+    identity: dict,
+    accelerator: Accelerator,
+) -> list[dict]:
     """Put back what config.resume asks for; returns the records of the steps that were done."""
     chosen = _by_main(accelerator, lambda: checkpoint.find(config.resume, Path(config.output_dir)))
     name = [chosen and chosen[0]]
@@ -146,16 +168,28 @@ def _resume(config, objective, optimizer, data, identity, accelerator) -> list[d
     return state["records"]
 
 
-def _step(module, optimizer, data, config, accelerator, sequence, step: int, target: float):
+def _step(
+    module: torch.nn.Module,
+    optimizer: torch.optim.Optimizer,
+    data: RowSource,
+    config: "AnyConfig",
+    accelerator: Accelerator,
+    sequence: Sequence,
+    step: int,
+    target: float,
+) -> tuple[dict[str, float], float | None, list[Fingerprint]]:
     """One optimizer step over accumulation · readers · batch_size rows, whichever way they are split. Readers are the
     processes, or groups of them that share rows.
 
     Returns (means over all processes, the gradient's norm or None, fingerprints of this process's micro-batches).
     """
-    sums, batches, norm = {}, [], None
+    sums: dict[str, Any] = {}
+    batches: list[Fingerprint] = []
+    norm = None
     reader, readers = accelerator.process_index // sequence.size, accelerator.num_processes // sequence.size
     rows = config.batch_size * config.accumulation * readers
-    aligned = config.prefill == "dense" or config.spec.context == "prompt"  # all rows of a batch share a split
+    # All rows of a batch share a split.
+    aligned = config.prefill == "dense" or cast("CPTConfig", config).spec.context == "prompt"
     for micro in range(config.accumulation):
         first = step * rows + (micro * readers + reader) * config.batch_size
         batch = {k: v.to(accelerator.device) for k, v in data.batch(first, config.batch_size, align=aligned).items()}

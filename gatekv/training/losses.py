@@ -1,6 +1,9 @@
 """Task losses as pure functions. Every loss is per sequence first and averaged over sequences after, so that gradient
 accumulation and data parallelism change nothing."""
 
+from collections.abc import Callable
+from typing import Any
+
 import torch
 from torch import nn
 
@@ -15,7 +18,9 @@ class _FusedHead(torch.autograd.Function):
     """Sum of weighted token losses, its gradient computed chunk by chunk in the forward; the head itself is frozen."""
 
     @staticmethod
-    def forward(ctx, hidden, head, token_loss, *extra):
+    def forward(
+        ctx: Any, hidden: torch.Tensor, head: nn.Linear, token_loss: Callable[..., torch.Tensor], *extra: torch.Tensor
+    ) -> torch.Tensor:
         step = max(1, CHUNK_NUMBERS // head.out_features)
         grad = torch.empty_like(hidden)
         total = hidden.new_zeros((), dtype=torch.float32)
@@ -29,7 +34,7 @@ class _FusedHead(torch.autograd.Function):
         return total
 
     @staticmethod
-    def backward(ctx, dtotal):
+    def backward(ctx: Any, dtotal: torch.Tensor) -> tuple[torch.Tensor | None, ...]:
         (grad,) = ctx.saved_tensors
         return grad * dtotal, None, None, *(None for _ in range(len(ctx.needs_input_grad) - 3))
 
@@ -41,7 +46,7 @@ def row_shares(weights: torch.Tensor) -> torch.Tensor:
 
 def distillation_loss(
     student: torch.Tensor, teacher: torch.Tensor, head: nn.Linear, shares: torch.Tensor, reverse: bool = False
-):
+) -> torch.Tensor:
     """KL(teacher || student) over the vocabulary, weighted mean per row, then the mean over rows, in nats.
 
     student, teacher: last hidden states [batch, tokens, hidden_size]; shares: [batch, tokens] of `row_shares`, 0 where
@@ -50,7 +55,7 @@ def distillation_loss(
     """
     used = shares > 0
 
-    def token_loss(logits, teacher_hidden, share):
+    def token_loss(logits: torch.Tensor, teacher_hidden: torch.Tensor, share: torch.Tensor) -> torch.Tensor:
         with torch.no_grad():
             target = head(teacher_hidden).float().log_softmax(-1)
         mine = logits.log_softmax(-1)
@@ -60,26 +65,28 @@ def distillation_loss(
     return _FusedHead.apply(student[used], head, token_loss, teacher[used], shares[used])
 
 
-def hidden_loss(student: torch.Tensor, teacher: torch.Tensor, shares: torch.Tensor):
+def hidden_loss(student: torch.Tensor, teacher: torch.Tensor, shares: torch.Tensor) -> torch.Tensor:
     """Squared error of the last hidden states as a share of the teacher's square (WG-KV), weighted as above."""
     error = (student - teacher).float().square().mean(-1) / teacher.float().square().mean(-1).clamp_min(1e-6)
     return (error * shares).sum()
 
 
-def lm_loss(student: torch.Tensor, labels: torch.Tensor, head: nn.Linear, shares: torch.Tensor):
+def lm_loss(student: torch.Tensor, labels: torch.Tensor, head: nn.Linear, shares: torch.Tensor) -> torch.Tensor:
     """Cross-entropy of the next token, weighted mean per row, then the mean over rows, in nats.
 
     student: [batch, tokens, hidden_size]; labels: [batch, tokens] the token that follows; shares as above.
     """
     used = shares > 0
 
-    def token_loss(logits, label, share):
+    def token_loss(logits: torch.Tensor, label: torch.Tensor, share: torch.Tensor) -> torch.Tensor:
         return (nn.functional.cross_entropy(logits, label, reduction="none") * share).sum()
 
     return _FusedHead.apply(student[used], head, token_loss, labels[used], shares[used])
 
 
-def oracle_loss(logits: torch.Tensor, received: torch.Tensor, valid: torch.Tensor, sinks: int, window: int):
+def oracle_loss(
+    logits: torch.Tensor, received: torch.Tensor, valid: torch.Tensor, sinks: int, window: int
+) -> torch.Tensor:
     """Mean squared error of a gate's logits to log(received attention), per sequence, then the mean.
 
     logits, received: [batch, kv_heads, tokens]; tokens among the sinks or in the last window are not judged and do not

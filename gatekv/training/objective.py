@@ -1,13 +1,18 @@
 """The training objective as a module: one forward = losses of one micro-batch. This is what DDP and DeepSpeed wrap."""
 
+from collections.abc import Callable
+from typing import Any, cast
+
 import torch
+from peft import PeftModel
 from torch import nn
-from transformers import DynamicCache
+from transformers import Cache, DynamicCache
 
 from gatekv.attention import relaxed_flags
+from gatekv.config import GateSpec
 from gatekv.gates.documents import Documents
 from gatekv.gates.relaxations import logit_of
-from gatekv.modules import base_model, evaluating, gate_spec, gates_off, wrappers
+from gatekv.modules import GatedAttention, base_model, evaluating, gate_spec, gates_off, judged, wrappers
 from gatekv.ops.sequence import ALONE, Sequence
 from gatekv.support import kv_heads
 from gatekv.training import shared
@@ -39,10 +44,21 @@ class Objective(nn.Module):
         ValueError: a combination that cannot be computed; the message says what to change.
     """
 
+    multiplier: torch.Tensor
+
     def __init__(
-        self, model, *, objective: str = "kl", prefill: str = "sparse", sparsity: str = "budget", scope: str = "global",
-        sparsity_weight: float = 1.0, polarise_weight: float = 0.0, oracle_weight: float = 0.0, kl_weight: float = 0.0,
-    ):  # fmt: skip
+        self,
+        model: PeftModel,
+        *,
+        objective: str = "kl",
+        prefill: str = "sparse",
+        sparsity: str = "budget",
+        scope: str = "global",
+        sparsity_weight: float = 1.0,
+        polarise_weight: float = 0.0,
+        oracle_weight: float = 0.0,
+        kl_weight: float = 0.0,
+    ) -> None:
         super().__init__()
         self.model = model
         self.objective, self.prefill, self.sparsity, self.scope = objective, prefill, sparsity, scope
@@ -50,7 +66,7 @@ class Objective(nn.Module):
         self.kl_weight = kl_weight
         self.below_learns = any(p.requires_grad for name, p in model.named_parameters() if "gatekv_" not in name)
         layers = wrappers(model)
-        self.spec = gate_spec(model)
+        self.spec = cast(GateSpec, gate_spec(model))
         self.sequence = ALONE
         check_objective(objective, prefill, sparsity, scope, self.spec)
         heads = kv_heads(base_model(model).config.get_text_config(decoder=True))
@@ -66,11 +82,12 @@ class Objective(nn.Module):
         shared.check(self, sequence)
         self.sequence = sequence
 
-    def _hidden(self, batch, past=None, start: int = 0) -> torch.Tensor:
+    def _hidden(self, batch: dict[str, torch.Tensor], past: Cache | None = None, start: int = 0) -> torch.Tensor:
         """Last hidden states of the tokens from `start` on; those before are in `past`. Of a shared row, of the tokens
         of this process."""
-        inner, mask = base_model(self.model), batch["attention_mask"]
-        positions = (mask.cumsum(-1) - 1).clamp_min(0)
+        inner = base_model(self.model)
+        mask: torch.Tensor | None = batch["attention_mask"]
+        positions = (batch["attention_mask"].cumsum(-1) - 1).clamp_min(0)
         if "segments" in batch:  # transformers reads the borders off positions that start anew, for sliding layers too
             mask, positions = None, batch["position_ids"]
         if self.sequence.size > 1:
@@ -81,7 +98,7 @@ class Objective(nn.Module):
             use_cache=past is not None,
         ).last_hidden_state  # fmt: skip
 
-    def _prepare(self, batch, target: float, seed: int | None) -> int | None:
+    def _prepare(self, batch: dict[str, torch.Tensor], target: float, seed: int | None) -> int | None:
         """Tell the wrappers what this batch asks of them. Returns its split."""
         split = int(batch["split"][0]) if self.prefill == "dense" or self.spec.context == "prompt" else None
         documents = Documents(batch["segments"]) if "segments" in batch else None
@@ -93,8 +110,8 @@ class Objective(nn.Module):
             w.local = self._local_threshold(target) if self.objective == "attention_mse" else None
         return split
 
-    def _local_threshold(self, target: float):
-        def threshold(logits, valid):
+    def _local_threshold(self, target: float) -> Callable[[torch.Tensor, torch.Tensor], torch.Tensor | float]:
+        def threshold(logits: torch.Tensor, valid: torch.Tensor) -> torch.Tensor | float:
             if self.sparsity != "budget":
                 return logit_of(self.spec.threshold)
             return self._cut(logits[None], valid, target)[0]
@@ -107,7 +124,9 @@ class Objective(nn.Module):
         cut = budget_cut(every, valid, target, self.spec.sinks, self.spec.window, self.scope)
         return self.sequence.part(cut, 2) if self.scope == "head" else cut
 
-    def _teacher(self, batch, target: float):
+    def _teacher(
+        self, batch: dict[str, torch.Tensor], target: float
+    ) -> tuple[torch.Tensor | None, DynamicCache | None, torch.Tensor]:
         """(the plain model's hidden states, its cache if the student needs that, oracle loss).
 
         Its pass also tells where a "budget" threshold must lie.
@@ -127,16 +146,20 @@ class Objective(nn.Module):
             )
         oracle = torch.zeros((), device=hidden.device)
         if self.oracle_weight > 0:
-            judged = [w.recorded for w in layers]
-            losses = [oracle_loss(j.logits, j.received, j.valid, spec.sinks, spec.window) for j in judged]
+            found = [judged(w) for w in layers]
+            losses = [
+                oracle_loss(j.logits, cast(torch.Tensor, j.received), j.valid, spec.sinks, spec.window) for j in found
+            ]
             oracle = torch.stack(losses).mean()
         if self.sparsity == "budget":
-            logits = torch.stack([w.recorded.logits.detach() for w in layers])
-            for w, cut in zip(layers, self._cut(logits, layers[0].recorded.valid, target)):
+            logits = torch.stack([judged(w).logits.detach() for w in layers])
+            for w, cut in zip(layers, self._cut(logits, judged(layers[0]).valid, target)):
                 w.threshold = cut
         return hidden, past, oracle
 
-    def _student(self, batch, past, split: int | None, form: str) -> torch.Tensor:
+    def _student(
+        self, batch: dict[str, torch.Tensor], past: DynamicCache | None, split: int | None, form: str
+    ) -> torch.Tensor:
         """Hidden states under the gates; behind the split only, where a teacher's cache is given."""
         if past is None:
             for w in wrappers(self.model):
@@ -146,22 +169,30 @@ class Objective(nn.Module):
             finally:
                 for w in wrappers(self.model):
                     w.form = None
+        assert split is not None  # a teacher's cache is that of a prompt
         weights = {}
         for w in wrappers(self.model):
-            judged, threshold = w.recorded, self._threshold(w)
+            said, threshold = judged(w), self._threshold(w)
             weights[w.layer_idx] = relaxed_flags(
-                judged.logits, judged.valid, self.spec, form=form, threshold=threshold, split=split, seed=w.seed
+                said.logits, said.valid, self.spec, form=form, threshold=threshold, split=split, seed=w.seed
             )
         return self._hidden(batch, gated_prompt(past, split, weights, self.spec), split)
 
-    def _threshold(self, w):
+    def _threshold(self, w: GatedAttention) -> torch.Tensor | float:
         return logit_of(self.spec.threshold) if w.threshold is None else w.threshold
 
-    def _task(self, batch, teacher, past, split: int | None, form: str) -> torch.Tensor:
+    def _task(
+        self,
+        batch: dict[str, torch.Tensor],
+        teacher: torch.Tensor | None,
+        past: DynamicCache | None,
+        split: int | None,
+        form: str,
+    ) -> torch.Tensor:
         if self.objective == "none":
             return torch.zeros((), device=batch["input_ids"].device)
         if self.objective == "attention_mse":
-            return torch.stack([w.recorded.error for w in wrappers(self.model)]).mean()
+            return torch.stack([cast(torch.Tensor, judged(w).error) for w in wrappers(self.model)]).mean()
         head = base_model(self.model).get_output_embeddings()
         weights = batch["weights"].float()  # weights[t]: of predicting token t + 1
         labels = batch["input_ids"].roll(-1, 1)
@@ -169,11 +200,16 @@ class Objective(nn.Module):
         if split is not None:  # before it a prompt gate's flags know the future, and a dense prompt is the teacher's
             weights = weights * (torch.arange(weights.shape[1], device=weights.device) >= split)
         if past is not None:
+            assert teacher is not None
             weights, labels, teacher = weights[:, split:], labels[:, split:], teacher[:, split:]
         labels, shares = self.sequence.part(labels, 1), self.sequence.size * self.sequence.part(row_shares(weights), 1)
         if self.objective == "lm":
             loss = lm_loss(student, labels, head, shares)
-            return loss + self.kl_weight * distillation_loss(student, teacher, head, shares) if self.kl_weight else loss
+            if not self.kl_weight:
+                return loss
+        assert teacher is not None
+        if self.objective == "lm":
+            return loss + self.kl_weight * distillation_loss(student, teacher, head, shares)
         if self.objective == "hidden_mse":
             return hidden_loss(student, teacher, shares)
         return distillation_loss(student, teacher, head, shares, reverse=self.objective == "reverse_kl")
@@ -195,8 +231,8 @@ class Objective(nn.Module):
             task = self._task(batch, teacher, past, split, spec.relaxation)
         soft, hard, shrugs = [], [], []
         for w in layers:
-            logits, valid = w.recorded.logits, w.recorded.valid
-            rule = dict(threshold=self._threshold(w), seed=w.seed)
+            logits, valid = judged(w).logits, judged(w).valid
+            rule: dict[str, Any] = dict(threshold=self._threshold(w), seed=w.seed)
             weight = relaxed_flags(logits, valid, spec, form=spec.relaxation, **rule)
             weight = 1 - (1 - weight).square() if self.sparsity == "concave" else weight
             if self.sparsity == "capacity":
@@ -230,7 +266,7 @@ class Objective(nn.Module):
             self.multiplier += rate * gap
 
     @torch.no_grad()
-    def soft_hard(self, batch, target: float) -> dict[str, float]:
+    def soft_hard(self, batch: dict[str, torch.Tensor], target: float) -> dict[str, float]:
         """Train soft, deploy hard: task loss under both, their gap, and how undecided the gates are (share of .05 < p <
         .95). A layer-local objective has no hard loss of its own: nan."""
         layers = wrappers(self.model)
@@ -239,8 +275,8 @@ class Objective(nn.Module):
             split = self._prepare(batch, target, None)
             teacher, past, _ = self._teacher(batch, target)
             soft = mean(self._task(batch, teacher, past, split, self.spec.relaxation))
-            p = torch.stack([(w.recorded.logits - self._threshold(w)).sigmoid() for w in layers])
-            real = layers[0].recorded.valid[:, None].expand(p.shape[1:])
+            p = torch.stack([(judged(w).logits - self._threshold(w)).sigmoid() for w in layers])
+            real = judged(layers[0]).valid[:, None].expand(p.shape[1:])
             local = self.objective == "attention_mse"
             hard = float("nan") if local else mean(self._task(batch, teacher, past, split, "hard"))
         self._finish()
@@ -248,7 +284,7 @@ class Objective(nn.Module):
         return {"soft": soft, "hard": hard, "soft_hard_gap": hard - soft, "undecided": shrugs}
 
 
-def check_objective(objective: str, prefill: str, sparsity: str, scope: str, spec) -> None:
+def check_objective(objective: str, prefill: str, sparsity: str, scope: str, spec: GateSpec) -> None:
     """ValueError for combinations that cannot be computed."""
     if (spec.relaxation == "decay") != (sparsity == "capacity"):
         raise ValueError("relaxation='decay' and sparsity='capacity' belong together: set both, or neither.")

@@ -4,7 +4,7 @@ import dataclasses
 from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
-from typing import ClassVar, TypeVar
+from typing import Any, ClassVar, TypeVar, cast
 
 from gatekv.config import GateSpec, check_options, option
 from gatekv.options import HardwareOptions, load
@@ -76,7 +76,7 @@ class RunConfig(OutputOptions, StepOptions, TextOptions):
 
     recipe: ClassVar[str] = ""
 
-    def __post_init__(self):
+    def __post_init__(self) -> None:
         check_options(self)
         for name in ("batch_size", "accumulation", "max_steps", "keep_checkpoints"):
             if getattr(self, name) < 1:
@@ -122,5 +122,5 @@ def load_config(argv: Sequence[str], cls: type[Config], doc: str | None = None) 
     """
     defaults = None
     if "preset" in {field.name for field in dataclasses.fields(cls)}:
-        defaults = lambda given: preset(given.get("preset") or cls.preset)  # noqa: E731
+        defaults = lambda given: preset(given.get("preset") or cast(Any, cls).preset)  # noqa: E731
     return load(argv, cls, doc, defaults)

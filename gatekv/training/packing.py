@@ -1,6 +1,7 @@
 """Rows into tensors: padding, alignment, and several documents in one row whose borders are respected."""
 
 from dataclasses import dataclass
+from typing import Protocol
 
 import torch
 
@@ -19,6 +20,14 @@ class Row:
     weights: list[float]
     split: int
     lengths: list[int]
+
+
+class RowSource(Protocol):
+    """What the loop reads: `gatekv.training.data.TrainingData` or `gatekv.training.examples.Examples`."""
+
+    def batch(self, first: int, rows: int, align: bool = False) -> dict[str, torch.Tensor]:
+        """Rows first … first + rows - 1, as `collate` makes them."""
+        ...
 
 
 def joined(documents: list[list[int]]) -> tuple[list[int], list[float], list[int]]:

@@ -14,7 +14,9 @@ class PlainObjective(nn.Module):
         model: PEFT model with LoRA and without gates.
     """
 
-    def __init__(self, model):
+    multiplier: torch.Tensor
+
+    def __init__(self, model: nn.Module) -> None:
         super().__init__()
         self.model = model
         self.register_buffer("multiplier", torch.zeros(1))  # part of every objective's checkpoint
@@ -37,7 +39,7 @@ class PlainObjective(nn.Module):
         """Nothing to move."""
 
     @torch.no_grad()
-    def soft_hard(self, batch, target: float) -> dict[str, float]:
+    def soft_hard(self, batch: dict[str, torch.Tensor], target: float) -> dict[str, float]:
         """The loss on a row kept apart; without flags, soft is hard."""
         with evaluating(self.model):
             loss = float(self(batch, target)["loss"])

@@ -4,10 +4,14 @@ The prompt attends to all of itself, so its keys and values are the teacher's, f
 runs over what follows alone. A step costs little more than one forward over the row.
 """
 
+from typing import Any, cast
+
 import torch
 from transformers import Cache, DynamicCache
 from transformers.cache_utils import CacheLayerMixin, DynamicLayer
 
+from gatekv.attention import AttentionCall
+from gatekv.config import GateSpec
 from gatekv.less.maps import Waiting
 from gatekv.ops import segments
 from gatekv.ops.gated_attention import BLOCK, gated_attention
@@ -18,17 +22,23 @@ class GatedPrompt(CacheLayerMixin):
     """One layer's prompt, seen by the tokens that follow with the gate's weights; a `gatekv.attention.Memory`."""
 
     is_sliding = False
+    keys: torch.Tensor
+    values: torch.Tensor
 
-    def __init__(self, keys: torch.Tensor, values: torch.Tensor, weight: torch.Tensor, window: int, decay: bool):
+    def __init__(
+        self, keys: torch.Tensor, values: torch.Tensor, weight: torch.Tensor, window: int, decay: bool
+    ) -> None:
         """keys, values: [batch, kv_heads, prompt, head_dim]; weight: [batch, kv_heads, prompt] in [0, 1]."""
         super().__init__()
         self.keys, self.values, self.weight, self.window, self.decay = keys, values, weight, window, decay
         self.is_initialized = True
 
-    def lazy_initialization(self, key_states, value_states) -> None:
+    def lazy_initialization(self, key_states: torch.Tensor, value_states: torch.Tensor) -> None:
         """There is nothing to do: the prompt was there first."""
 
-    def update(self, key_states, value_states, *args, **kwargs):
+    def update(
+        self, key_states: torch.Tensor, value_states: torch.Tensor, *args: Any, **kwargs: Any
+    ) -> tuple[torch.Tensor, torch.Tensor]:
         """Hands the new tokens through; `attend` reads them, and nothing is stored."""
         return key_states, value_states
 
@@ -41,7 +51,15 @@ class GatedPrompt(CacheLayerMixin):
     def get_max_length(self) -> int:
         return -1
 
-    def attend(self, call, q, k, v, mask, scaling: float) -> torch.Tensor:
+    def attend(
+        self,
+        call: AttentionCall,
+        q: torch.Tensor,
+        k: torch.Tensor,
+        v: torch.Tensor,
+        mask: torch.Tensor | None,
+        scaling: float,
+    ) -> torch.Tensor:
         """Gated attention of all that follows the prompt, in one call; with low-rank maps, the rest of each token's
         weight goes into their state."""
         k, v = torch.cat([self.keys, k], 2), torch.cat([self.values, v], 2)
@@ -52,17 +70,18 @@ class GatedPrompt(CacheLayerMixin):
         seen = causal_mask(q.shape[2], n, q.device)[None, None] if mask is None else mask
         blocks = [slice(a, a + BLOCK) for a in range(0, q.shape[2], BLOCK)]
         answers = [gated_segment(q[:, :, i], k, v, weight[:, :, None], seen[:, :, i], scaling) for i in blocks]
-        kept = tuple(torch.cat(part, 2) for part in zip(*answers))
+        kept = torch.cat([out for out, _ in answers], 2), torch.cat([lse for _, lse in answers], 2)
         psi = call.less.psi(k) * (1 - weight)[..., None]
         left = torch.full(k.shape[:3], n, device=k.device).index_fill_(2, torch.arange(prompt, device=k.device), prompt)
         far = call.less.answer(q, scaling, None, Waiting(psi, k, v, left, mask))
         return segments.merge([kept, *far])[0].to(q.dtype)
 
 
-def gated_prompt(teacher: DynamicCache, split: int, weights: dict[int, torch.Tensor], spec) -> Cache:
+def gated_prompt(teacher: DynamicCache, split: int, weights: dict[int, torch.Tensor], spec: GateSpec) -> Cache:
     """The student's cache: the first `split` tokens of the teacher's, layers in `weights` (by index) behind gates."""
-    layers = []
-    for i, layer in enumerate(teacher.layers):
+    layers: list[Any] = []
+    for i, layer in enumerate(cast("list[DynamicLayer]", teacher.layers)):
+        assert layer.keys is not None and layer.values is not None
         keys, values = layer.keys[:, :, :split], layer.values[:, :, :split]
         if i in weights:
             layers.append(GatedPrompt(keys, values, weights[i], spec.window, spec.relaxation == "decay"))

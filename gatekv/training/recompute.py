@@ -4,16 +4,20 @@ What a step asks of the wrappers (threshold, split, documents, seed …) lies be
 the backward pass comes. Each layer's recomputation therefore gets back what stood there in its forward pass.
 """
 
-from contextlib import contextmanager, nullcontext
+from collections.abc import Iterator
+from contextlib import AbstractContextManager, contextmanager, nullcontext
+from typing import Any
 
-from gatekv.modules import base_model, wrappers
+from torch import nn
+
+from gatekv.modules import GatedAttention, base_model, wrappers
 
 ORDERS = (
     "form", "off", "threshold", "split", "documents", "seed", "received", "local", "lesson", "recorded", "sequence",
 )  # fmt: skip
 
 
-def recompute_layers(model) -> None:
+def recompute_layers(model: nn.Module) -> None:
     """Switch gradient checkpointing on: activations of one layer at a time, for a third more computation.
 
     The non-reentrant form: the reentrant one runs layers without a graph at first, and what gates said there, beside
@@ -21,7 +25,7 @@ def recompute_layers(model) -> None:
     """
     layers = wrappers(model)
 
-    def contexts():
+    def contexts() -> tuple[AbstractContextManager[None], AbstractContextManager[None]]:
         orders = [{name: vars(w)[name] for name in ORDERS} for w in layers]
         return nullcontext(), _under(layers, orders)
 
@@ -30,7 +34,7 @@ def recompute_layers(model) -> None:
 
 
 @contextmanager
-def _under(layers, orders):
+def _under(layers: list[GatedAttention], orders: list[dict[str, Any]]) -> Iterator[None]:
     now = [{name: vars(w)[name] for name in ORDERS} for w in layers]
     for w, then in zip(layers, orders):
         vars(w).update(then)

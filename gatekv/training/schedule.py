@@ -1,6 +1,14 @@
 """Schedules: how the keep-rate target falls, and how the learning rate rises and falls."""
 
 import random
+from typing import TYPE_CHECKING
+
+if TYPE_CHECKING:
+    from gatekv.training.config import CPTConfig
+    from gatekv.training.less_config import LessConfig
+    from gatekv.training.sft_config import SFTConfig
+
+    AnyConfig = CPTConfig | LessConfig | SFTConfig
 
 WARM_UP = 0.07  # of the steps
 FINAL_RATE = 0.1  # of the learning rate
@@ -26,12 +34,12 @@ def sampled_keep(step: int, seed: int, middle: float, spread: float) -> float:
     return min(1.0, middle * spread ** (2 * share - 1))
 
 
-def learning_rate_at(step: int, config) -> float:
+def learning_rate_at(step: int, config: "AnyConfig") -> float:
     """The learning rate of a step. config: `gatekv.training.options.RunConfig` of a recipe."""
     return config.learning_rate * learning_rate_factor(step, config.max_steps, WARM_UP, FINAL_RATE)
 
 
-def target_at(step: int, config) -> float:
+def target_at(step: int, config: "AnyConfig") -> float:
     """The keep rate that a step aims at: falling first, then, with sparsity="budget", drawn around the target."""
     target = target_keep(step, config.max_steps, config.target_keep, config.target_share)
     if config.sparsity == "budget" and target <= config.target_keep:

@@ -60,7 +60,7 @@ class SFTConfig(Gated, RunConfig, GateSpec):
     lora_targets: list[str] = option(["all-linear"], "Names of linear modules, or all-linear.")
     gradient_checkpointing: bool = option(False, "Hold one layer's activations at a time, for a third more time.")
 
-    def __post_init__(self):
+    def __post_init__(self) -> None:
         RunConfig.__post_init__(self)
         GateSpec.__post_init__(self)
         if self.lora_rank < 0:

@@ -3,7 +3,9 @@
 The rest of training never asks which backend runs. Every function here is called by all processes together.
 """
 
+from collections.abc import Iterator
 from contextlib import contextmanager
+from typing import TYPE_CHECKING, Any, cast
 
 import torch
 import torch.distributed as dist
@@ -17,11 +19,23 @@ from transformers.integrations import deepspeed_config, is_deepspeed_zero3_enabl
 from gatekv.fingerprint import sampled
 from gatekv.modules import attention_layers, wrappers
 
+if TYPE_CHECKING:
+    from gatekv.training.options import RunConfig
+
+    class ZeroParameter(torch.nn.Parameter):
+        """A parameter as ZeRO-3 leaves it: whole only while it is gathered."""
+
+        ds_shape: torch.Size
+        ds_tensor: torch.Tensor
+
+
 Tensors = dict[str, torch.Tensor]
 MOMENTS = ("exp_avg", "exp_avg_sq")  # of AdamW
 
 
-def prepare(accelerator: Accelerator, module: torch.nn.Module, optimizer, config):
+def prepare(
+    accelerator: Accelerator, module: torch.nn.Module, optimizer: torch.optim.Optimizer, config: "RunConfig"
+) -> tuple[torch.nn.Module, torch.optim.Optimizer]:
     """`accelerator.prepare(module, optimizer)`, told how many rows make a step and along which modules to shard.
 
     Raises:
@@ -60,7 +74,7 @@ def prepare(accelerator: Accelerator, module: torch.nn.Module, optimizer, config
 
 
 @contextmanager
-def _rows_whole(accelerator: Accelerator):
+def _rows_whole(accelerator: Accelerator) -> Iterator[None]:
     """Inside, Accelerate sees no shared rows: under DeepSpeed it would give the model another attention for them."""
     split = accelerator.parallelism_config
     size = 1 if split is None else split.sp_size
@@ -74,7 +88,7 @@ def _rows_whole(accelerator: Accelerator):
 
 
 @contextmanager
-def loading(dtype: torch.dtype):
+def loading(dtype: torch.dtype) -> Iterator[None]:
     """Inside, `from_pretrained` under ZeRO-3 keeps the base in `dtype`: zero.Init would take float32, whatever it asks.
 
     Raises:
@@ -116,7 +130,7 @@ def most(count: int, device: torch.device) -> int:
 
 
 @contextmanager
-def in_parts(module: torch.nn.Module):
+def in_parts(module: torch.nn.Module) -> Iterator[None]:
     """Inside, parts of a prepared module may be called without going through its own forward.
 
     FSDP2 gathers what lies outside the decoder layers (embeddings, head) in the root's forward only.
@@ -132,7 +146,7 @@ def in_parts(module: torch.nn.Module):
 
 
 @contextmanager
-def whole_sample(model: torch.nn.Module):
+def whole_sample(model: torch.nn.Module) -> Iterator[None]:
     """Inside, the weights of a model loaded under ZeRO-3 that an adapter's fingerprint of its base reads are whole."""
     if not is_deepspeed_zero3_enabled():
         yield
@@ -146,7 +160,7 @@ def whole_sample(model: torch.nn.Module):
 def shapes(accelerator: Accelerator, named: dict[str, torch.nn.Parameter]) -> dict[str, torch.Size]:
     """Shapes of the whole tensors."""
     if accelerator.distributed_type == DistributedType.DEEPSPEED and accelerator.state.deepspeed_plugin.zero_stage == 3:
-        return {name: p.ds_shape for name, p in named.items()}
+        return {name: cast("ZeroParameter", p).ds_shape for name, p in named.items()}
     return {name: p.shape for name, p in named.items()}
 
 
@@ -175,7 +189,9 @@ def _whole(tensor: torch.Tensor) -> torch.Tensor:
     return (tensor.full_tensor() if isinstance(tensor, DTensor) else tensor).cpu().clone()
 
 
-def gather_moments(accelerator: Accelerator, optimizer, named: dict[str, torch.nn.Parameter]) -> Tensors:
+def gather_moments(
+    accelerator: Accelerator, optimizer: torch.optim.Optimizer, named: dict[str, torch.nn.Parameter]
+) -> Tensors:
     """AdamW's state as {"exp_avg.NAME", "exp_avg_sq.NAME", "step.NAME"}, whole, on the CPU; empty before a step."""
     if accelerator.distributed_type != DistributedType.DEEPSPEED:
         state = optimizer.state
@@ -183,16 +199,16 @@ def gather_moments(accelerator: Accelerator, optimizer, named: dict[str, torch.n
     from deepspeed.utils import safe_get_full_optimizer_state
 
     flat = list(_flat_state(optimizer).values())  # of this process's shards
-    found = {}
+    found: Tensors = {}
     for name, p in named.items() if flat else ():
         found |= {f"{key}.{name}": safe_get_full_optimizer_state(p, key).cpu() for key in MOMENTS}
         found[f"step.{name}"] = torch.tensor(float(flat[0]["step"]))
     return found
 
 
-def _flat_state(optimizer) -> dict:
+def _flat_state(optimizer: torch.optim.Optimizer) -> dict:
     """State of the AdamW inside ZeRO's optimizer inside accelerate's."""
-    return optimizer.optimizer.optimizer.state
+    return cast(Any, optimizer).optimizer.optimizer.state
 
 
 @torch.no_grad()
@@ -211,7 +227,9 @@ def put(accelerator: Accelerator, named: dict[str, torch.nn.Parameter], tensors:
 
 
 @torch.no_grad()
-def put_moments(accelerator: Accelerator, optimizer, named: dict[str, torch.nn.Parameter], tensors: Tensors) -> None:
+def put_moments(
+    accelerator: Accelerator, optimizer: torch.optim.Optimizer, named: dict[str, torch.nn.Parameter], tensors: Tensors
+) -> None:
     """Overwrite AdamW's state by what `gather_moments` found, with however many processes."""
     if not tensors:
         return
@@ -229,11 +247,11 @@ def put_moments(accelerator: Accelerator, optimizer, named: dict[str, torch.nn.P
         state["step"] = step.clone() if torch.is_tensor(state["step"]) else int(step)
 
 
-def _create_state(accelerator: Accelerator, optimizer) -> None:
+def _create_state(accelerator: Accelerator, optimizer: torch.optim.Optimizer) -> None:
     """ZeRO has no optimizer state to write to before its first step: zeros, as AdamW would make them."""
     from deepspeed.utils import lazy_init_hp_params_optimizer_state
 
-    zero = optimizer.optimizer
+    zero = cast(Any, optimizer).optimizer
     adam, stage3 = zero.optimizer, accelerator.state.deepspeed_plugin.zero_stage == 3
     flats = zero.fp32_partitioned_groups_flat if stage3 else zero.single_partition_of_fp32_groups
     for i, flat in enumerate(flats):
@@ -250,7 +268,7 @@ def _put_flat(accelerator: Accelerator, p: torch.nn.Parameter, value: torch.Tens
     value = value.to(accelerator.device)
     if accelerator.state.deepspeed_plugin.zero_stage == 3:
         # This process's part by hand: safe_set_full_* reads past the end of tensors that do not divide evenly.
-        size = p.ds_tensor.numel()
+        size = cast("ZeroParameter", p).ds_tensor.numel()
         padded = torch.nn.functional.pad(value.flatten(), (0, size * accelerator.num_processes - value.numel()))
         part = padded.narrow(0, size * accelerator.process_index, size)
         if key is None:

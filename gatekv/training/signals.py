@@ -3,6 +3,8 @@
 import os
 import signal
 import threading
+from types import FrameType
+from typing import Any
 
 SIGNALS = (signal.SIGTERM, signal.SIGINT)
 NOTICE = b"\nstopping: this step is finished and a checkpoint saved first (SIGQUIT, or Ctrl-\\, stops at once)\n"
@@ -19,11 +21,11 @@ class Stopped(Exception):
 class StopSignals:
     """Inside, SIGTERM and SIGINT end nothing, but `wanted` becomes True. In the main thread only: no other may ask."""
 
-    def __init__(self):
+    def __init__(self) -> None:
         self.wanted = False
-        self._before = {}
+        self._before: dict[int, Any] = {}
 
-    def _note(self, number, frame) -> None:
+    def _note(self, number: int, frame: FrameType | None) -> None:
         if not self.wanted:
             os.write(2, NOTICE)  # print is not safe here: the signal may have come in the middle of another print
         self.wanted = True
@@ -33,6 +35,6 @@ class StopSignals:
             self._before = {number: signal.signal(number, self._note) for number in SIGNALS}
         return self
 
-    def __exit__(self, *error) -> None:
+    def __exit__(self, *error: object) -> None:
         for number, handler in self._before.items():
             signal.signal(number, handler)

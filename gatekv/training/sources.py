@@ -2,10 +2,15 @@
 
 import json
 import math
+from collections.abc import Iterable
 from itertools import islice
 from pathlib import Path
+from typing import TYPE_CHECKING
 
 from gatekv.training.streams import Corpus, HubSource, texts
+
+if TYPE_CHECKING:
+    from datasets import IterableDataset
 
 FILES = (".txt", ".md", ".jsonl", ".parquet")
 BLOCK_TOKENS = 1 << 16  # that rows take from a block of a Hub set before the next one's turn; about a third of its text
@@ -14,7 +19,7 @@ BLOCK_TOKENS = 1 << 16  # that rows take from a block of a Hub set before the ne
 class LocalSource:
     """A file or folder, all of it in memory, the same for every row."""
 
-    def __init__(self, corpus: Corpus):
+    def __init__(self, corpus: Corpus) -> None:
         self._corpus = corpus
 
     def corpus(self, index: int) -> Corpus:
@@ -52,7 +57,7 @@ def _read_local(name: str, column: str, source: str) -> list[str] | None:
     return None
 
 
-def _open_stream(name: str, configuration: str, source: str):
+def _open_stream(name: str, configuration: str, source: str) -> "IterableDataset":
     try:
         from datasets import load_dataset
     except ImportError as error:
@@ -65,7 +70,7 @@ def _open_stream(name: str, configuration: str, source: str):
         ) from error
 
 
-def _corpus(documents, source: str) -> Corpus:
+def _corpus(documents: Iterable[object], source: str) -> Corpus:
     corpus = Corpus(documents)
     if not corpus.text:
         raise ValueError(f"data source {source!r} holds no text: check the path, and that rows have a 'text' field.")
@@ -85,7 +90,7 @@ def read_source(source: str, max_documents: int = 20000) -> str:
     local = _read_local(name, column, source)
     if local is None:
         stream = _open_stream(name, configuration, source)
-        local = islice(texts(stream, column, source), max_documents)
+        return _corpus(islice(texts(stream, column, source), max_documents), source).text
     return _corpus(local, source).text
 
 
@@ -106,7 +111,7 @@ def weighted(entries: list[str]) -> dict[str, float]:
     Raises:
         ValueError: naming the entry whose weight is no number or negative; all weights zero.
     """
-    weights = {}
+    weights: dict[str, float] = {}
     for entry in entries:
         name, sign, text = (entry, "", "1") if Path(entry).exists() else entry.rpartition("=")
         if not sign:

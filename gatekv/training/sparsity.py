@@ -86,6 +86,7 @@ def sparsity_loss(gap: torch.Tensor, kind: str, multiplier: torch.Tensor | None 
     multiplier [units] moving once an optimizer step.
     """
     if kind == "lagrange":
+        assert multiplier is not None
         return (multiplier.detach()[:, None] * gap).mean() + gap.square().mean()
     return {"square": gap.square(), "hinge": gap.relu(), "linear": gap, "concave": gap, "capacity": gap}.get(
         kind, gap.abs()

@@ -1,15 +1,21 @@
 """A new adapter that begins with parts of a trained one: first plain text, then a task."""
 
+from typing import cast
+
 from peft import PeftModel, get_peft_model
+from transformers import PreTrainedModel
 
 from gatekv.adapter import GateKVConfig
 from gatekv.bundled import adapter_path
+from gatekv.config import GateSpec, LessSpec
 from gatekv.lora import detach
 
 FORM = ("gate", "context", "hidden", "heads", "head_dim", "context_window", "mask_prompt", "logit_scale")
 
 
-def check_form(adapter: str, what: str, old, new, names: tuple[str, ...]) -> None:
+def check_form(
+    adapter: str, what: str, old: GateSpec | LessSpec, new: GateSpec | LessSpec, names: tuple[str, ...]
+) -> None:
     """ValueError unless the fields `names` of two configs are the same: what is trained on must be built alike."""
     for name in names:
         before, now, option = getattr(old, name), getattr(new, name), name.removeprefix("less_")
@@ -28,7 +34,7 @@ def rebuilt(trained: PeftModel, config: GateKVConfig, *kinds: str) -> PeftModel:
     return model
 
 
-def start_from(model, adapter: str, config: GateKVConfig):
+def start_from(model: PreTrainedModel, adapter: str, config: GateKVConfig) -> PeftModel:
     """The PEFT model of `config` on `model`, with the weights of the gates in `adapter`, a folder or Hub name; empty:
     fresh gates. Window, sinks, threshold and relaxation are config's.
 
@@ -38,7 +44,7 @@ def start_from(model, adapter: str, config: GateKVConfig):
     if not adapter:
         return get_peft_model(model, config)
     trained = PeftModel.from_pretrained(model, adapter_path(adapter))
-    old = trained.peft_config["default"]
+    old = cast(GateKVConfig, trained.peft_config["default"])
     if old.gate == "none":
         raise ValueError(f"{adapter} has no gate to begin with: leave --adapter out for a fresh one.")
     if old.lora is not None:

@@ -2,7 +2,12 @@
 
 import math
 import random
+from collections.abc import Iterable, Iterator
 from itertools import accumulate, islice
+from typing import TYPE_CHECKING
+
+if TYPE_CHECKING:
+    from datasets import IterableDataset
 
 GAP = "\n\n"
 BLOCK = 256  # documents of a stream held at a time
@@ -12,10 +17,10 @@ RESERVED = range(10**6, 10**6 + 10**4)  # rows that judge a run, not train it: t
 class Corpus:
     """Documents, as one text: `text` joins them by blank lines; corpus[i] is document i. Blank ones are left out."""
 
-    def __init__(self, documents):
-        documents = [d for d in documents if isinstance(d, str) and d.strip()]
-        self.text = GAP.join(documents)
-        self.ends = list(accumulate(len(d) + len(GAP) for d in documents))
+    def __init__(self, documents: Iterable[object]) -> None:
+        found = [d for d in documents if isinstance(d, str) and d.strip()]
+        self.text = GAP.join(found)
+        self.ends = list(accumulate(len(d) + len(GAP) for d in found))
 
     def __len__(self) -> int:
         return len(self.ends)
@@ -40,7 +45,17 @@ class HubSource:
 
     CURSORS, MANY, FOOTERS = 16, 512, 64
 
-    def __init__(self, stream, column: str, name: str, *, rows: int, seed: int, limit: int, documents: int = BLOCK):
+    def __init__(
+        self,
+        stream: "IterableDataset",
+        column: str,
+        name: str,
+        *,
+        rows: int,
+        seed: int,
+        limit: int,
+        documents: int = BLOCK,
+    ) -> None:
         if hasattr(stream, "reshard") and stream.num_shards <= self.FOOTERS:  # it opens every file
             stream = stream.reshard()
         self.stream, self.column, self.name = stream, column, name
@@ -49,7 +64,7 @@ class HubSource:
         self.order = list(range(self.shards))
         random.Random(f"{seed}/shards").shuffle(self.order)
         self.ends: dict[int, int] = {}  # shard -> its number of blocks, once its end was seen
-        self.cursors: dict[int, tuple[int, object]] = {}  # shard -> (next block in it, iterator standing there)
+        self.cursors: dict[int, tuple[int, Iterator[str]]] = {}  # shard -> (next block in it, iterator standing there)
         self.held: dict[int, Corpus] = {}
         self.corpus(RESERVED[0])  # a wrong name or column fails now, not in the middle of a run
 
@@ -99,7 +114,7 @@ class HubSource:
         return found if found or known or not self.ends[shard] else self._take(shard, turn)
 
 
-def texts(stream, column: str, name: str):
+def texts(stream: Iterable[dict], column: str, name: str) -> Iterator[str]:
     """The texts of a stream in order, blank ones left out; ValueError when rows lack the column."""
     for row in stream:
         if column not in row:

@@ -29,7 +29,7 @@ class Upload:
         ValueError: it cannot be made or written to, before anything is trained.
     """
 
-    def __init__(self, name: str):
+    def __init__(self, name: str) -> None:
         self.name, self.api = name, HfApi()
         self.pending: Future | None = None
         try:

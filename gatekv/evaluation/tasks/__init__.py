@@ -5,6 +5,7 @@ its sample.
 """
 
 import functools
+from collections.abc import Callable
 
 from gatekv.bundled import HELDOUT
 from gatekv.evaluation.tasks import longbench as _longbench
@@ -19,7 +20,7 @@ from gatekv.evaluation.tasks.recall import recall
 from gatekv.evaluation.tasks.ruler import ruler
 from gatekv.training.data import read_source
 
-TASKS = {
+TASKS: dict[str, Callable[..., Item]] = {
     "ppl": ppl,
     "niah_multikey": niah_multikey,
     "niah_seen": niah_seen,
@@ -39,7 +40,7 @@ def heldout_texts(sources: list[str]) -> list[str]:
     return [read_source(s) for s in (sources or sorted(str(p) for p in HELDOUT.glob("*.txt")))]
 
 
-def published(task: str, longbench: str = "", ruler: str = ""):
+def published(task: str, longbench: str = "", ruler: str = "") -> tuple[Callable[..., Generated], int | None]:
     """(the task as a function, how many samples it has or None) of one of PUBLISHED; its data are loaded here.
 
     The function wants `room` too: tokens that the model can hold. longbench, ruler: where the data lie, see
@@ -49,5 +50,5 @@ def published(task: str, longbench: str = "", ruler: str = ""):
     if task in _longbench.NAMES:
         examples = _longbench.load_longbench(task, longbench)
         return functools.partial(_longbench.longbench, task=task, examples=examples), len(examples)
-    examples = _ruler_sets.load_ruler(task, ruler)
-    return functools.partial(_ruler_sets.ruler_set, task=task, examples=examples), examples and len(examples)
+    rows = _ruler_sets.load_ruler(task, ruler)
+    return functools.partial(_ruler_sets.ruler_set, task=task, examples=rows), len(rows) if rows else None

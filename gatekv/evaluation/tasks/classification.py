@@ -5,10 +5,14 @@ question, so that without the context one is as likely as another: chance is .25
 """
 
 import random
+from typing import TYPE_CHECKING
 
 from gatekv.evaluation.tasks.item import Choices, Item, encode, placed, prose, written
 from gatekv.facts import WORDS, chat_frame
 from gatekv.questions import prompt_ids, read_lines, with_choices
+
+if TYPE_CHECKING:
+    from transformers import PreTrainedTokenizerBase
 
 OWNERS = "Anna Peter Maria George Helen Frank Julia Martin Alice Robert".split()
 STATEMENTS = 4
@@ -24,7 +28,7 @@ def load_choices(path: str) -> list[dict]:
     return [with_choices(entry, where) for where, entry in read_lines(path, "--choices")]
 
 
-def _owners(tokenizer, texts, mode: str, rng, tokens: int) -> Item:
+def _owners(tokenizer: "PreTrainedTokenizerBase", texts: list[str], mode: str, rng: random.Random, tokens: int) -> Item:
     frame, things = chat_frame(tokenizer), rng.sample(WORDS["heldout"], STATEMENTS)
     owners = rng.sample(OWNERS, STATEMENTS)
     facts = [FACT.format(w=w, o=o) for w, o in zip(things, owners)]
@@ -39,8 +43,15 @@ def _owners(tokenizer, texts, mode: str, rng, tokens: int) -> Item:
     return Item(context, [(q, c) for q in questions for c in choices], Choices(tuple(truths)))
 
 
-def classification(tokenizer, texts, mode: str, index: int, seed: int, tokens: int | None = None,
-                   examples: list[dict] | None = None) -> Item:  # fmt: skip
+def classification(
+    tokenizer: "PreTrainedTokenizerBase",
+    texts: list[str],
+    mode: str,
+    index: int,
+    seed: int,
+    tokens: int | None = None,
+    examples: list[dict] | None = None,
+) -> Item:
     """A context of about 640 or `tokens` tokens and who owns what in it, or example number `index` of a shuffled file.
 
     examples: see `load_choices`; they are used whole, whatever `tokens` is. Score: `Choices`, accuracy by summed
@@ -54,5 +65,5 @@ def classification(tokenizer, texts, mode: str, index: int, seed: int, tokens: i
     order = random.Random(f"classification/{seed}").sample(range(len(examples)), len(examples))
     entry = examples[order[index]]
     context, question = prompt_ids(tokenizer, entry["context"], entry["question"])
-    asks = [([], encode(tokenizer, choice)) for choice in entry["choices"]]
+    asks: list[tuple[list[int], list[int]]] = [([], encode(tokenizer, choice)) for choice in entry["choices"]]
     return placed(mode, context, question, asks, score=Choices(((len(asks), entry["answer"]),)))

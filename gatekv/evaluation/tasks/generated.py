@@ -3,6 +3,10 @@
 import random
 from collections.abc import Callable
 from dataclasses import dataclass
+from typing import TYPE_CHECKING, cast
+
+if TYPE_CHECKING:
+    from transformers import PreTrainedTokenizerBase
 
 
 @dataclass
@@ -23,19 +27,24 @@ class Generated:
     place: dict | None = None
 
 
-def chat_parts(tokenizer) -> tuple[str, str]:
+def chat_parts(tokenizer: "PreTrainedTokenizerBase") -> tuple[str, str]:
     """(before, after) a user's message in the model's own template, without thinking; empty where it has none."""
     if not tokenizer.chat_template:
         return "", ""
     mark = "<the message>"
-    text = tokenizer.apply_chat_template(
-        [{"role": "user", "content": mark}], tokenize=False, add_generation_prompt=True, enable_thinking=False
+    text = cast(
+        str,
+        tokenizer.apply_chat_template(
+            [{"role": "user", "content": mark}], tokenize=False, add_generation_prompt=True, enable_thinking=False
+        ),
     )
     before, _, after = text.partition(mark)
     return before, after
 
 
-def prompted(tokenizer, mode: str, context: str, question: str, chat: bool, lead: str = "") -> tuple[list, list]:
+def prompted(
+    tokenizer: "PreTrainedTokenizerBase", mode: str, context: str, question: str, chat: bool, lead: str = ""
+) -> tuple[list, list]:
     """Token ids (context, query) of a prompt: in mode "aware" of all of it, and only its last token is the query.
 
     chat: whether the chat template goes around it; without, the tokenizer's own first token goes before it.
@@ -43,7 +52,7 @@ def prompted(tokenizer, mode: str, context: str, question: str, chat: bool, lead
     """
     before, after = chat_parts(tokenizer) if chat else ("", "")
 
-    def first(text):
+    def first(text: str) -> list[int]:
         return list(tokenizer(before + text, add_special_tokens=not before).input_ids)
 
     if mode == "aware":

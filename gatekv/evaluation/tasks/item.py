@@ -6,14 +6,21 @@ parsing. Scorers take, per ask, float32 log-probabilities [answer tokens, vocabu
 cache's log-probabilities; they return (scores, KLs in nats per token), one score per question.
 """
 
+import random
 import re
 from bisect import bisect_right
 from collections.abc import Callable
 from dataclasses import dataclass
+from typing import TYPE_CHECKING, Any
 
 import torch
 
 from gatekv.facts import paragraph_window
+
+if TYPE_CHECKING:
+    from transformers import PreTrainedTokenizerBase
+
+Scores = tuple[list[float], list[float]]
 
 
 def _right(log_p: torch.Tensor, answer: list[int]) -> torch.Tensor:
@@ -26,12 +33,12 @@ def _log_likelihood(log_p: torch.Tensor, answer: list[int]) -> torch.Tensor:
     return log_p.gather(-1, torch.tensor(answer, device=log_p.device)[:, None])[:, 0]
 
 
-def exact(log_p, answers, full):
+def exact(log_p: list[torch.Tensor], answers: list[list[int]], full: list[torch.Tensor]) -> Scores:
     """1 per ask whose every token is the arg-max, else 0. Shapes: see the module."""
     return [float(_right(p, a).all()) for p, a in zip(log_p, answers)], []
 
 
-def token_accuracy(log_p, answers, full):
+def token_accuracy(log_p: list[torch.Tensor], answers: list[list[int]], full: list[torch.Tensor]) -> Scores:
     """Per ask the share of answer tokens that are the arg-max. Shapes: see the module."""
     return [float(_right(p, a).float().mean()) for p, a in zip(log_p, answers)], []
 
@@ -42,7 +49,7 @@ def _kl(p: torch.Tensor, full: torch.Tensor) -> float:
     return float(torch.cat(parts).mean())
 
 
-def log_loss(log_p, answers, full):
+def log_loss(log_p: list[torch.Tensor], answers: list[list[int]], full: list[torch.Tensor]) -> Scores:
     """Per ask the nats per token lost against the full cache, and the KL from it. Shapes: see the module."""
     losses = [_log_likelihood(f, a).mean() - _log_likelihood(p, a).mean() for p, f, a in zip(log_p, full, answers)]
     return [float(x) for x in losses], [_kl(p, f) for p, f in zip(log_p, full)]
@@ -58,7 +65,7 @@ class References:
 
     spans: tuple[tuple[int, int, int], ...]
 
-    def __call__(self, log_p, answers, full):
+    def __call__(self, log_p: list[torch.Tensor], answers: list[list[int]], full: list[torch.Tensor]) -> Scores:
         right = [_right(p, a) for p, a in zip(log_p, answers)]
         return [sum(float(right[ask][a:b].all()) for ask, a, b in self.spans) / len(self.spans)], []
 
@@ -73,7 +80,7 @@ class Choices:
 
     truths: tuple[tuple[int, int], ...]
 
-    def __call__(self, log_p, answers, full):
+    def __call__(self, log_p: list[torch.Tensor], answers: list[list[int]], full: list[torch.Tensor]) -> Scores:
         sums = iter([float(_log_likelihood(p, a).sum()) for p, a in zip(log_p, answers)])
         scores = []
         for count, truth in self.truths:
@@ -95,11 +102,13 @@ class Item:
 
     context: list[int]
     asks: list[tuple[list[int], list[int]]]
-    score: Callable = exact
+    score: Callable[..., Scores] = exact
     place: dict | None = None
 
 
-def placed(mode: str, context: list[int], question: list[int], asks: list, **kwargs) -> Item:
+def placed(
+    mode: str, context: list[int], question: list[int], asks: list[tuple[list[int], list[int]]], **kwargs: Any
+) -> Item:
     """An Item whose `question` is fed behind the compressed context ("agnostic") or is part of it ("aware").
 
     asks: (ids between question and answer, answer). Of a question in the context only the last token is fed to the
@@ -109,12 +118,12 @@ def placed(mode: str, context: list[int], question: list[int], asks: list, **kwa
     return Item(context + question[:held], [(question[held:] + rest, answer) for rest, answer in asks], **kwargs)
 
 
-def encode(tokenizer, text: str) -> list[int]:
+def encode(tokenizer: "PreTrainedTokenizerBase", text: str) -> list[int]:
     """Token ids without special tokens."""
     return tokenizer(text, add_special_tokens=False).input_ids
 
 
-def prose(tokenizer, texts: list[str], tokens: int, rng) -> str:
+def prose(tokenizer: "PreTrainedTokenizerBase", texts: list[str], tokens: int, rng: random.Random) -> str:
     """At most `tokens` tokens of one of the texts, nearly as many, from a random place, cut at blanks.
 
     Raises:
@@ -150,7 +159,7 @@ def written(text: str, facts: list[str], depths: list[float]) -> str:
     return out + text[end:]
 
 
-def numbered(tokenizer, before: list[int], reference: str) -> tuple[list[int], list[int]]:
+def numbered(tokenizer: "PreTrainedTokenizerBase", before: list[int], reference: str) -> tuple[list[int], list[int]]:
     """(ids before, ids of the reference): a blank that is a token of its own, as before digits, goes with the former.
 
     Whether a blank or, say, " a" follows "The code is" is a matter of style and not of what the cache holds.
@@ -160,7 +169,9 @@ def numbered(tokenizer, before: list[int], reference: str) -> tuple[list[int], l
     return (before + blank, bare) if blank + bare == ids else (before, ids)
 
 
-def references(tokenizer, pieces: list[str], found: list[str]) -> tuple[list[int], list[int], References]:
+def references(
+    tokenizer: "PreTrainedTokenizerBase", pieces: list[str], found: list[str]
+) -> tuple[list[int], list[int], References]:
     """(first ids, which belong to the question, the answer's ids, the scorer) of an answer with several references.
 
     pieces: text before each reference, the first one's in the question already; found: references, without a blank.

@@ -7,11 +7,15 @@ has it too. Agnostic: the question is what the prompt says behind the context.
 import json
 import zipfile
 from pathlib import Path
+from typing import TYPE_CHECKING, cast
 
 from gatekv.evaluation.tasks.generated import Generated, chat_parts, picked, prompted
 from gatekv.evaluation.tasks.item import encode
 from gatekv.evaluation.tasks.text_metrics import METRICS, check_packages
 from gatekv.questions import parse_lines, read_lines
+
+if TYPE_CHECKING:
+    from transformers import PreTrainedTokenizerBase
 
 HUB = "THUDM/LongBench"
 SETS = json.loads(Path(__file__).with_suffix(".json").read_text(encoding="utf-8"))
@@ -61,7 +65,7 @@ def load_longbench(task: str, source: str = "") -> list[dict]:
     return [entry for _, entry in lines]
 
 
-def truncated(tokenizer, text: str, behind: int, limit: int) -> tuple[str, str]:
+def truncated(tokenizer: "PreTrainedTokenizerBase", text: str, behind: int, limit: int) -> tuple[str, str]:
     """(context, question) of a text whose last `behind` characters are the question, its middle left out as text.
 
     Of more than `limit` tokens the first and the last half of as many are kept, decoded, and put together.
@@ -69,14 +73,24 @@ def truncated(tokenizer, text: str, behind: int, limit: int) -> tuple[str, str]:
     ids = tokenizer(text).input_ids
     if len(ids) > limit:
         half = limit // 2
-        head, tail = (tokenizer.decode(part, skip_special_tokens=True) for part in (ids[:half], ids[-half:]))
+        head, tail = (cast(str, tokenizer.decode(part, skip_special_tokens=True)) for part in (ids[:half], ids[-half:]))
         text, behind = head + tail, min(behind, len(tail))
     cut = len(text) - behind
     return text[:cut], text[cut:]
 
 
-def longbench(tokenizer, texts, mode: str, index: int, seed: int, tokens: int | None = None, *, task: str,
-              examples: list[dict], room: int) -> Generated:  # fmt: skip
+def longbench(
+    tokenizer: "PreTrainedTokenizerBase",
+    texts: list[str],
+    mode: str,
+    index: int,
+    seed: int,
+    tokens: int | None = None,
+    *,
+    task: str,
+    examples: list[dict],
+    room: int,
+) -> Generated:
     """Example number `index` of a shuffled data set.
 
     Args:
@@ -99,7 +113,7 @@ def longbench(tokenizer, texts, mode: str, index: int, seed: int, tokens: int | 
     context, query = prompted(tokenizer, mode, *parts, chat)
 
     def score(ids: list[int]) -> float:
-        said = tokenizer.decode(ids, skip_special_tokens=True)
+        said = cast(str, tokenizer.decode(ids, skip_special_tokens=True))
         if base in FIRST_LINE:
             said = said.lstrip("\n").split("\n")[0]
         return max(METRICS[spec["metric"]](said, answer, entry["all_classes"]) for answer in entry["answers"])

@@ -1,13 +1,23 @@
 """`niah_multikey` and `niah_seen`: word -> number facts in real text."""
 
 import random
+from typing import TYPE_CHECKING
 
 from gatekv.evaluation.tasks.item import Item, encode, placed
 from gatekv.facts import chat_frame, make_sample, paragraph_window
 
+if TYPE_CHECKING:
+    from transformers import PreTrainedTokenizerBase
+
 
 def niah_multikey(
-    tokenizer, texts, mode: str, index: int, seed: int, tokens: int | None = None, wordings: str = "heldout"
+    tokenizer: "PreTrainedTokenizerBase",
+    texts: list[str],
+    mode: str,
+    index: int,
+    seed: int,
+    tokens: int | None = None,
+    wordings: str = "heldout",
 ) -> Item:
     """4 word -> number facts in 600-1000 tokens of real text, or about `tokens`; all are asked, each on its own.
 
@@ -37,6 +47,8 @@ def niah_multikey(
     return placed(mode, context, query, [([], answer)])
 
 
-def niah_seen(tokenizer, texts, mode, index, seed, tokens=None) -> Item:
+def niah_seen(
+    tokenizer: "PreTrainedTokenizerBase", texts: list[str], mode: str, index: int, seed: int, tokens: int | None = None
+) -> Item:
     """`niah_multikey` in the trained wordings (words and text still held out)."""
     return niah_multikey(tokenizer, texts, mode, index, seed, tokens, wordings="train")

@@ -1,16 +1,22 @@
 """`passkey`: one number in real text, over a grid of depths and lengths (2305.16300's task, in held-out text)."""
 
 import random
+from typing import TYPE_CHECKING
 
 from gatekv.evaluation.tasks.item import Item, encode, numbered, placed, prose, written
 from gatekv.facts import chat_frame
+
+if TYPE_CHECKING:
+    from transformers import PreTrainedTokenizerBase
 
 DEPTHS = (0.0, 0.25, 0.5, 0.75, 1.0)
 LENGTHS = (640, 1280)  # a sixteenth of the shorter still holds 4 sinks and a window of 32
 FACT, QUESTION, LEAD = "The pass key is {n}. Remember it.", "What is the pass key?", "The pass key is"
 
 
-def passkey(tokenizer, texts, mode: str, index: int, seed: int, tokens: int | None = None) -> Item:
+def passkey(
+    tokenizer: "PreTrainedTokenizerBase", texts: list[str], mode: str, index: int, seed: int, tokens: int | None = None
+) -> Item:
     """A key of five digits; samples walk through the grid of depths and lengths (or of depths at `tokens`).
 
     Score: `exact`, digits only. Raises ValueError when the held-out texts are too short.

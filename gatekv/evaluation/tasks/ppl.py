@@ -1,12 +1,24 @@
 """`ppl`: the log-loss of held-out text behind a compressed prefix."""
 
 import random
+from typing import TYPE_CHECKING
 
 from gatekv.evaluation.tasks.item import Item, encode, log_loss
 from gatekv.facts import paragraph_window
 
+if TYPE_CHECKING:
+    from transformers import PreTrainedTokenizerBase
 
-def ppl(tokenizer, texts, mode, index, seed, tokens: int | None = None, continuation: int = 128) -> Item:
+
+def ppl(
+    tokenizer: "PreTrainedTokenizerBase",
+    texts: list[str],
+    mode: str,
+    index: int,
+    seed: int,
+    tokens: int | None = None,
+    continuation: int = 128,
+) -> Item:
     """A stretch of held-out text: 640 or `tokens` of it are compressed, the continuation's log-loss is taken.
 
     Score: `log_loss`. Raises ValueError for mode "aware", since there is no question, and for texts too short.

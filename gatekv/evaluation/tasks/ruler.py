@@ -8,10 +8,17 @@ before it. Common words have no order, so each of them is asked with the others 
 import random
 import uuid
 from collections import Counter
+from collections.abc import Callable
+from typing import TYPE_CHECKING
 
-from gatekv.evaluation.tasks.item import Item, References, encode, placed, prose, references, written
+from gatekv.evaluation.tasks.item import Item, References, Scores, encode, placed, prose, references, written
 from gatekv.facts import WORDS, chat_frame
 
+if TYPE_CHECKING:
+    from transformers import PreTrainedTokenizerBase
+
+# (context, question, asks, scorer)
+Drawn = tuple[list[int], list[int], list[tuple[list[int], list[int]]], Callable[..., Scores]]
 FACT = "One of the special magic numbers for {w} is {n}."
 NAMES = WORDS["heldout"]
 KEYS, VALUES, HOPS, COMMON, FREQUENT = 4, 4, 4, 3, 3
@@ -19,11 +26,19 @@ COMMON_SHARE = 0.5  # of the list's words that are common ones; RULER's .5 (10 w
 ZETA = 2.0  # frequent words: the k-th most frequent is drawn in proportion to k ** -ZETA, as in RULER
 
 
-def _number(rng) -> str:
+def _number(rng: random.Random) -> str:
     return str(rng.randrange(10000, 100000))
 
 
-def _hidden(tokenizer, texts, tokens: int, rng, facts: list[str], question: str, lead: str):
+def _hidden(
+    tokenizer: "PreTrainedTokenizerBase",
+    texts: list[str],
+    tokens: int,
+    rng: random.Random,
+    facts: list[str],
+    question: str,
+    lead: str,
+) -> tuple[list[int], list[int]]:
     """(context, question) of facts at random depths of real text, in the order given."""
     room = tokens - len(encode(tokenizer, "\n".join(facts)))
     text = prose(tokenizer, texts, max(room, 16), rng) + "."
@@ -31,18 +46,20 @@ def _hidden(tokenizer, texts, tokens: int, rng, facts: list[str], question: str,
     return _asked(tokenizer, text, question, lead)
 
 
-def _asked(tokenizer, text: str, question: str, lead: str) -> tuple[list[int], list[int]]:
+def _asked(tokenizer: "PreTrainedTokenizerBase", text: str, question: str, lead: str) -> tuple[list[int], list[int]]:
     frame = chat_frame(tokenizer)
     return encode(tokenizer, frame[0] + text), encode(tokenizer, f"\n\n{question}{frame[1]}{lead}")
 
 
-def _with(asked, lead: list[int], answer: list[int], score):
+def _with(
+    asked: tuple[list[int], list[int]], lead: list[int], answer: list[int], score: Callable[..., Scores]
+) -> Drawn:
     """(context, question, asks, score) of a question that one answer follows."""
     context, question = asked
     return context, question + lead, [([], answer)], score
 
 
-def _single(tokenizer, texts, tokens, rng):
+def _single(tokenizer: "PreTrainedTokenizerBase", texts: list[str], tokens: int, rng: random.Random) -> Drawn:
     word, number = rng.choice(NAMES), _number(rng)
     what = f"the special magic number for {word}"
     asked = _hidden(
@@ -51,7 +68,7 @@ def _single(tokenizer, texts, tokens, rng):
     return _with(asked, *references(tokenizer, [""], [number]))
 
 
-def _multikey(tokenizer, texts, tokens, rng):
+def _multikey(tokenizer: "PreTrainedTokenizerBase", texts: list[str], tokens: int, rng: random.Random) -> Drawn:
     pairs = [(w, str(uuid.UUID(int=rng.getrandbits(128), version=4))) for w in rng.sample(NAMES, KEYS)]
     facts = [FACT.format(w=k, n=v).replace("numbers", "uuids") for k, v in pairs]
     key, value = rng.choice(pairs)
@@ -60,7 +77,7 @@ def _multikey(tokenizer, texts, tokens, rng):
     return _with(asked, *references(tokenizer, [""], [value]))
 
 
-def _multivalue(tokenizer, texts, tokens, rng):
+def _multivalue(tokenizer: "PreTrainedTokenizerBase", texts: list[str], tokens: int, rng: random.Random) -> Drawn:
     word, numbers = rng.choice(NAMES), [_number(rng) for _ in range(VALUES)]
     facts = [FACT.format(w=word, n=n) for n in numbers]
     what = f"the special magic numbers for {word}"
@@ -69,7 +86,7 @@ def _multivalue(tokenizer, texts, tokens, rng):
     return _with(asked, *references(tokenizer, ["", *[","] * (VALUES - 1)], numbers))
 
 
-def _multiquery(tokenizer, texts, tokens, rng):
+def _multiquery(tokenizer: "PreTrainedTokenizerBase", texts: list[str], tokens: int, rng: random.Random) -> Drawn:
     words, numbers = rng.sample(NAMES, KEYS), [_number(rng) for _ in range(KEYS)]
     facts = [FACT.format(w=w, n=n) for w, n in zip(words, numbers)]
     order = rng.sample(range(KEYS), KEYS)
@@ -80,7 +97,9 @@ def _multiquery(tokenizer, texts, tokens, rng):
     return _with(asked, *references(tokenizer, pieces, [numbers[i] for i in order]))
 
 
-def _variable_tracking(tokenizer, texts, tokens, rng):
+def _variable_tracking(
+    tokenizer: "PreTrainedTokenizerBase", texts: list[str], tokens: int, rng: random.Random
+) -> Drawn:
     names = ["".join(rng.choices("ABCDEFGHIJKLMNOPQRSTUVWXYZ", k=5)) for _ in range(HOPS + 1)]
     number = _number(rng)
     facts = [f"VAR {a} = {b}." for a, b in zip(names, [number, *[f"VAR {n}" for n in names]])]
@@ -90,7 +109,9 @@ def _variable_tracking(tokenizer, texts, tokens, rng):
     return _with(asked, *references(tokenizer, ["", *[", VAR"] * HOPS], names))
 
 
-def _counted(tokenizer, tokens: int, draw, after: str, wanted: int) -> tuple[list[str], list[str]]:
+def _counted(
+    tokenizer: "PreTrainedTokenizerBase", tokens: int, draw: Callable[[], str], after: str, wanted: int
+) -> tuple[list[str], list[str]]:
     """(words, the `wanted` most frequent of them): draw()'s words, about `tokens` tokens with `after` and a blank each.
 
     Drawn again while words tie for these places, since the answer would not be the only one.
@@ -106,23 +127,23 @@ def _counted(tokenizer, tokens: int, draw, after: str, wanted: int) -> tuple[lis
     raise ValueError(f"words tie for frequency in contexts this short (tokens={tokens}): use --tokens 256 or more.")
 
 
-def _common_words(tokenizer, texts, tokens, rng):
+def _common_words(tokenizer: "PreTrainedTokenizerBase", texts: list[str], tokens: int, rng: random.Random) -> Drawn:
     names = rng.sample(NAMES, len(NAMES))
     draw = lambda: rng.choice(names[:COMMON] if rng.random() < COMMON_SHARE else names[COMMON:])  # noqa: E731
     words, common = _counted(tokenizer, tokens, draw, ",", COMMON)
     question = f"What are the {COMMON} most common words in the list above?"
     lead = "The most common words are:"
-    context, question = _asked(tokenizer, "Below is a list of words: " + ", ".join(words) + ".", question, lead)
+    context, asked = _asked(tokenizer, "Below is a list of words: " + ", ".join(words) + ".", question, lead)
     asks, spans = [], []
     for i, word in enumerate(common):
         others = "".join(f" {n}. {w}" for n, w in enumerate(common[:i] + common[i + 1 :], 1)) + f" {COMMON}."
         answer = encode(tokenizer, f" {word}")
         asks.append((encode(tokenizer, others), answer))
         spans.append((i, 0, len(answer)))
-    return context, question, asks, References(tuple(spans))
+    return context, asked, asks, References(tuple(spans))
 
 
-def _frequent_words(tokenizer, texts, tokens, rng):
+def _frequent_words(tokenizer: "PreTrainedTokenizerBase", texts: list[str], tokens: int, rng: random.Random) -> Drawn:
     coded = ["".join(rng.choices("abcdefghijklmnopqrstuvwxyz", k=6)) for _ in range(60)]
     weights = [(k + 1) ** -ZETA for k in range(len(coded))]
     words, top = _counted(tokenizer, tokens, lambda: rng.choices(coded, weights)[0], "", FREQUENT)
@@ -142,7 +163,9 @@ FAMILIES = {
 }
 
 
-def ruler(tokenizer, texts, mode: str, index: int, seed: int, tokens: int | None = None) -> Item:
+def ruler(
+    tokenizer: "PreTrainedTokenizerBase", texts: list[str], mode: str, index: int, seed: int, tokens: int | None = None
+) -> Item:
     """A sample of family number `index` mod 7, about 768 or `tokens` long; needles lie in held-out text.
 
     Score: `References`, the share found. Raises ValueError when the held-out texts or `tokens` are too short.

@@ -9,8 +9,12 @@ import random
 import re
 import string
 import uuid
+from typing import TYPE_CHECKING, Any, cast
 
 from gatekv.evaluation.tasks.item import encode
+
+if TYPE_CHECKING:
+    from transformers import PreTrainedTokenizerBase
 
 NOISE = "The grass is green. The sky is blue. The sun is yellow. Here we go. There and back again."
 NEEDLE = "One of the special magic {type} for {key} is: {value}."
@@ -18,7 +22,7 @@ EXAMPLE = 15  # lines of noise in variable tracking's solved example, which has 
 DEPTHS = 40  # evenly spaced places for needles in essays
 TOKENS = {"niah": 128, "vt": 30, "cwe": 120, "fwe": 50, "qa": 32}  # generated at most
 NIAH = {"keys": 1, "values": 1, "queries": 1, "haystack": "essay", "key": "words", "value": "numbers"}
-TASKS = {
+TASKS: dict[str, dict[str, Any]] = {
     "niah_single_1": {"family": "niah", **NIAH, "haystack": "noise"},
     "niah_single_2": {"family": "niah", **NIAH},
     "niah_single_3": {"family": "niah", **NIAH, "value": "uuids"},
@@ -66,12 +70,12 @@ PROMPTS = {  # (before the context, question, start of the answer)
 }
 
 
-def _row(prompt: str, context: str, answer: list[str], **fields) -> dict:
+def _row(prompt: str, context: str, answer: list[str], **fields: object) -> dict:
     before, question, prefix = (part.format(**fields) for part in PROMPTS[prompt])
     return {"context": before + context + "\n", "question": question, "answer_prefix": prefix, "answer": answer}
 
 
-def _drawn(kind: str, words: list[str], rng) -> str:
+def _drawn(kind: str, words: list[str], rng: random.Random) -> str:
     if kind == "numbers":
         return str(rng.randint(10**6, 10**7 - 1))
     if kind == "uuids":
@@ -79,7 +83,9 @@ def _drawn(kind: str, words: list[str], rng) -> str:
     return "-".join(rng.sample(words, 2))
 
 
-def _niah(spec, texts, words, length, rng, units):
+def _niah(
+    spec: dict[str, Any], texts: list[str], words: list[str], length: int, rng: random.Random, units: int
+) -> dict:
     key, value = (lambda: _drawn(spec["key"], words, rng)), (lambda: _drawn(spec["value"], words, rng))
     facts = [(key(), [value() for _ in range(spec["values"])]) for _ in range(spec["keys"])]
     needles = [NEEDLE.format(type=spec["value"], key=k, value=v) for k, values in facts for v in values]
@@ -108,12 +114,12 @@ def _niah(spec, texts, words, length, rng, units):
     return _row("niah_one" if one else "niah_many", context, answer, type=kind, query=query)
 
 
-def _chains(spec, letters: int, rng, units: int) -> dict:
+def _chains(spec: dict[str, Any], letters: int, rng: random.Random, units: int) -> dict:
     """One prompt of variable tracking, whose names have so many letters."""
-    hops, names = spec["hops"], set()
-    while len(names) < spec["chains"] * (hops + 1):
-        names.add("".join(rng.choices(string.ascii_uppercase, k=letters)))
-    names = sorted(names)
+    hops, drawn = spec["hops"], cast("set[str]", set())
+    while len(drawn) < spec["chains"] * (hops + 1):
+        drawn.add("".join(rng.choices(string.ascii_uppercase, k=letters)))
+    names = sorted(drawn)
     rng.shuffle(names)
     chains = [names[i : i + hops + 1] for i in range(0, len(names), hops + 1)]
     values, lines = [str(rng.randrange(10000, 99999)) for _ in chains], [NOISE] * units
@@ -125,7 +131,7 @@ def _chains(spec, letters: int, rng, units: int) -> dict:
     return _row("vt", "\n".join(lines), chains[0], query=values[0], count=hops + 1)
 
 
-def _vt(spec, texts, words, length, rng, units):
+def _vt(spec: dict[str, Any], texts: list[str], words: list[str], length: int, rng: random.Random, units: int) -> dict:
     """One chain behind one solved example, whose names have three letters."""
     example, row = _chains(spec, 3, rng, EXAMPLE), _chains(spec, 5, rng, units)
     shown = example["context"] + example["question"] + example["answer_prefix"] + " " + " ".join(example["answer"])
@@ -136,7 +142,7 @@ def _list(names: list[str]) -> str:
     return " ".join(f"{i}. {name}" for i, name in enumerate(names, 1))
 
 
-def _cwe(spec, texts, words, length, rng, units):
+def _cwe(spec: dict[str, Any], texts: list[str], words: list[str], length: int, rng: random.Random, units: int) -> dict:
     def counted(number: int, often: int, rarely: int) -> dict:
         drawn = rng.sample(words, number)
         common, others = drawn[: spec["common"]], drawn[spec["common"] :]
@@ -151,13 +157,13 @@ def _cwe(spec, texts, words, length, rng, units):
     return row | {"context": f"{shown}\n{row['context']}"}
 
 
-def _fwe(spec, texts, words, length, rng, units):
+def _fwe(spec: dict[str, Any], texts: list[str], words: list[str], length: int, rng: random.Random, units: int) -> dict:
     """The k-th most frequent of length/50 coded words stands there units · k^-alpha / zeta(alpha) times; the first is
     dots, which do not count."""
-    coded = set()
-    while len(coded) < max(spec["wanted"] + 1, (length - TOKENS["fwe"]) // 50):
-        coded.add("".join(rng.choices(string.ascii_lowercase, k=spec["letters"])))
-    coded = sorted(coded)
+    drawn: set[str] = set()
+    while len(drawn) < max(spec["wanted"] + 1, (length - TOKENS["fwe"]) // 50):
+        drawn.add("".join(rng.choices(string.ascii_lowercase, k=spec["letters"])))
+    coded = sorted(drawn)
     rng.shuffle(coded)
     coded[0] = "..."
     zeta = math.pi**2 / 6  # zeta(2)
@@ -171,7 +177,9 @@ FAMILIES = {"niah": _niah, "vt": _vt, "cwe": _cwe, "fwe": _fwe}
 FEWEST = {"niah": 4, "vt": 5, "cwe": 20, "fwe": 64}  # units, of lines or words, that leave an answer to find
 
 
-def make(name: str, tokenizer, texts: list[str], length: int, seed: str, frame: int = 0) -> dict:
+def make(
+    name: str, tokenizer: "PreTrainedTokenizerBase", texts: list[str], length: int, seed: str, frame: int = 0
+) -> dict:
     """A row of one of TASKS, as long as fits into `length` tokens with the start of the answer, what is generated, and
     `frame` tokens of a chat template.
 

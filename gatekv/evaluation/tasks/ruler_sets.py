@@ -6,12 +6,16 @@ teacher-forced.
 """
 
 from pathlib import Path
+from typing import TYPE_CHECKING, cast
 
 from gatekv.evaluation.tasks.generated import Generated, chat_parts, picked, prompted
 from gatekv.evaluation.tasks.item import encode
 from gatekv.evaluation.tasks.ruler_definition import TASKS, TOKENS, make
 from gatekv.evaluation.tasks.text_metrics import references_found
 from gatekv.questions import read_lines
+
+if TYPE_CHECKING:
+    from transformers import PreTrainedTokenizerBase
 
 PREFIX = "ruler_"
 FROM_SETS = ("qa_1", "qa_2")  # SQuAD and HotpotQA: their documents do not come with this library
@@ -70,8 +74,18 @@ def load_ruler(task: str, source: str) -> list[dict] | None:
     return rows
 
 
-def ruler_set(tokenizer, texts, mode: str, index: int, seed: int, tokens: int | None = None, *, task: str,
-              examples: list[dict] | None, room: int) -> Generated:  # fmt: skip
+def ruler_set(
+    tokenizer: "PreTrainedTokenizerBase",
+    texts: list[str],
+    mode: str,
+    index: int,
+    seed: int,
+    tokens: int | None = None,
+    *,
+    task: str,
+    examples: list[dict] | None,
+    room: int,
+) -> Generated:
     """A sample of one of NAMES: row number `index` of shuffled `examples`, or, for None, one made by the definition.
 
     tokens: of a prompt that is made, chat template and what is generated included; None: 4096, RULER's shortest, or
@@ -89,7 +103,7 @@ def ruler_set(tokenizer, texts, mode: str, index: int, seed: int, tokens: int | 
         row = picked(examples, task, index, seed)
 
     def score(ids: list[int]) -> float:
-        found = references_found(tokenizer.decode(ids, skip_special_tokens=True), row["answer"])
+        found = references_found(cast(str, tokenizer.decode(ids, skip_special_tokens=True)), row["answer"])
         return float(any(found)) if name in FROM_SETS else sum(found) / len(found)
 
     context, query = prompted(tokenizer, mode, row["context"], row["question"], True, row["answer_prefix"])

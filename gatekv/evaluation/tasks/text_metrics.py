@@ -8,6 +8,7 @@ import importlib.util
 import re
 import string
 from collections import Counter
+from typing import cast
 
 NEEDS = {"rouge": ["rouge"], "rouge_zh": ["rouge", "jieba"], "qa_f1_zh": ["jieba"]}  # packages that define a metric
 CHINESE = "！？｡。＂＃＄％＆＇（）＊＋，－／：；＜＝＞＠［＼］＾＿｀｛｜｝～"  # the marks that LongBench lists
@@ -29,27 +30,27 @@ def _f1(mine: list[str], true: list[str]) -> float:
     return 2 * same / (len(mine) + len(true)) if same else 0.0
 
 
-def qa_f1(prediction: str, reference: str, classes=None) -> float:
+def qa_f1(prediction: str, reference: str, classes: list[str] | None = None) -> float:
     """F1 of the words' multisets, lower-cased, without punctuation and articles."""
 
-    def words(text):
+    def words(text: str) -> list[str]:
         return re.sub(r"\b(a|an|the)\b", " ", text.lower().translate(PUNCTUATION)).split()
 
     return _f1(words(prediction), words(reference))
 
 
-def qa_f1_zh(prediction: str, reference: str, classes=None) -> float:
+def qa_f1_zh(prediction: str, reference: str, classes: list[str] | None = None) -> float:
     """F1 of the words' multisets, where jieba says what a word is, without punctuation."""
     import jieba
 
-    def words(text):
+    def words(text: str) -> list[str]:
         bare = ("".join(w.lower().translate(PUNCTUATION_ZH).split()) for w in jieba.cut(text, cut_all=False))
         return [w for w in bare if w]
 
     return _f1(words(prediction), words(reference))
 
 
-def rouge(prediction: str, reference: str, classes=None) -> float:
+def rouge(prediction: str, reference: str, classes: list[str] | None = None) -> float:
     """F of ROUGE-L as the package `rouge` has it (of sentences' unions, every word once); 0 where there is none."""
     from rouge import Rouge
 
@@ -59,11 +60,12 @@ def rouge(prediction: str, reference: str, classes=None) -> float:
         return 0.0
 
 
-def rouge_zh(prediction: str, reference: str, classes=None) -> float:
+def rouge_zh(prediction: str, reference: str, classes: list[str] | None = None) -> float:
     """`rouge` of the words that jieba finds."""
     import jieba
 
-    return rouge(*(" ".join(jieba.cut(text, cut_all=False)) for text in (prediction, reference)))
+    words = [" ".join(jieba.cut(text, cut_all=False)) for text in (prediction, reference)]
+    return rouge(words[0], words[1])
 
 
 def classification(prediction: str, reference: str, classes: list[str]) -> float:
@@ -80,22 +82,22 @@ def _numbers(prediction: str, true: str) -> float:
     return numbers.count(true) / len(numbers) if numbers else 0.0
 
 
-def count(prediction: str, reference: str, classes=None) -> float:
+def count(prediction: str, reference: str, classes: list[str] | None = None) -> float:
     """The share of the prediction's numbers that are the reference."""
     return _numbers(prediction, str(reference))
 
 
-def retrieval(prediction: str, reference: str, classes=None) -> float:
+def retrieval(prediction: str, reference: str, classes: list[str] | None = None) -> float:
     """The share of the prediction's numbers that are the true paragraph's ("Paragraph 7")."""
-    return _numbers(prediction, re.search(r"Paragraph (\d+)", reference)[1])
+    return _numbers(prediction, cast(re.Match, re.search(r"Paragraph (\d+)", reference))[1])
 
 
-def retrieval_zh(prediction: str, reference: str, classes=None) -> float:
+def retrieval_zh(prediction: str, reference: str, classes: list[str] | None = None) -> float:
     """`retrieval`, of "段落7"."""
-    return _numbers(prediction, re.search(r"段落(\d+)", reference)[1])
+    return _numbers(prediction, cast(re.Match, re.search(r"段落(\d+)", reference))[1])
 
 
-def code_sim(prediction: str, reference: str, classes=None) -> float:
+def code_sim(prediction: str, reference: str, classes: list[str] | None = None) -> float:
     """Similarity of the reference and the first line without `, # or //, in whole percents.
 
     fuzzywuzzy's ratio without its optional C library is this one of difflib, rounded.

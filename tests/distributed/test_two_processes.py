@@ -26,7 +26,7 @@ RECIPES = [(b, recipe) for b in OF_THE_BASE for recipe in ("cpt", "less", "sft")
 LOSSES, RESUMED = "test_losses_and_weights_are_those_of_one_process", "test_resumed_is_uninterrupted"
 FILLED = "test_a_checkpoint_holds_what_every_process_holds"
 CORE = {("ddp", "accumulated"), ("ddp", "sft"), ("zero3", "gate"), ("fsdp2", "less")}
-CORE_STOPPED, CORE_RECIPES = {("fsdp2", "less")}, {("zero3", "cpt")}
+CORE_STOPPED, CORE_RECIPES = {("fsdp2", "less")}, {("zero3", "cpt"), ("fsdp2", "less")}
 CORE_FILLED = {("ddp",), ("zero3",), ("fsdp2",)}
 
 

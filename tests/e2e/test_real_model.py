@@ -13,6 +13,7 @@ from contextlib import redirect_stderr, redirect_stdout
 from pathlib import Path
 
 import pytest
+import torch
 import transformers
 from accelerate.state import AcceleratorState, GradientState
 
@@ -43,8 +44,9 @@ def run(script: str, *options: str, expect: int = 0) -> str:
 
 
 def start(*command: str, expect: int = 0) -> str:
-    """The same in a process of its own."""
-    environment = {**os.environ, "TOKENIZERS_PARALLELISM": "false"}
+    """The same in a process of its own, with as many threads: another number rounds otherwise."""
+    threads = str(torch.get_num_threads())
+    environment = {**os.environ, "TOKENIZERS_PARALLELISM": "false", "OMP_NUM_THREADS": threads}
     done = subprocess.run(
         [sys.executable, *command], cwd=ROOT, env=environment, capture_output=True, text=True, timeout=900
     )
@@ -91,7 +93,6 @@ def test_evaluate_writes_results_picture_and_card(adapter):
 
 
 def test_real_model_keeps_the_law_in_float32(adapter):
-    import torch
     from peft import PeftModel
     from transformers import AutoModelForCausalLM
 

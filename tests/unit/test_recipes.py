@@ -5,6 +5,7 @@ import subprocess
 import sys
 
 import pytest
+import torch
 from conftest import tiny
 from peft import get_peft_model
 
@@ -133,6 +134,16 @@ def test_benchmark_of_training_measures_time_and_memory_of_every_objective(monke
     assert [(r["context"], r["objective"]) for r in last["rows"]] == [(t, n) for t in (48, 96) for n in names]
     assert all(r["time_vs_full"] > 0 and r["peak_mb"] >= 0 for r in last["rows"])
     assert last["rows"][0]["time_vs_full"] == 1
+
+
+@pytest.mark.parametrize("what", ["decode", "cache"])
+def test_benchmarks_of_the_cache_end_in_json(monkeypatch, capsys, what):
+    monkeypatch.setattr(measure, "small_llama", lambda dtype: tiny(dtype=torch.float32))
+    options = ["--model", "small", "--contexts", "256", "--batches", "1", "--keeps", "1,.5", "--repeats", "1"]
+    benchmark.main([what, *options])
+    rows = json.loads(capsys.readouterr().out.splitlines()[-1])["rows"]
+    assert {"context", "batch", "keep", "bytes_ratio", "time_vs_full", "time_vs_limit"} <= set(rows[0])
+    assert all(row["context"] == 256 and 0 < row["bytes_ratio"] < 1.5 for row in rows)
 
 
 def test_training_steps_leave_the_base_alone_and_move_the_gates():

@@ -1,16 +1,22 @@
 PYTHON ?= python3
 BIN := .venv/bin
 
-.PHONY: demo test quick lint types docs peer wheel
+# As many workers as cores, each with its share of the threads (tests/conftest.py).
+PYTEST := $(BIN)/python -m pytest -n logical --maxprocesses 8 --dist loadgroup
+
+.PHONY: demo test test-all quick lint types docs peer wheel
 
 demo: .venv/ready  ## train, generate, compare, draw: at most a quarter of an hour on two cores
 	$(BIN)/gatekv demo
 
-test: .venv/ready  ## everything that needs no GPU
-	$(BIN)/python -m pytest
+test: .venv/ready  ## every promise once, without a GPU: at most ten minutes on two cores
+	$(PYTEST) -m "not exhaustive"
 
-quick: .venv/ready  ## unit tests only
-	$(BIN)/python -m pytest tests/unit
+test-all: .venv/ready  ## the rest too: whole matrices, every backend, the benchmarks and pages on the real model
+	$(PYTEST)
+
+quick: .venv/ready  ## the unit tests of `make test`
+	$(PYTEST) -m "not exhaustive" tests/unit
 
 lint: .venv/ready
 	$(BIN)/ruff check . && $(BIN)/ruff format --check .

@@ -21,8 +21,8 @@ MARKED = re.compile(r"(<!-- table: ([\w-]+) -->\n).*?(<!-- /table -->)", re.S)
 SHORT = {
     "gate+global": "trained gate (`gate+global`)",
     "gate+global+qaq": "the same, kept tokens in few bits (`gate+global+qaq`)",
-    "h2o+qaq": "best training-free, in few bits (`h2o+qaq`)",
-    "h2o": "best training-free of those that only evict (`h2o`)",
+    "h2o+qaq": "best training-free: few bits too (`h2o+qaq`)",
+    "h2o": "best KL of the training-free that only evict (`h2o`)",
     "snapkv+ada": "Ada-SnapKV (`snapkv+ada`)",
 }
 TASKS = {

@@ -41,8 +41,9 @@ PRESETS = {
         "gate": "mlp", "hidden": 512, "initial_logit": -5.0, "relaxation": "ste", "window": 128, "sinks": 4,
         "objective": "none", "sparsity": "budget", "oracle_weight": 1.0, "target_share": 0.0,
     },
-    # What measured best on SmolLM2-135M in six minutes on two cores; see docs/lab-notes. The oracle gives every token of every
-    # head a target, so half of the steps need no student; then straight-through flags at exact, sampled budgets.
+    # What measured best on SmolLM2-135M in six minutes on two cores (docs/lab-notes/training-objective.md). The oracle
+    # gives every token of every head a target, so half of the steps need no student; then straight-through flags at
+    # exact, sampled budgets.
     "default": {
         "gate": "mlp", "relaxation": "ste", "window": 32, "sinks": 4, "initial_logit": -5.0, "objective": "kl",
         "sparsity": "budget", "scope": "global", "target_keep": 0.2, "target_share": 0.5,

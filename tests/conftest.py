@@ -1,6 +1,12 @@
 """Random two-layer models of each family, and gates with something to say."""
 
+import copy
+import functools
 import os
+
+if "PYTEST_XDIST_WORKER" in os.environ:  # read when torch is imported, and by the processes that tests start
+    cores = len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count()
+    os.environ.setdefault("OMP_NUM_THREADS", str(max(1, cores // int(os.environ["PYTEST_XDIST_WORKER_COUNT"]))))
 
 import pytest
 import torch
@@ -9,6 +15,7 @@ if not torch.cuda.is_available():
     os.environ.setdefault("TRITON_INTERPRET", "1")  # read when triton is imported: kernels run on the CPU
 
 import huggingface_hub
+from covering import covering
 from hub_server import Hub
 from huggingface_hub import constants
 from huggingface_hub.utils import _http
@@ -43,6 +50,32 @@ SHAPE = dict(
 )  # fmt: skip
 
 
+BUILT = None  # in pytest: (function, arguments) -> (model, state of the generator behind it), of which tests get copies
+
+
+def pytest_sessionstart():
+    global BUILT
+    BUILT = {}
+
+
+def built_once(make):
+    """Copies of what `make` built for the same arguments, which takes a third of the time; a `model` is not copied."""
+
+    @functools.wraps(make)
+    def copied(*args, **kwargs):
+        if BUILT is None or len(args) > 3 or kwargs.get("model") is not None:
+            return make(*args, **kwargs)
+        key = make.__name__, repr(args), repr(sorted(kwargs.items()))
+        if key not in BUILT:
+            BUILT[key] = make(*args, **kwargs), torch.get_rng_state()
+        model, state = BUILT[key]
+        torch.set_rng_state(state)
+        return copy.deepcopy(model)
+
+    return copied
+
+
+@built_once
 def tiny(family: str = "llama", dtype=torch.float64, seed: int = 0, **changes):
     """A random model whose attention is peaked enough that evicting the wrong token shows."""
     torch.manual_seed(seed)
@@ -56,6 +89,7 @@ def tiny(family: str = "llama", dtype=torch.float64, seed: int = 0, **changes):
     return model
 
 
+@built_once
 def gated(family: str = "llama", dtype=torch.float64, seed: int = 0, model=None, **spec):
     """A tiny PEFT model whose random gates drop about half of the tokens."""
     model = model or tiny(family, dtype, seed)
@@ -149,6 +183,32 @@ def dense_reference(model, ids, live):
     finally:
         for w in undo:
             del w.forward
+
+
+def axes(item) -> dict[str, str]:
+    """What a test's case has on each axis: the names of one `parametrize` are one axis, a fixture's values another."""
+    params = dict(item.callspec.params)
+    names = [mark.args[0] for mark in item.iter_markers("parametrize")]
+    lists = [[n.strip() for n in name.split(",")] if isinstance(name, str) else list(name) for name in names]
+    found = {",".join(together): repr([params.pop(n) for n in together]) for together in lists}
+    return found | {name: repr(value) for name, value in params.items()}
+
+
+@pytest.hookimpl(tryfirst=True)  # before -m chooses
+def pytest_collection_modifyitems(items):
+    """Mark as exhaustive what `make test` leaves to `make test-all`: of a test's cases all that `covering` does not
+    choose. `pytest.mark.covering(1)` on a test, with the reason: every value once is enough of it in `make test`."""
+    tests = {}
+    for item in items:
+        if item.path.parent.name == "distributed":  # one launch at a time: it is two processes already
+            item.add_marker(pytest.mark.xdist_group("two processes"))
+        if hasattr(item, "callspec") and not item.get_closest_marker("exhaustive"):
+            tests.setdefault((item.path, item.originalname), []).append(item)
+    for cases in tests.values():
+        mark = cases[0].get_closest_marker("covering")
+        chosen = covering([axes(case) for case in cases], *(mark.args if mark else ()))
+        for place in set(range(len(cases))).difference(chosen):
+            cases[place].add_marker("exhaustive")
 
 
 @pytest.fixture(params=FAMILIES)

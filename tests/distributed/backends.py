@@ -6,6 +6,7 @@ import subprocess
 import sys
 from pathlib import Path
 
+import pytest
 import torch
 from accelerate import ParallelismConfig, PartialState
 from accelerate.utils import DeepSpeedPlugin, DistributedType
@@ -48,6 +49,17 @@ def save_base(folder, **changes) -> None:
     letters = Tokenizer(models.WordLevel({chr(i): i - 32 for i in range(32, 127)} | {"\n": 95}, unk_token=" "))
     letters.pre_tokenizer, letters.decoder = pre_tokenizers.Split("", "isolated"), decoders.Fuse()
     PreTrainedTokenizerFast(tokenizer_object=letters, eos_token="~").save_pretrained(folder)
+
+
+def chosen_of(cases: list[tuple], core) -> list:
+    """Parameters of all cases, of which those in `core` run in `make test`."""
+    return [pytest.param(*case, marks=() if case in core else pytest.mark.exhaustive) for case in cases]
+
+
+def to_run(request, test: str) -> list[tuple]:
+    """The parameters of each case of a test that is to run: a launch does what those need and no more."""
+    items = [item for item in request.session.items if item.path == request.path and item.originalname == test]
+    return [tuple(item.callspec.params.values()) for item in items]
 
 
 def free_port() -> str:

@@ -44,6 +44,7 @@ def test_one_of_two_processes_copies_the_run_and_a_copy_that_fails_ends_both_wit
     assert len(made) == 2, "the base's, and one for the run"
 
 
+@pytest.mark.exhaustive
 def test_both_hear_that_they_may_not_write(processes, tmp_path):
     both = processes("bob/run")
     texts = end(both)

@@ -8,7 +8,7 @@ from types import SimpleNamespace
 import pytest
 import torch
 from accelerate import DistributedType, ParallelismConfig
-from backends import HERE, SHARING, end, launch, save_base, start
+from backends import HERE, SHARING, chosen_of, end, launch, save_base, start, to_run
 from sharer import CASES, build
 from test_training import ToyData
 from test_two_processes import adapters_agree, compare
@@ -19,37 +19,45 @@ from gatekv.training import shared
 from gatekv.training.plain import PlainObjective
 
 RUNS = [(backend, "gate") for backend in SHARING] + [("sequence_ddp", "accumulated"), ("sequence_ddp", "recomputed")]
+TWENTY, RESUMED = "test_twenty_steps_are_those_of_one_process", "test_resumed_is_uninterrupted"
+CORE = {("sequence_zero2", "gate")}  # by launch/sequence.yaml, the file that the README names
 
 
 @pytest.fixture(scope="module")
-def runs(tmp_path_factory) -> Path:
+def runs(request, tmp_path_factory) -> Path:
     """A folder for each backend, and one for a process alone, of what is trained there in 20 steps."""
+    twenty, sources = to_run(request, TWENTY), [source for (source,) in to_run(request, RESUMED)]
+    recipe = ["recipes:cpt"] * any(item.originalname == "test_the_recipe" for item in request.session.items)
     out, base = tmp_path_factory.mktemp("runs"), tmp_path_factory.mktemp("base")
     save_base(base, num_key_value_heads=2)
     for backend in ("single", *SHARING):
         (out / backend).mkdir()
-        jobs = [job for b, job in RUNS if backend in (b, "single")]
-        tasks = [*dict.fromkeys(jobs)] + ["recipes:cpt"] * (backend in ("single", "sequence_zero2"))
-        if backend == "single":
+        jobs = [job for b, job in twenty if backend in (b, "single")]
+        jobs += ["gate"] if backend == "single" and sources else []
+        tasks = [*dict.fromkeys(jobs)] + (recipe if backend in ("single", "sequence_zero2") else [])
+        if backend in ("single", "sequence_ddp") and sources:
             tasks += ["gate:stop"]
-        if backend == "sequence_ddp":
+        if backend == "sequence_ddp" and sources:
             shutil.copytree(out / "single" / "gate-stop", out / backend / "gate-of-one")
-            tasks += ["gate:stop", *(f"gate:{out / backend / name}" for name in ("gate-stop", "gate-of-one"))]
-        launch("worker.py", backend, base, out / backend, *tasks)
+            tasks += [f"gate:{out / backend / source}" for source in sources]
+        if tasks:
+            launch("worker.py", backend, base, out / backend, *tasks)
     return out
 
 
-@pytest.mark.parametrize("backend,job", RUNS)
+@pytest.mark.parametrize("backend,job", chosen_of(RUNS, CORE))
 def test_twenty_steps_are_those_of_one_process(backend, job, runs):
     compare(runs / "single" / job, runs / backend / job)
 
 
+@pytest.mark.exhaustive
 @pytest.mark.parametrize("source", ["gate-stop", "gate-of-one"])
 def test_resumed_is_uninterrupted(source, runs):
     """From a checkpoint of shared rows, and from one of a single process."""
     compare(runs / "single" / "gate", runs / "sequence_ddp" / f"gate-resumed-{source}")
 
 
+@pytest.mark.exhaustive
 def test_the_recipe(runs):
     """With launch/sequence.yaml: calibration, and the row that is judged, too."""
     one, two = runs / "single" / "recipe-cpt", runs / "sequence_zero2" / "recipe-cpt"

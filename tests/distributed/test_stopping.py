@@ -1,4 +1,7 @@
-"""Two processes: a signal to one stops both with a checkpoint, a wrong number in one stops both, a dead one no hang."""
+"""Two processes: a signal to one stops both with a checkpoint, a wrong number in one stops both, a dead one no hang.
+
+`make test` does each under one backend, the three under three.
+"""
 
 import signal
 import subprocess
@@ -6,7 +9,7 @@ import time
 from pathlib import Path
 
 import pytest
-from backends import LAUNCHED, end, start
+from backends import LAUNCHED, chosen_of, end, start
 
 from gatekv.training import rotation
 
@@ -25,9 +28,12 @@ def under_way(folder: Path) -> None:
         time.sleep(0.05)
 
 
-@pytest.mark.parametrize("backend,rank,number", [
-    ("ddp", 0, signal.SIGTERM), ("ddp", 1, signal.SIGTERM), ("zero3", 0, signal.SIGINT), ("fsdp2", 1, signal.SIGINT),
-])  # fmt: skip
+SIGNALS = [("ddp", 0, signal.SIGTERM), ("ddp", 1, signal.SIGTERM),
+           ("zero3", 0, signal.SIGINT), ("fsdp2", 1, signal.SIGINT)]  # fmt: skip
+DEAD = [("ddp", 0), ("ddp", 1), ("zero2", 0), ("zero3", 1), ("fsdp2", 0)]
+
+
+@pytest.mark.parametrize("backend,rank,number", chosen_of(SIGNALS, {("ddp", 1, signal.SIGTERM)}))
 def test_a_signal_to_one_stops_both_with_a_checkpoint(tmp_path, backend, rank, number):
     processes = run(tmp_path, backend)
     under_way(tmp_path)
@@ -39,7 +45,7 @@ def test_a_signal_to_one_stops_both_with_a_checkpoint(tmp_path, backend, rank, n
     assert len(rotation.read(tmp_path / f"checkpoint-{step}")[1]["records"]) == step
 
 
-@pytest.mark.parametrize("backend", LAUNCHED)
+@pytest.mark.parametrize("backend", chosen_of([(backend,) for backend in LAUNCHED], {("zero3",)}))
 def test_a_loss_that_is_no_number_in_one_stops_both_and_names_its_rows(tmp_path, backend):
     processes = run(tmp_path, backend, float("nan"))
     texts = end(processes)
@@ -49,7 +55,7 @@ def test_a_loss_that_is_no_number_in_one_stops_both_and_names_its_rows(tmp_path,
     assert rotation.steps(tmp_path) == [3]
 
 
-@pytest.mark.parametrize("backend,rank", [("ddp", 0), ("ddp", 1), ("zero2", 0), ("zero3", 1), ("fsdp2", 0)])
+@pytest.mark.parametrize("backend,rank", chosen_of(DEAD, {("fsdp2", 0)}))
 def test_a_dead_process_ends_the_other_with_a_message(tmp_path, backend, rank):
     processes = run(tmp_path, backend)
     under_way(tmp_path)
@@ -61,6 +67,7 @@ def test_a_dead_process_ends_the_other_with_a_message(tmp_path, backend, rank):
     assert "another process of this run is gone" in text and "--resume" in text, text
 
 
+@pytest.mark.exhaustive
 def test_both_hear_that_there_is_nothing_to_resume(tmp_path):
     (tmp_path / "checkpoint-3").mkdir()
     (tmp_path / "checkpoint-3" / "state.json").write_text("{}")

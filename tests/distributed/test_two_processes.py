@@ -1,6 +1,8 @@
 """Two processes on the CPU over gloo find what one finds, under every sharding that Accelerate offers.
 
 One launch for each backend (worker.py), with the flags and launch files that users have; then its results are compared.
+A launch does what the chosen tests ask for. `make test` runs CORE: every way to shard that differs in the forward pass,
+each objective under one of them, accumulation, both sources of a resumed run, a checkpoint's shards, one recipe.
 """
 
 import json
@@ -9,7 +11,7 @@ from pathlib import Path
 
 import pytest
 import torch
-from backends import BACKENDS, SHARING, launch, save_base
+from backends import BACKENDS, SHARING, chosen_of, launch, save_base, to_run
 from safetensors.torch import load_file
 
 OF_THE_BASE = ("zero3", "fsdp2")  # what these shard is more than optimizer state: the forward passes differ too
@@ -20,6 +22,12 @@ WITH_MORE = [(b, j) for b in BACKENDS for j in JOBS if b not in (OFFLOADED, *SHA
 WITH_MORE += [(b, j) for b in OF_THE_BASE for j in MORE_JOBS]
 WITH_MORE += [("ddp", "sft"), ("zero2", "lora")]
 STOPPED = [(b, j) for b, j in WITH_MORE if j in ("gate", "less")] + [(b, "sft") for b in OF_THE_BASE]
+RECIPES = [(b, recipe) for b in OF_THE_BASE for recipe in ("cpt", "less", "sft")]
+LOSSES, RESUMED = "test_losses_and_weights_are_those_of_one_process", "test_resumed_is_uninterrupted"
+FILLED = "test_a_checkpoint_holds_what_every_process_holds"
+CORE = {("ddp", "accumulated"), ("ddp", "sft"), ("zero3", "gate"), ("fsdp2", "less")}
+CORE_STOPPED, CORE_RECIPES = {("fsdp2", "less")}, {("zero3", "cpt")}
+CORE_FILLED = {("ddp",), ("zero3",), ("fsdp2",)}
 
 
 @pytest.fixture(scope="module")
@@ -33,17 +41,24 @@ def base(tmp_path_factory) -> Path:
 
 
 @pytest.fixture(scope="module")
-def single(base, tmp_path_factory) -> Path:
+def single(request, base, tmp_path_factory) -> Path:
     """What one process finds."""
     out = tmp_path_factory.mktemp("single")
-    every = dict.fromkeys(job for _, job in WITH_MORE)
-    tasks = [*every, *dict.fromkeys(f"{job}:stop" for _, job in STOPPED), "recipes:cpt,less,sft"]
-    launch("worker.py", "single", base, out, *tasks)
+    jobs = dict.fromkeys(job for test in (LOSSES, RESUMED) for _, job in to_run(request, test))
+    stopped = dict.fromkeys(f"{job}:stop" for _, job in to_run(request, RESUMED))
+    launch("worker.py", "single", base, out, *jobs, *stopped, *recipes(request))
     return out
 
 
+def recipes(request, *backend: str) -> list[str]:
+    """The task of worker.py that runs the wanted recipes (of a backend); less.py goes on from what sft.py made."""
+    names = {recipe for b, recipe in to_run(request, "test_recipes") if b in backend or not backend}
+    names |= {"sft"} if "less" in names else set()
+    return ["recipes:" + ",".join(sorted(names))] if names else []
+
+
 @pytest.fixture(scope="module")
-def two(base, single, tmp_path_factory):
+def two(request, base, single, tmp_path_factory):
     """backend -> what two processes find; launched once."""
     found, failed = {}, set()
 
@@ -52,12 +67,13 @@ def two(base, single, tmp_path_factory):
         if backend not in found:
             failed.add(backend)
             out = found[backend] = tmp_path_factory.mktemp(backend)
-            tasks = [j for b, j in WITH_MORE if b == backend] + ["fill"]
-            for job in (j for b, j in STOPPED if b == backend):
+            tasks = [j for b, j in to_run(request, LOSSES) if b == backend]
+            tasks += ["fill"] * ((backend,) in to_run(request, FILLED))
+            for job in (j for b, j in to_run(request, RESUMED) if b == backend):
                 shutil.copytree(single / f"{job}-stop", out / f"{job}-of-one")
                 tasks += [f"{job}:stop", *(f"{job}:{out / job}-{source}" for source in ("stop", "of-one"))]
-            tasks += ["recipes:cpt,less,sft"] if backend in OF_THE_BASE else []
-            launch("worker.py", backend, base, out, *tasks)
+            tasks += ["held"] * (backend == "zero3")
+            launch("worker.py", backend, base, out, *tasks, *recipes(request, backend))
             failed.remove(backend)
         return found[backend]
 
@@ -81,7 +97,7 @@ def adapters_agree(one: Path, other: Path, weights: float = 1e-6) -> None:
         torch.testing.assert_close(b[name], a[name], rtol=0, atol=weights, msg=lambda m, name=name: f"{name}: {m}")
 
 
-@pytest.mark.parametrize("backend,job", WITH_MORE)
+@pytest.mark.parametrize("backend,job", chosen_of(WITH_MORE, CORE))
 def test_losses_and_weights_are_those_of_one_process(backend, job, single, two):
     loose = {}
     if (backend, job) == ("zero3", "bf16"):  # its matrix product rounds bfloat16 in another order
@@ -91,14 +107,14 @@ def test_losses_and_weights_are_those_of_one_process(backend, job, single, two):
     compare(single / job, two(backend) / job, **loose)
 
 
-@pytest.mark.parametrize("backend,job", STOPPED)
+@pytest.mark.parametrize("backend,job", chosen_of(STOPPED, CORE_STOPPED))
 def test_resumed_is_uninterrupted(backend, job, single, two):
     """From the backend's own checkpoint, and from one that a single process wrote."""
     for source in ("stop", "of-one"):
         compare(single / job, two(backend) / f"{job}-resumed-{job}-{source}")
 
 
-@pytest.mark.parametrize("backend", [b for b in BACKENDS if b not in SHARING])
+@pytest.mark.parametrize("backend", chosen_of([(b,) for b in BACKENDS if b not in SHARING], CORE_FILLED))
 def test_a_checkpoint_holds_what_every_process_holds(backend, two):
     """worker.fill: every process writes its number, saves, zeroes, loads; the file has the numbers of both."""
     numbers = json.loads((two(backend) / "fill/result.json").read_text())
@@ -112,8 +128,7 @@ def test_a_checkpoint_holds_what_every_process_holds(backend, two):
         assert all(found == [1, 2] for found in numbers.values()), "each tensor is cut in two"
 
 
-@pytest.mark.parametrize("backend", OF_THE_BASE)
-@pytest.mark.parametrize("recipe", ["cpt", "less", "sft"])
+@pytest.mark.parametrize("backend,recipe", chosen_of(RECIPES, CORE_RECIPES))
 def test_recipes(backend, recipe, single, two):
     """Calibration and the base's fingerprint too."""
     one, other = single / f"recipe-{recipe}", two(backend) / f"recipe-{recipe}"

@@ -3,7 +3,8 @@
 BASE: the frozen model's folder. TASK: JOB trains jobs.JOBS[JOB] and saves its adapter in OUT/JOB as the recipes do;
 JOB:stop is stopped half-way, by SIGTERM to the last process, OUT/JOB-stop holding a checkpoint; JOB:FOLDER resumes from
 the newest checkpoint in FOLDER, results in OUT/JOB-resumed-FOLDER's name; "fill" checks what a checkpoint holds;
-"recipes:NAME,…" runs recipes. One launch does many tasks, because importing takes longer than a task.
+"recipes:NAME,…" runs recipes; "held" says what a loaded base takes. One launch does many tasks, because importing takes
+longer than a task.
 """
 
 import sys
@@ -115,10 +116,8 @@ def fill(backend: str, base: Path, out: Path) -> None:
 
 def recipes(base: Path, out: Path, names: list[str]) -> None:
     """recipes/cpt.py, recipes/sft.py, then recipes/less.py beside its gates and LoRA, as a user runs them (those that
-    are named); and what loading a base takes."""
-    from gatekv.hardware import choose
+    are named)."""
     from gatekv.recipes import cpt, less, sft
-    from gatekv.recipes.common import load_model
 
     Accelerator.end_training = lambda self: None  # it would end the process group, which the next recipe needs
     common = ["--model", str(base), "--sequence_length", "100", "--max_steps", "2"]
@@ -136,15 +135,22 @@ def recipes(base: Path, out: Path, names: list[str]) -> None:
         reset()
         main([*common, *own, "--target_keep", "0.5", "--output_dir", str(out / f"recipe-{name}")])
         PartialState().wait_for_everyone()  # the next recipe reads what the first process writes
+
+
+def held(base: Path, out: Path) -> None:
+    """What loading a base takes in each process, and the whole of it, in bytes."""
+    from gatekv.hardware import choose
+    from gatekv.recipes.common import load_model
+
     accelerator = fresh()
-    held = torch.tensor([0, 0])
+    found = torch.tensor([0, 0])
     for p in load_model(str(base), choose("cpu", "bfloat16"))[0].parameters():
         assert p.dtype == torch.bfloat16
         own, whole = (p.ds_tensor.numel() + p.numel(), p.ds_numel) if hasattr(p, "ds_numel") else (p.numel(), p.numel())
-        held += 2 * torch.tensor([own, whole])
-    held = accelerator.gather(held[None]).tolist()
+        found += 2 * torch.tensor([own, whole])
+    found = accelerator.gather(found[None]).tolist()
     if accelerator.is_main_process:
-        (out / "held.json").write_text(json.dumps(held))
+        (out / "held.json").write_text(json.dumps(found))
 
 
 def main(backend: str, base: Path, out: Path, tasks: list[str]) -> None:
@@ -152,6 +158,8 @@ def main(backend: str, base: Path, out: Path, tasks: list[str]) -> None:
     for task in tasks:
         if task == "fill":
             fill(backend, base, out)
+        elif task == "held":
+            held(base, out)
         elif task.startswith("recipes:"):
             recipes(base, out, task.removeprefix("recipes:").split(","))
         else:

@@ -18,7 +18,7 @@ from gatekv.integrations.lm_eval import GateKVLM
 
 ROOT = Path(__file__).resolve().parents[2]
 TASKS = ["choose", "predict", "write"]
-pytestmark = pytest.mark.slow
+pytestmark = [pytest.mark.exhaustive, pytest.mark.xdist_group("lm-eval")]
 
 
 @pytest.fixture(scope="module")

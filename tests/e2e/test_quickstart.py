@@ -12,7 +12,7 @@ from gatekv.bases import HUB_NAME
 from gatekv.fetch import fetch
 
 ROOT = Path(__file__).resolve().parents[2]
-pytestmark = pytest.mark.slow
+pytestmark = pytest.mark.exhaustive
 
 
 def test_quickstart_runs_as_printed(tmp_path):

@@ -63,5 +63,6 @@ def test_the_training_command_trains(tmp_path, env, pytestconfig):
     assert words[:2] == ["accelerate", "launch"]
     command = [sys.executable, "-m", "accelerate.commands.launch", *words[2:]]
     out = run([*command, "--max_steps", "2", "--sequence_length", "256"], tmp_path, env)
-    assert "saved checkpoints/demo" in out
-    assert len(json.loads((tmp_path / "checkpoints/demo/training.json").read_text())["steps"]) == 2
+    folder = words[words.index("--output_dir") + 1]
+    assert f"saved {folder}" in out
+    assert len(json.loads((tmp_path / folder / "training.json").read_text())["steps"]) == 2

@@ -36,7 +36,7 @@ def test_the_table():
     assert text[4] == "| default | 0.750 | 0.033 | 0.260 | 5.0 min |"
 
 
-def test_what_is_done_is_not_done_again_and_failures_are_named(tmp_path, monkeypatch):
+def test_what_is_done_is_not_done_again(tmp_path, monkeypatch):
     calls = []
 
     def fake(script, options, log, threads):
@@ -59,7 +59,10 @@ def test_what_is_done_is_not_done_again_and_failures_are_named(tmp_path, monkeyp
     assert len(calls) == 3
     with pytest.raises(ValueError, match="Did you mean 'default'"):
         ablation.main(["--only", "defualt", "--work", str(tmp_path)])
-    monkeypatch.undo()
+
+
+@pytest.mark.exhaustive
+def test_a_process_that_fails_is_named_with_its_log(tmp_path):
     with pytest.raises(ValueError, match="cpt.py failed on train"):
         ablation.call("cpt.py", ["--nonsense", "1"], tmp_path / "train.log", 1)
     assert "nonsense" in (tmp_path / "train.log").read_text()

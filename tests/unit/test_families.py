@@ -41,6 +41,7 @@ def test_parallel_equals_recurrent(kind, gate):
     assert len(cache.evicting()) == (1 if "layer_types" in KINDS[kind][1] else 2), "sliding layers are left alone"
 
 
+@pytest.mark.covering(1)  # test_law has both on two families
 @pytest.mark.parametrize("mask_prompt", [True, False])
 def test_gates_that_read_the_whole_prompt(kind, mask_prompt):
     model = gated(kind, gate="attention", context="prompt", mask_prompt=mask_prompt, window=5, sinks=2)
@@ -53,6 +54,7 @@ def test_gates_that_read_the_whole_prompt(kind, mask_prompt):
     assert (wanted - plain_logits(model, ids, mask))[mask.bool()].abs().max() > 1e-3
 
 
+@pytest.mark.covering(1)  # test_law has every policy
 @pytest.mark.parametrize("policy", ["full", "gate+global", "snapkv+ada", "nacl", "fastgen", "d2o+merge_near"])
 def test_a_full_budget_is_the_plain_model(kind, policy):
     model = gated(kind, window=6)
@@ -67,6 +69,7 @@ def test_a_full_budget_is_the_plain_model(kind, policy):
     assert_close(got, plain_logits(model, wanted, mask), mask)
 
 
+@pytest.mark.covering(1)  # test_cache has both searches on two families
 @pytest.mark.parametrize("beams", [1, 3])
 def test_generation_that_evicts_equals_generation_without_a_cache(kind, beams):
     model = gated(kind, window=4, sinks=2, gate="attention", context_window=6)
@@ -80,6 +83,7 @@ def test_generation_that_evicts_equals_generation_without_a_cache(kind, beams):
     assert not torch.equal(model.generate(input_ids=ids, **options), wanted), "and what is evicted matters"
 
 
+@pytest.mark.covering(1)  # test_turns has more policies
 @pytest.mark.parametrize("policy,budget", [("gate", None), ("snapkv+ada", 0.75)])
 def test_a_saved_cache_goes_on_as_if_it_had_never_left(tmp_path, kind, policy, budget):
     model = gated(kind, window=6, sinks=2, gate="attention", context_window=6)

@@ -42,6 +42,7 @@ def held(model, policy, budget, length, new, batch=1, **options):
     return prompt, cache.memory()
 
 
+@pytest.mark.covering(1)  # every policy, at either length
 @pytest.mark.parametrize("policy,budget", EVEN + UNEVEN + THIN)
 @pytest.mark.parametrize("length,new,batch", [(150, 0, 1), (301, 37, 2)])
 def test_what_is_said_is_what_is_held(policy, budget, length, new, batch):

@@ -60,13 +60,14 @@ def assert_same(inputs, dout, rtol=1e-4, atol=1e-5, **options):
     return got
 
 
+@pytest.mark.covering(1)  # the interpreter takes a second a case
 @pytest.mark.parametrize("gates", ["all evicted", "all kept", "mixed", "in blocks", "soft"])
 @pytest.mark.parametrize("n,window", [(1, 0), (53, 1), (70, 32), (37, 100)])
 def test_matches_naive(gates, n, window):
     assert_same(*problem(n, gates), window=window)
 
 
-@pytest.mark.parametrize("window", [5, 70])
+@pytest.mark.parametrize("window", [70, pytest.param(5, marks=pytest.mark.exhaustive)])
 def test_full_tiles(monkeypatch, window):
     monkeypatch.undo()
     inputs, dout = problem(150)
@@ -75,7 +76,7 @@ def test_full_tiles(monkeypatch, window):
     assert_same(inputs, dout, window=window)
 
 
-@pytest.mark.parametrize("group,kv", [(1, 3), (2, 2), (8, 1)])
+@pytest.mark.parametrize("group,kv", [(1, 3), (2, 2), pytest.param(8, 1, marks=pytest.mark.exhaustive)])
 def test_groups(group, kv):
     assert_same(*problem(37, heads=group * kv, kv=kv, batch=2 if kv == 2 else 1), window=5)
 
@@ -85,6 +86,7 @@ def test_head_dims(d):
     assert_same(*problem(37, d=d), window=5)
 
 
+@pytest.mark.covering(1)  # the interpreter takes a second a case
 @pytest.mark.parametrize("gates", ["all evicted", "mixed", "in blocks"])
 @pytest.mark.parametrize("queries", [1, 19, 48])
 def test_the_last_queries(gates, queries):
@@ -104,6 +106,7 @@ def padded_and_packed(n, queries):
     return mask[:, :, -queries:]
 
 
+@pytest.mark.covering(1)  # the interpreter takes five seconds a case
 @pytest.mark.parametrize("gates", ["in blocks", "soft"])
 @pytest.mark.parametrize("queries", [53, 20])
 def test_masks(gates, queries):

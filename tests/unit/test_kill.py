@@ -18,7 +18,8 @@ from test_survival import run
 
 from gatekv.training import rotation
 
-KILLS = 20
+pytestmark = pytest.mark.xdist_group("kill")  # one uninterrupted run, one server
+KILLS = 20  # four of them in `make test`
 # Processes are forked from one that has imported this file and has done nothing: one that has trained has threads,
 # whose locks a fork would copy as they stand.
 SERVER = multiprocessing.get_context("forkserver")
@@ -121,7 +122,7 @@ def killed_somewhere(folder: Path, seconds: float, rng: random.Random) -> None:
         seconds /= 2
 
 
-@pytest.mark.parametrize("seed", range(KILLS // 2))
+@pytest.mark.parametrize("seed", [0, 1, *(pytest.param(i, marks=pytest.mark.exhaustive) for i in range(2, KILLS // 2))])
 def test_killed_twice_at_random_moments(tmp_path, whole, seed):
     for i in range(2):
         killed_somewhere(tmp_path / "run", whole[1] / 2, random.Random(f"{seed}/{i}"))
@@ -154,12 +155,13 @@ def test_whatever_a_save_was_about_to_do_the_checkpoints_are_whole(tmp_path):
     assert code == 0 and count > 30
 
 
-@pytest.mark.parametrize("count", [3, 11, 29, 47])
+@pytest.mark.parametrize("count", [11, 47, *(pytest.param(n, marks=pytest.mark.exhaustive) for n in (3, 29))])
 def test_killed_between_the_file_operations_of_a_run(tmp_path, whole, count):
     assert code_of(begin(go_until, tmp_path, count)) == 9
     check(tmp_path, whole[0])
 
 
+@pytest.mark.exhaustive
 def test_kill_9_of_a_real_process(tmp_path, whole):
     """The same with processes that are forked from nothing."""
     program = "import sys, pathlib, test_kill; test_kill.go(pathlib.Path(sys.argv[1]))"

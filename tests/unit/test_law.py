@@ -57,6 +57,7 @@ def test_float32(family):
     assert_close(got, wanted, mask, torch.float32)
 
 
+@pytest.mark.covering(1)  # a policy does not know the family
 @pytest.mark.parametrize("policy,budget", [("gate", None), ("gate+global", 0.5), ("gate+ada", 0.5), ("snapkv+ada", 0.75),
                                            ("keydiff", 0.5), ("random+global", 0.8), ("sinks_recent", 0.8),
                                            ("keydiff+ada+pyramid", 0.6), ("snapkv+pyramid", 0.9), ("h2o", 0.6),
@@ -84,6 +85,7 @@ def test_each_padded_row_is_its_solo_run(family, policy, budget):
             assert torch.equal(mine[row, :, pads:], alone[0]) and not mine[row, :, :pads].any()
 
 
+@pytest.mark.covering(1)  # a policy does not know the family
 @pytest.mark.parametrize("policy", ["full", "gate", "gate+global", "gate+ada", "snapkv", "snapkv+ada", "keydiff", "random+global",
                                     "value_norm", "sinks_recent", "keydiff+pyramid", "nacl",
                                     "fastgen", *MERGING, *STREAMING])  # fmt: skip
@@ -117,6 +119,7 @@ def masked_reference(model, ids, flags, window, prompt):
     )
 
 
+@pytest.mark.covering(1)  # a policy does not know the family
 @pytest.mark.parametrize("policy", ["snapkv", "snapkv+ada", "keydiff+global", "random", "value_norm+ada", "gate+global",
                                     "gate+ada", "keydiff+ada+pyramid", "nacl", "fastgen", "h2o+variance",
                                     *STREAMING])  # fmt: skip

@@ -79,6 +79,7 @@ def by_hand(model, tokenizer, context, continuation, policy, budget):
     return float(log_p.gather(-1, ids[:, n + 1 :, None]).sum()), held
 
 
+@pytest.mark.covering(1)  # batches do not know the family
 @pytest.mark.parametrize("family", ["llama", "qwen3", "gemma3"])
 @pytest.mark.parametrize("batch_size", [1, 4])
 def test_the_whole_cache_gives_the_harness_own_numbers_to_the_last_digit(family, batch_size, letters, tasks):

@@ -15,10 +15,9 @@ from gatekv.prompts import Inputs, Prompts, read_prompts
 from gatekv.support import LATER
 
 if TYPE_CHECKING:
-    from peft import PeftModel
-    from transformers import PreTrainedModel, PreTrainedTokenizerBase
+    from transformers import PreTrainedTokenizerBase
 
-    GateModel = PeftModel | PreTrainedModel
+    GateModel = torch.nn.Module  # a transformers or PEFT model
 
 CACHE_OPTIONS = set(inspect.signature(KVCache.__init__).parameters) - {"self", "model", "policy", "budget"}
 OURS = {  # what `model.generate` takes and this sets itself

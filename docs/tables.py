@@ -8,10 +8,12 @@ the families that the tests build, and from what gatekv says when it refuses one
 """
 
 import argparse
+import dataclasses
 import json
 import re
 import sys
 from collections.abc import Callable
+from importlib import import_module
 from pathlib import Path
 
 ROOT = Path(__file__).resolve().parents[1]
@@ -99,6 +101,25 @@ def arguments_refused() -> str:
     return "\n".join([*lines, *(f"| `{name}` | {what} |" for name, what in UNKNOWN_TO_THE_LAW.items())]) + "\n"
 
 
+def options_of(module: str, name: str, *without: str) -> str:
+    """The options of a dataclass: name, default and what `--help` says. without: classes whose options are left out."""
+    from gatekv.config import declared
+
+    cls = getattr(import_module(module), name)
+    own = {field.name: field for field in dataclasses.fields(cls)}
+    lines = ["| option | default | what |", "|---|---|---|"]
+    for option, (owner, first) in declared(cls).items():
+        if owner.__name__ in without or not first.metadata.get("help"):
+            continue
+        field = own[option]
+        default = field.default if field.default is not dataclasses.MISSING else field.default_factory()
+        shown = f"`{default}`" if default not in ("", [], {}, None) else ""
+        choices = first.metadata.get("choices") or ()
+        known = f" One of {', '.join(f'`{c}`' for c in choices)}." if 0 < len(choices) <= 8 else ""
+        lines.append(f"| `{option}` | {shown} | {first.metadata['help']}{known} |")
+    return "\n".join(lines) + "\n"
+
+
 def tables() -> dict[str, Callable[[], str]]:
     """Name -> what makes the Markdown of that table."""
     from gatekv.report import tables as sections
@@ -116,6 +137,8 @@ def tables() -> dict[str, Callable[[], str]]:
         "models-served": models_served,
         "models-refused": models_refused,
         "arguments-refused": arguments_refused,
+        "gate-options": lambda: options_of("gatekv.config", "GateSpec"),
+        "cpt-options": lambda: options_of("gatekv.training.config", "CPTConfig", "GateSpec"),
     }
 
 

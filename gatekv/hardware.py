@@ -50,16 +50,19 @@ class Hardware:
         return f"running on {self.device}{threads}, in {self.dtype_name}" + (f" ({self.why})" if self.why else "")
 
 
-def choose(device: str | torch.device = AUTO, dtype: str = AUTO) -> Hardware:
+def choose(device: str | torch.device = AUTO, dtype: str = AUTO, threads: int = 0) -> Hardware:
     """Decide what is left to us, check what is not, and let this process use its share of the cores.
 
     Args:
         device: "auto" takes the accelerator (`cuda`, `mps`, `xpu`, …) where there is one, else the CPU.
         dtype: "auto" takes bfloat16 where it is fast, else float32.
+        threads: of this process on the CPU; 0 takes its share of the cores (see `use_cores`).
 
     Raises:
-        ValueError: a device or dtype that does not exist here.
+        ValueError: a device or dtype that does not exist here, or a negative number of threads.
     """
+    if threads < 0:
+        raise ValueError(f"threads is a number of CPU threads, or 0 for this process's share of them; got {threads}.")
     where = _device(device)
     if dtype == AUTO:
         fast, why = fast_bfloat16(where)
@@ -67,7 +70,7 @@ def choose(device: str | torch.device = AUTO, dtype: str = AUTO) -> Hardware:
     else:
         check_choice("dtype", dtype, (AUTO, *DTYPES))
         kind, why = getattr(torch, dtype), ""
-    return Hardware(where, kind, use_cores(), why)
+    return Hardware(where, kind, use_cores(threads), why)
 
 
 def _device(name: str | torch.device) -> torch.device:
@@ -132,12 +135,15 @@ def cores() -> int:
     return len(affinity(0)) if affinity else os.cpu_count() or 1
 
 
-def use_cores() -> int:
-    """Give PyTorch this process's share of the machine's cores; returns the number of threads.
+def use_cores(threads: int = 0) -> int:
+    """Give PyTorch `threads`, or this process's share of the machine's cores; returns the number of threads.
 
     `accelerate launch` sets OMP_NUM_THREADS to 1, also where one process has the machine to itself. A number above 1,
     or one that a user set without that launcher, is taken as meant.
     """
+    if threads:
+        torch.set_num_threads(threads)
+        return threads
     asked, launched = os.environ.get("OMP_NUM_THREADS", ""), "LOCAL_WORLD_SIZE" in os.environ
     launched = launched or any(name.startswith("ACCELERATE_") for name in os.environ)
     if asked.isdigit() and int(asked) > 1 or asked and not launched:

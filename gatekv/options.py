@@ -18,6 +18,7 @@ import re
 import typing
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
+from importlib.util import find_spec
 from pathlib import Path
 from typing import Any, TypeVar, cast
 
@@ -189,9 +190,16 @@ def _with_nearest(argv: Sequence[str], known: dict) -> list[str]:
     return list(argv)
 
 
+def _bundled(name: str) -> list[Path]:
+    """Where a config that comes with the recipes may lie: paper, sft/boolq, or with .yaml behind it."""
+    spec = find_spec("gatekv.recipes")
+    folders = [Path(place) / "configs" for place in spec.submodule_search_locations or ()] if spec else []
+    return [folder / f"{name.removesuffix('.yaml')}.yaml" for folder in folders]
+
+
 def _read_yaml(path: str, known: Sequence[str]) -> dict[str, Any]:
-    file = Path(path)
-    if not file.is_file():
+    file = next((f for f in (Path(path), *_bundled(path)) if f.is_file()), None)
+    if file is None:
         raise ValueError(f"--config {path}: no such file.")
     try:
         settings = yaml.safe_load(file.read_text(encoding="utf-8")) or {}
@@ -213,6 +221,7 @@ class HardwareOptions:
     dtype: str = option(
         AUTO, "Of the frozen model; auto takes bfloat16 where it is fast, else float32.", choices=(AUTO, *DTYPES)
     )
+    threads: int = option(0, "Of the CPU, for this process; 0 takes its share of the machine's cores.")
 
 
 @dataclass

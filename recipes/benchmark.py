@@ -181,7 +181,7 @@ def train(model, args: BenchmarkOptions) -> list[dict]:
 def main(argv: list[str]) -> None:
     args = load(argv, BenchmarkOptions, __doc__)
     args = replace(args, batches=[1], **QUICK[args.what]) if args.quick else args
-    hardware = choose(args.device, args.dtype)
+    hardware = choose(args.device, args.dtype, args.threads)
     announce(hardware)
     torch.manual_seed(0)
     small = args.model == "small"

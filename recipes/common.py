@@ -51,7 +51,7 @@ def load_adapted(options, dtype: str = ""):
 
     from gatekv.bundled import adapter_path
 
-    hardware = choose(options.device, dtype if dtype and options.dtype == AUTO else options.dtype)
+    hardware = choose(options.device, dtype if dtype and options.dtype == AUTO else options.dtype, options.threads)
     announce(hardware)
     adapter = adapter_path(options.adapter)
     base, revision = base_of(adapter) if adapter and not options.model else (options.model, None)

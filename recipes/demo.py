@@ -80,7 +80,7 @@ def main(argv: list[str]) -> None:
     from gatekv.recipes import cpt, evaluate, generate
     from gatekv.report.curves import curves
 
-    hardware = choose(options.device, options.dtype)
+    hardware = choose(options.device, options.dtype, options.threads)
     announce(hardware)
     start, out = time.monotonic(), Path(options.output_dir)
     warm, student = step_seconds(hardware, ROWS[0])
@@ -91,7 +91,7 @@ def main(argv: list[str]) -> None:
     print(f"a step takes {warm:.1f} to {student:.1f} s here: {steps} steps on rows of {rows} tokens{less}; "
           f"about {total:.0f} minutes in all", file=sys.stderr, flush=True)  # fmt: skip
 
-    where = ["--device", options.device, "--dtype", hardware.dtype_name]
+    where = ["--device", options.device, "--dtype", hardware.dtype_name, "--threads", str(hardware.threads)]
     cpt.main([*where, "--max_steps", str(steps), "--sequence_length", str(rows), "--output_dir", str(out)])
     generate.main([*where, "--adapter", str(out), "--budget", ".25"])
     asked = ["--tasks", "niah_multikey", "--n", str(FACTS), "--tokens", str(TOKENS), "--budgets", BUDGETS]

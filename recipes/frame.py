@@ -21,7 +21,7 @@ def predict(config, gated) -> dict:
 
     shape = read_shape(config.model)
     check_length(config.sequence_length, shape)
-    hardware = choose(config.device, config.dtype)
+    hardware = choose(config.device, config.dtype, config.threads)
     config.dtype = hardware.dtype_name
     found = report(on_meta(shape, config.dtype, gated), config)
     if os.environ.get("RANK", "0") == "0":
@@ -52,7 +52,7 @@ def begin(config):
             "launch file or CUDA_VISIBLE_DEVICES, and leave --device out."
         )
     pinned = dtype_of(config.resume, Path(config.output_dir)) if config.dtype == AUTO else None
-    hardware = choose(accelerator.device, pinned or config.dtype)
+    hardware = choose(accelerator.device, pinned or config.dtype, config.threads)
     announce(hardware)
     config.dtype = hardware.dtype_name
     set_seed(config.seed)

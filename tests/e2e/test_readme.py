@@ -62,7 +62,7 @@ def test_the_training_command_trains(tmp_path, env, pytestconfig):
     (words,) = [words for words in commands(README) if recipe_of(words) and recipe_of(words)[0] == "cpt"][:1]
     assert words[:2] == ["accelerate", "launch"]
     command = [sys.executable, "-m", "accelerate.commands.launch", *words[2:]]
-    out = run([*command, "--max_steps", "2", "--sequence_length", "256"], tmp_path, env)
+    out = run([*command, "--max_steps", "2", "--sequence_length", "128", "--threads", "1"], tmp_path, env)
     folder = words[words.index("--output_dir") + 1]
     assert f"saved {folder}" in out
     assert len(json.loads((tmp_path / folder / "training.json").read_text())["steps"]) == 2

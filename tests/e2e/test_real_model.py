@@ -21,7 +21,7 @@ ROOT = Path(__file__).resolve().parents[2]
 pytestmark = pytest.mark.xdist_group("real model")  # trained once
 
 
-DTYPE = ["--dtype", "float32"]
+DTYPE = ["--dtype", "float32", "--threads", "1"]
 SHORT = [*DTYPE, "--max_steps", "2", "--sequence_length", "128"]
 
 

@@ -58,6 +58,8 @@ def test_what_is_asked_for_is_taken_or_refused_in_a_line():
     assert (found.device, found.dtype, found.dtype_name, found.why) == (CPU, torch.bfloat16, "bfloat16", "")
     assert str(found).startswith("running on cpu, ") and str(found).endswith("in bfloat16")
     assert "CPU" in found.machine
+    with pytest.raises(ValueError, match="threads is a number of CPU threads"):
+        choose("cpu", "float32", -1)
     for device, dtype, match in (
         ("gpu", "auto", "unknown device 'gpu'"),
         ("cpu", "float17", "unknown dtype 'float17'. Did you mean 'float16'"),
@@ -86,3 +88,4 @@ def test_all_cores_are_used_and_a_users_word_is_kept(monkeypatch, environment, t
     found = use_cores()
     assert said == ([] if threads is None else [threads])
     assert found == (torch.get_num_threads() if threads is None else threads)
+    assert use_cores(3) == 3 and said[-1] == 3, "an option goes before everything"

@@ -10,6 +10,9 @@ import pytest
 from gatekv import cli
 from gatekv.config import option
 from gatekv.options import LoadOptions, load
+from gatekv.training.config import CPTConfig
+from gatekv.training.options import load_config
+from gatekv.training.sft_config import SFTConfig
 
 
 @dataclass
@@ -62,6 +65,13 @@ def test_errors_are_one_line_that_names_the_option(words, match):
     with pytest.raises((TypeError, ValueError), match=match) as error:
         load(words, Mine)
     assert "\n" not in str(error.value)
+
+
+def test_configs_of_the_recipes_are_found_by_name(tmp_path, monkeypatch):
+    monkeypatch.chdir(tmp_path)
+    for name in ("paper", "paper.yaml"):
+        assert load_config(["--config", name], CPTConfig).preset == "attention-gate"
+    assert load_config(["--config", "sft/boolq"], SFTConfig).data == ["google/boolq"]
 
 
 def test_help_has_groups_types_defaults_and_a_sentence_each(capsys):

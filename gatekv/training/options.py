@@ -13,7 +13,8 @@ from gatekv.presets import preset
 GATE_OPTIONS = {f.name for f in dataclasses.fields(GateSpec)}
 # A run may go on with other values of these; batch_size and accumulation as long as a step has as many rows.
 FREE = {"output_dir", "log_with", "push_to", "save_every", "save_minutes", "keep_checkpoints", "resume", "dry_run",
-        "preset", "max_loss_ratio", "batch_size", "accumulation", "gradient_checkpointing", "device", "threads"}  # fmt: skip
+        "preset", "max_loss_ratio", "batch_size", "accumulation", "gradient_checkpointing", "device",
+        "threads"}  # fmt: skip
 Config = TypeVar("Config", bound="RunConfig")
 
 

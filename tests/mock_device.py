@@ -221,6 +221,8 @@ class MockDevices:
 
     def _check(self, name: str, args, tensors: list[torch.Tensor], mocks: list[MockTensor]) -> None:
         """Raises MixedDevices; counts what the host waits for. Numbers, tensors without dimensions, may be anywhere."""
+        if lost := [t for t in tensors if t.device.type == TYPE and not isinstance(t, MockTensor)]:
+            raise MixedDevices(f"{name} has a tensor without data, such as a list taken for an index: {lost[0].shape}")
         found = {str(t.device) for t in tensors if not (t.device.type == "cpu" and t.dim() == 0)}
         indices = [i for i in args[1] if i is not None] if name in INDEXES else []
         if len(found) > 1:

@@ -133,8 +133,7 @@ class Decision:
             kept = ~whole
             shared = self._share_by_variance(scores[:, kept], valid[kept], counts[:, kept]) if kept.any() else None
             counts[:, kept] = counts[:, kept] if shared is None else shared
-        order = [self.layers.index(layer) for layer in layers]
-        counts = counts[order]
+        counts = torch.stack([counts[self.layers.index(layer)] for layer in layers])
         recent = policy.scorer.recent(counts, self.plan.window)
         protected = torch.stack([layer.protection(r)[0] for layer, r in zip(layers, recent)])
         sure = [policy.scorer.sure(x.view(), guarded, count) for x, guarded, count in zip(layers, protected, counts)]

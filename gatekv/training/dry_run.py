@@ -14,15 +14,13 @@ from typing import TYPE_CHECKING
 
 import torch
 from torch import nn
-from transformers import AutoModelForCausalLM, PretrainedConfig
+from transformers import AutoModelForCausalLM, PretrainedConfig, PreTrainedModel
 
 from gatekv.config import check_choice
 from gatekv.training.checkpoint import trained
 from gatekv.training.schedule import learning_rate_at, target_at
 
 if TYPE_CHECKING:
-    from transformers import PreTrainedModel
-
     from gatekv.training.schedule import AnyConfig
 
 # What each plan divides by the number of processes: frozen weights, trained weights, gradients, AdamW's state.

@@ -230,7 +230,7 @@ def test_l2_skips_layers_and_the_others_pay():
     cache, *_ = filled(model, scorer, 0.75, (60,))
     assert cache.flags()[0].all() and cache.flags()[1].sum(-1).flatten().tolist() == [30] * 3
     with pytest.raises(ValueError, match="unreachable"):
-        filled(model, scorer, 0.25, (60,))
+        filled(model, scorer, 0.25, (60,), strict=True)
 
 
 def test_reset_starts_over():
@@ -260,7 +260,7 @@ def test_errors_name_the_cure():
     with pytest.raises(ValueError, match="calibrat"):
         gatekv.KVCache(gated(), "gate", 0.25)
     with pytest.raises(ValueError, match="below the 36 that sinks . window protect"):
-        filled(model, "random", 0.25, (60, 50))
+        filled(model, "random", 0.25, (60, 50), strict=True)
     with pytest.raises(ValueError, match="prompt_tokens=N"):
         ids, _ = padded_batch([40])
         cache = gatekv.KVCache(model, "keydiff", 0.5)
@@ -283,7 +283,7 @@ def test_streaming_budget_below_protection_is_refused():
     for w in wrappers(model):
         w.calibrations["default"] = Calibration([1.0], [0.0, 1.0], [[1.0, -1.0]])
     with pytest.raises(ValueError, match="below the 44"):
-        filled(model, "gate", 0.25, (60,))
+        filled(model, "gate", 0.25, (60,), strict=True)
 
 
 def test_chunked_prefill_with_prompt_tokens_equals_one_call():

@@ -10,6 +10,7 @@ import yaml
 from huggingface_hub import EvalResult, ModelCardData
 
 from gatekv.bases import HUB_NAME
+from gatekv.bundled import ADAPTERS
 from gatekv.training.options import FREE
 
 WEIGHTS = "adapter_model.safetensors"
@@ -44,6 +45,11 @@ def results_table(rows: list[dict]) -> str:
         kl = "" if r["kl"] is None else f"{r['kl']:.4f}"
         lines.append(f"{head} {r['bytes_ratio']:.3f} | {r['score']:.3f} | {kl} | {r['n']} |")
     return "\n".join(lines)
+
+
+def _called(name: str) -> str:
+    """The argument with which an adapter's folder of that name is loaded."""
+    return f'gatekv.adapter_path("{name}")' if name in ADAPTERS else f'"{name}"'
 
 
 def _sets(sources: list[str]) -> list[str]:
@@ -121,7 +127,7 @@ def card(folder: Path) -> str:
     )
     parts.append(
         "```python\nimport gatekv\nfrom peft import AutoPeftModelForCausalLM\n\n"
-        f'model = AutoPeftModelForCausalLM.from_pretrained("{folder.name}")  # or user/name on the Hub\n'
+        f"model = AutoPeftModelForCausalLM.from_pretrained({_called(folder.name)})\n"
         f'cache = gatekv.KVCache(model, policy="{policy}", budget={budget})\n'
         "model.generate(**inputs, past_key_values=cache)\n```"
     )

@@ -3,6 +3,7 @@
 import ast
 import re
 import subprocess
+import tomllib
 from pathlib import Path
 
 import pytest
@@ -127,3 +128,10 @@ def test_readme_is_one_page_that_opens_with_a_picture_and_ten_lines_that_run():
     start = next(i for i, line in enumerate(lines) if line == "```python")
     end = lines.index("```", start)
     assert end - start - 1 <= 10 and start < 30 and len(lines) <= 150
+
+
+def test_every_package_is_installed():
+    settings = tomllib.loads((ROOT / "pyproject.toml").read_text())["tool"]["setuptools"]
+    folders = {".".join(f.parent.relative_to(ROOT).parts) for f in ROOT.glob("gatekv/**/__init__.py")}
+    assert set(settings["packages"]) == folders | {"gatekv.recipes"}
+    assert settings["package-dir"] == {"gatekv.recipes": "recipes"}

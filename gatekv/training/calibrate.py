@@ -32,7 +32,7 @@ def logits_of(model: nn.Module, data: TrainingData, first: int, rows: int, thres
             base_model(model).base_model(input_ids=batch["input_ids"], use_cache=False)
             end = judged(layers[0]).logits.shape[-1] - spec.window
             pooled += [judged(w).logits[..., spec.sinks : end].flatten() for w in layers]
-    return torch.cat(pooled).float()
+    return torch.cat(pooled).float().cpu()  # a few hundred thousand numbers, which not every device sorts in float64
 
 
 def calibrate(

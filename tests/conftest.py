@@ -217,6 +217,12 @@ def family(request):
 
 
 @pytest.fixture
+def unreachable(monkeypatch):
+    """The Hub's client does not wait between its tries to reach a Hub that is not there."""
+    monkeypatch.setattr(_http.time, "sleep", lambda seconds: None)
+
+
+@pytest.fixture
 def hub(tmp_path, monkeypatch):
     """A Hub that the client of this process talks to, as nobody, with an empty cache."""
     with Hub() as server:

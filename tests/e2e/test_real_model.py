@@ -54,14 +54,6 @@ def start(*command: str, expect: int = 0) -> str:
     return done.stdout + done.stderr
 
 
-@pytest.fixture(scope="module")
-def adapter(tmp_path_factory):
-    folder = tmp_path_factory.mktemp("run") / "adapter"
-    options = [*SHORT, "--save_every", "1", "--output_dir", str(folder)]
-    start("-m", "accelerate.commands.launch", "recipes/cpt.py", *options)
-    return folder
-
-
 def test_training_writes_an_adapter_and_nothing_of_the_base(adapter):
     names = {p.name for p in adapter.iterdir()}
     assert {"adapter_model.safetensors", "adapter_config.json", "README.md", "training.json", "checkpoint-2"} <= names

@@ -149,7 +149,7 @@ def test_sources(tmp_path):
     assert read_source(str(tmp_path / "folder")) == "z"
 
 
-def test_data_errors(tmp_path):
+def test_data_errors(tmp_path, unreachable):
     (tmp_path / "empty.txt").write_text("  \n")
     with pytest.raises(ValueError, match="holds no text"):
         read_source(str(tmp_path / "empty.txt"))

@@ -148,7 +148,7 @@ def model_folder(tmp_path):
     return str(tmp_path / "model")
 
 
-def test_the_recipes_say_what_they_will_take_and_do_nothing(tmp_path, model_folder, monkeypatch, capsys):
+def test_the_recipes_say_what_they_will_take_and_do_nothing(tmp_path, model_folder, monkeypatch, capsys, unreachable):
     monkeypatch.setattr(frame, "load_model", lambda *a: pytest.fail("a dry run loads no weights"))
     gated(dtype=torch.float32).save_pretrained(tmp_path / "adapter")
     options = ["--model", model_folder, "--sequence_length", "128", "--output_dir", str(tmp_path / "out"), "--dry_run"]

@@ -85,7 +85,7 @@ def test_a_threshold_and_long_prompts_have_their_notes(folders, capsys):
     assert "at most: a threshold decides" in out and "the model was made for 512 positions" in out
 
 
-def test_what_is_not_served_is_said_first(folders, tmp_path):
+def test_what_is_not_served_is_said_first(folders, tmp_path, unreachable):
     base, adapter, _ = folders
     tiny(hidden_size=24).config.save_pretrained(tmp_path / "other")
     with pytest.raises(ValueError, match="trained for a base with hidden_size=48, but this model has 24"):

@@ -43,7 +43,7 @@ def main(argv: list[str]) -> None:
         sample = make_sample(heldout_texts([])[0], rng, facts=4, characters=3000, split="heldout", frame=frame)
         inputs = tokenizer(sample.context, add_special_tokens=False, return_tensors="pt")
         question = sample.questions[0].query  # up to where the number stands
-        print(f"asked: {question.strip().splitlines()[0]}  expected:{sample.questions[0].answer}")
+        print(f"asked: {question.split(frame[1])[0].strip()}  expected:{sample.questions[0].answer}")
     elif question is None and tokenizer.chat_template:
         inputs = [{"role": "user", "content": inputs}]
     found = gatekv.generate(

@@ -5,6 +5,7 @@ from pathlib import Path
 from gatekv.extras import need
 
 GREY = "#767676"
+GAP = 6  # percent between labels
 
 
 def curves(rows: list[dict], policies: dict[str, tuple[str, str]], path: Path, title: str) -> None:
@@ -26,14 +27,19 @@ def curves(rows: list[dict], policies: dict[str, tuple[str, str]], path: Path, t
     rows = [r for r in rows if r["score"] is not None]
     budgets = sorted({r["budget"] for r in rows if r["policy"] in policies}, reverse=True)
     figure, axis = pyplot.subplots(figsize=(7.6, 4.4), layout="constrained")
+    ends = []
     for name, (label, color) in policies.items():
         scores = {r["budget"]: r["score"] for r in rows if r["policy"] == name}
         places = [i for i, budget in enumerate(budgets) if budget in scores]
         values = [100 * scores[budgets[i]] for i in places]
         axis.plot(places, values, color=color, marker="o", lw=2.6)
         if places:
-            axis.annotate(label, (places[-1], values[-1]), xytext=(9, 0), textcoords="offset points", color=color,
-                          va="center", fontsize=11, fontweight="bold", annotation_clip=False)  # fmt: skip
+            ends.append((values[-1], places[-1], label, color))
+    lowest = -GAP
+    for value, place, label, color in sorted(ends):  # labels of curves that end together stand above one another
+        lowest = max(value, lowest + GAP)
+        axis.annotate(label, (place, lowest), xytext=(9, 0), textcoords="offset points", color=color, va="center",
+                      fontsize=11, fontweight="bold", annotation_clip=False)  # fmt: skip
     for full in [r["score"] for r in rows if r["policy"] == "full"][:1]:
         axis.axhline(100 * full, color=GREY, ls="--", lw=1.2)
         axis.annotate("whole cache", (0, 100 * full), xytext=(0, 5), textcoords="offset points", color=GREY)

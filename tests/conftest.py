@@ -3,6 +3,8 @@
 import copy
 import functools
 import os
+import sys
+from pathlib import Path
 
 if "PYTEST_XDIST_WORKER" in os.environ:  # read when torch is imported, and by the processes that tests start
     cores = len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count()
@@ -15,6 +17,7 @@ if not torch.cuda.is_available():
     os.environ.setdefault("TRITON_INTERPRET", "1")  # read when triton is imported: kernels run on the CPU
 
 import huggingface_hub
+import printed
 from covering import covering
 from hub_server import Hub
 from huggingface_hub import constants
@@ -238,3 +241,24 @@ def hub(tmp_path, monkeypatch):
         monkeypatch.setattr(_http.time, "sleep", lambda seconds: None)
         monkeypatch.delenv("HF_TOKEN", raising=False)
         yield server
+
+
+README = Path(__file__).resolve().parents[1] / "README.md"
+SHORT = ["--max_steps", "2", "--save_every", "1", "--sequence_length", "128", "--dtype", "float32", "--threads", "1"]
+
+
+@pytest.fixture(scope="session")
+def printed_env(tmp_path_factory):
+    """Variables under which the embedded model is found by its Hub name."""
+    return printed.environment(tmp_path_factory.mktemp("hub"))
+
+
+@pytest.fixture(scope="session")
+def trained(tmp_path_factory, printed_env) -> Path:
+    """The folder that the README's training command writes, in two short steps and in an empty folder."""
+    found = [words for words in printed.commands(README) if words[:2] == ["accelerate", "launch"]]
+    words, folder = next(w for w in found if any("cpt" in word for word in w)), tmp_path_factory.mktemp("run")
+    command = [sys.executable, "-m", "accelerate.commands.launch", *words[2:], *SHORT]
+    name = words[words.index("--output_dir") + 1]
+    assert f"saved {name}" in printed.run(command, folder, printed_env)
+    return folder / name

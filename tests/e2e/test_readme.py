@@ -48,10 +48,10 @@ def test_commands_name_real_recipes_options_and_targets():
         assert re.search(rf"^{target}:", (ROOT / "Makefile").read_text(), re.M), target
 
 
-def test_python_runs_as_printed(tmp_path, env):
-    out = run_python(README, tmp_path, env)
+def test_python_runs_as_printed(tmp_path, printed_env):
+    out = run_python(README, tmp_path, printed_env)
     assert len(blocks(README, "python")) >= 2 and "'ratio': 0.2" in out
 
 
-def test_the_training_command_trains(adapter):
-    assert len(json.loads((adapter / "training.json").read_text())["steps"]) == 2
+def test_the_training_command_trains(trained):
+    assert len(json.loads((trained / "training.json").read_text())["steps"]) == 2

@@ -54,6 +54,11 @@ def start(*command: str, expect: int = 0) -> str:
     return done.stdout + done.stderr
 
 
+@pytest.fixture
+def adapter(trained):
+    return trained
+
+
 def test_training_writes_an_adapter_and_nothing_of_the_base(adapter):
     names = {p.name for p in adapter.iterdir()}
     assert {"adapter_model.safetensors", "adapter_config.json", "README.md", "training.json", "checkpoint-2"} <= names

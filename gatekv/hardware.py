@@ -96,7 +96,8 @@ def _device(name: str | torch.device) -> torch.device:
 def fast_bfloat16(device: torch.device) -> tuple[bool, str]:
     """(Is bfloat16 at least as fast as float32 on this device, what says so).
 
-    The processor's own word counts where it gives one, because it is the same at every start; else a product is timed.
+    An x86 processor's own word counts, because it is the same at every start; elsewhere (Arm, MPS, …), and where PyTorch
+    does not tell what a processor has, a product is timed.
     """
     if device.type == "meta":
         return False, "nothing is computed on this device"
@@ -108,8 +109,6 @@ def fast_bfloat16(device: torch.device) -> tuple[bool, str]:
         if flags.get("architecture") in ("x86_64", "AMD64"):
             units = [n for n in ("amx_bf16", "avx512_bf16", "avx10_2") if flags.get(n)]
             return bool(units), f"this CPU has {units[0] if units else 'no bfloat16 instructions'}"
-        if flags.get("arm_bf16") or flags.get("bf16"):
-            return True, "this CPU has bfloat16 instructions"
     half, single = (_seconds(device, dtype) for dtype in (torch.bfloat16, torch.float32))
     return half <= SLOWER * single, f"a product in bfloat16 takes {half / single:.1f} times as long as in float32"
 

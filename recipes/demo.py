@@ -42,9 +42,10 @@ def step_seconds(hardware: Hardware, length: int) -> tuple[float, float]:
 
     from gatekv import GateKVConfig
     from gatekv.config import GateSpec
+    from gatekv.presets import preset
     from gatekv.recipes.common import load_model
     from gatekv.training.objective import Objective
-    from gatekv.training.options import GATE_OPTIONS, preset
+    from gatekv.training.options import GATE_OPTIONS
 
     recipe = preset("default")
     spec = GateSpec(**{name: value for name, value in recipe.items() if name in GATE_OPTIONS})

@@ -96,8 +96,8 @@ def _device(name: str | torch.device) -> torch.device:
 def fast_bfloat16(device: torch.device) -> tuple[bool, str]:
     """(Is bfloat16 at least as fast as float32 on this device, what says so).
 
-    An x86 processor's own word counts, because it is the same at every start; elsewhere (Arm, MPS, …), and where PyTorch
-    does not tell what a processor has, a product is timed.
+    An x86 processor's own word counts, because it is the same at every start; elsewhere (Arm, MPS, …), and where
+    PyTorch does not tell what a processor has, a product is timed.
     """
     if device.type == "meta":
         return False, "nothing is computed on this device"

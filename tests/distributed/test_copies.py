@@ -28,6 +28,7 @@ def processes(hub, tmp_path, monkeypatch):
     return run
 
 
+@pytest.mark.exhaustive  # a minute of it is the Hub's client waiting before it tries again; one process: unit/test_upload.py
 def test_one_of_two_processes_copies_the_run_and_a_copy_that_fails_ends_both_with_it_whole(hub, processes, tmp_path):
     both = processes("alice/run")
     limit = time.monotonic() + 240

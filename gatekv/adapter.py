@@ -27,7 +27,7 @@ from gatekv.fingerprint import HASHES, fingerprint, tensors_sha256
 from gatekv.gates import build_gate
 from gatekv.gates.calibration import Calibration
 from gatekv.less.maps import LessMaps
-from gatekv.modules import ATTENTION_NAME, GatedAttention, attention_layers, use_attention
+from gatekv.modules import ATTENTION_NAME, PARTS, attention_layers, use_attention
 from gatekv.support import kv_heads
 from gatekv.version import VERSION
 
@@ -160,7 +160,7 @@ class GateKVConfig(PeftConfig, GateSpec, LessSpec):
 
 
 def parts_of(config: GateKVConfig, shape: "PretrainedConfig", head_dim: int) -> dict[str, nn.Module]:
-    """A layer's parts, by the attribute of `GateLayer` that holds them. shape: the language model's config."""
+    """A layer's parts, by the submodule of self_attn that holds them. shape: the language model's config."""
     parts = {}
     if config.gate != "none":
         parts["gatekv_gate"] = build_gate(config.gate_spec(), shape.hidden_size, kv_heads(shape), head_dim)
@@ -170,33 +170,26 @@ def parts_of(config: GateKVConfig, shape: "PretrainedConfig", head_dim: int) -> 
     return parts
 
 
-class GateLayer(GatedAttention, BaseTunerLayer):
-    """The wrapper around self_attn, holding one gate per adapter under PEFT's rules of activation."""
+class Parts(nn.ModuleDict, BaseTunerLayer):
+    """One kind of an attention's parts, adapter name -> module, which PEFT switches, freezes and deletes by its rules.
 
-    adapter_layer_names = ("gatekv_gate", "gatekv_less")
+    The attention itself is no tuner layer, so that PEFT finds, freezes and adapts what lies inside it as in any model.
+    """
 
-    def __init__(self, base_layer: nn.Module) -> None:
-        super().__init__(base_layer)
-        self.calibrations: dict[str, Calibration | None] = {}
+    adapter_layer_names = ("adapters",)
 
-    def active(self) -> str | None:
-        if self.disable_adapters:
-            return None
-        return next((name for name in self.active_adapters if name in self.gatekv_gate), None)
+    def __init__(self, attention: nn.Module) -> None:
+        super().__init__()
+        self.__dict__["attention"] = attention  # not a submodule of what it holds
 
-    def less(self) -> LessMaps | None:
-        if self.disable_adapters:
-            return None
-        return next(
-            (cast(LessMaps, self.gatekv_less[name]) for name in self.active_adapters if name in self.gatekv_less), None
-        )
+    @property
+    def adapters(self) -> "Parts":
+        """Where PEFT looks for adapters by name."""
+        return self
 
-    def calibration(self) -> Calibration | None:
-        name = self.active()
-        return None if name is None else self.calibrations.get(name)
-
-    def in_force(self) -> list[str]:
-        return [] if self.disable_adapters else list(self.active_adapters)
+    def get_base_layer(self) -> nn.Module:
+        """Nothing lies under gates."""
+        return self
 
     def merge(self, safe_merge: bool = False, adapter_names: list[str] | None = None) -> None:
         """A gate has nothing to merge; LoRA's own layers do it."""
@@ -204,20 +197,36 @@ class GateLayer(GatedAttention, BaseTunerLayer):
     def unmerge(self) -> None:
         """As `merge`."""
 
-    def update_layer(self, adapter_name: str, config: GateKVConfig, shape: "PretrainedConfig") -> None:
-        """Add an adapter's parts, on the wrapped module's device. shape: the language model's config."""
-        device, head_dim = next(self.base_layer.parameters()).device, self.base_layer.head_dim
-        self.calibrations[adapter_name] = Calibration(**config.calibration) if config.calibration else None
-        if config.gate != "none":
-            self.specs[adapter_name] = config.gate_spec()
-        held = {"gatekv_gate": self.gatekv_gate, "gatekv_less": self.gatekv_less}
-        for name, part in parts_of(config, shape, head_dim).items():
-            held[name][adapter_name] = part.to(device)
-        self.set_adapter(self.active_adapters)
+    def _move_adapter_to_device_of_base_layer(self, adapter_name: str, device: torch.device | None = None) -> None:
+        if adapter_name in self:  # gates keep their own dtype
+            self[adapter_name].to(device or modules.device_of(self.attention))
+
+
+def add_parts(
+    module: nn.Module, adapter_name: str, active: list[str], config: GateKVConfig, shape: "PretrainedConfig"
+) -> None:
+    """Add an adapter's parts to a self_attn, where it runs. active: the adapters in force; shape: the language model's
+    config. Under `low_cpu_mem_usage` they are on the meta device until PEFT loads them."""
+    device = modules.device_of(module)
+    layer = modules.gate(module)
+    layer.calibrations[adapter_name] = Calibration(**config.calibration) if config.calibration else None
+    if config.gate != "none":
+        layer.specs[adapter_name] = config.gate_spec()
+    for name in PARTS:
+        if name not in module._modules:
+            module.add_module(name, Parts(module))
+    for name, part in parts_of(config, shape, layer.module.head_dim).items():
+        empty = any(p.device.type == "meta" for p in part.parameters())
+        cast(Parts, module._modules[name])[adapter_name] = part if empty else part.to(device)
+    for name in PARTS:
+        held = cast(Parts, module._modules[name])
+        held.set_adapter(active)
+        if adapter_name in held and adapter_name not in active:
+            held[adapter_name].requires_grad_(False)
 
 
 class GateKVModel(BaseTuner):
-    """PEFT tuner that wraps every full-attention layer in a `GateLayer`; PEFT's LoRA goes inside."""
+    """PEFT tuner that puts gates into every full-attention layer, in place; PEFT's LoRA goes beside them."""
 
     prefix = PREFIX
     peft_config: dict[str, GateKVConfig]  # type: ignore[assignment]  # its configs are gatekv's
@@ -258,9 +267,8 @@ class GateKVModel(BaseTuner):
         for key, module in model.named_modules():
             if id(module) not in layers or not self._check_target_module_exists(config, key):
                 continue
-            base = cast("SelfAttention", module.base_layer if isinstance(module, GatedAttention) else module)
             with torch.device("meta"):
-                parts = parts_of(config, shape, base.head_dim)
+                parts = parts_of(config, shape, cast("SelfAttention", module).head_dim)
             for name, part in parts.items():
                 start = f"base_model.model.{key}.{name}."
                 out |= {start + k: tuple(v.shape) for k, v in part.state_dict().items()}
@@ -274,7 +282,7 @@ class GateKVModel(BaseTuner):
         low_cpu_mem_usage: bool = False,
         state_dict: dict[str, torch.Tensor] | None = None,
     ) -> None:
-        """LoRA first, while nothing stands around the attention; then PEFT's own way, which also says who is active."""
+        """LoRA first, whose layers freeze as the base does; then PEFT's own way, which also says who is active."""
         config = self.peft_config[adapter_name]
         if (fields := config.lora) is not None:
             if config.file_shapes is not None:
@@ -286,6 +294,8 @@ class GateKVModel(BaseTuner):
         """As PEFT's; the adapter that is active next is one for all layers, whatever each of them holds."""
         was_active = adapter_name in self.active_adapters
         super().delete_adapter(adapter_name)
+        for parts in [m for m in self.model.modules() if isinstance(m, Parts)]:  # PEFT passes over names with a prefix
+            parts.delete_adapter(adapter_name)
         if was_active:
             self.set_adapter([n for n in self.active_adapters if n in self.peft_config] or list(self.peft_config)[:1])
 
@@ -304,8 +314,7 @@ class GateKVModel(BaseTuner):
             raise ValueError("this adapter has no LoRA to merge.")
         if config.gate == "none" and not config.less_rank:
             raise ValueError("nothing would be left of this adapter: use merge_and_unload().")
-        with lora.bare(self.model):
-            super()._unload_and_optionally_merge()
+        super()._unload_and_optionally_merge()
         self.model.peft_config = self.peft_config
         config.lora, config.base_fingerprint = None, fingerprint(self.model)
 
@@ -313,8 +322,7 @@ class GateKVModel(BaseTuner):
         self, *args: Any, **kwargs: Any
     ) -> nn.Module:
         """merge_and_unload and unload: the plain transformers model, LoRA in its weights or not, without gates."""
-        with lora.bare(self.model):
-            super()._unload_and_optionally_merge(*args, **kwargs)
+        super()._unload_and_optionally_merge(*args, **kwargs)
         return modules.detach(self.model)
 
     def _create_and_replace(  # type: ignore[override]  # its configs are gatekv's
@@ -326,27 +334,15 @@ class GateKVModel(BaseTuner):
         parent: nn.Module,
         current_key: str,
     ) -> None:
-        if not any(target is module for _, module in attention_layers(self.model)):
-            return  # a sliding layer, or one of an image tower
-        base = target.base_layer if isinstance(target, GatedAttention) else target
-        layer = target if isinstance(target, GateLayer) else GateLayer(base)
-        shape = self.model.config.get_text_config(decoder=True)
-        if layer is not target:
-            layer.set_adapter(self.active_adapters)
-            self._replace_module(parent, target_name, layer, target)
-        layer.update_layer(adapter_name, config, shape)
-        if adapter_name not in self.active_adapters:
-            for parts in (layer.gatekv_gate, layer.gatekv_less):
-                if adapter_name in parts:
-                    parts[adapter_name].requires_grad_(False)
-
-    def _replace_module(self, parent: nn.Module, child_name: str, new_module: nn.Module, child: nn.Module) -> None:
-        setattr(parent, child_name, new_module)
+        if any(target is module for _, module in attention_layers(self.model)):  # no sliding layer, no image tower
+            shape = self.model.config.get_text_config(decoder=True)
+            add_parts(target, adapter_name, self.active_adapters, config, shape)
 
     @classmethod
     def _remove_adapter_name_from_key(cls, key: str, adapter_name: str) -> str:
         """A file does not tell under which name its adapter was held, so that it loads under any."""
-        for part in GateLayer.adapter_layer_names:  # PEFT takes a name out next to last, where LoRA has it
+        key = key.replace(f".{ATTENTION_NAME}.base_layer.", f".{ATTENTION_NAME}.")  # LoRA's, before 2026-11-29
+        for part in PARTS:  # PEFT takes a name out next to last, where LoRA has it
             key = key.replace(f".{part}.{adapter_name}.", f".{part}.")
         return super()._remove_adapter_name_from_key(key, adapter_name)
 
@@ -381,12 +377,11 @@ PEFT_TYPE_TO_PREFIX_MAPPING[_NAME] = PREFIX
 
 def set_calibration(model: nn.Module, calibration: Calibration | None, threshold: float | None = None) -> None:
     """Store a calibration, and a new tau if given, in the active adapter: in force at once, saved with its config."""
-    for module in model.modules():
-        if isinstance(module, GateLayer):
-            name = cast(str, module.active())
-            module.calibrations[name] = calibration
-            if threshold is not None:
-                module.specs[name].threshold = threshold
+    for layer in modules.wrappers(model):
+        name = cast(str, layer.active())
+        layer.calibrations[name] = calibration
+        if threshold is not None:
+            layer.specs[name].threshold = threshold
     config = cast("dict[str, GateKVConfig]", model.peft_config)[name]
     config.calibration = None if calibration is None else asdict(calibration)
     if threshold is not None:

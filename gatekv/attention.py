@@ -7,7 +7,7 @@ max(window, 1), or flag[j] = keep (sinks are flagged). Training applies it as a 
 import sys
 from collections.abc import Callable
 from dataclasses import dataclass
-from typing import TYPE_CHECKING, Any, NamedTuple, Protocol, runtime_checkable
+from typing import TYPE_CHECKING, Any, NamedTuple
 
 import torch
 from transformers import AttentionInterface, AttentionMaskInterface
@@ -33,8 +33,7 @@ if TYPE_CHECKING:
 NAMES = {"sdpa": "gatekv", "eager": "gatekv_eager"}
 
 
-@runtime_checkable
-class Memory(Protocol):
+class Memory:
     """A cache layer that answers attention itself (gatekv.cache.layer.KVLayer)."""
 
     def attend(
@@ -45,7 +44,9 @@ class Memory(Protocol):
         v: torch.Tensor,
         mask: torch.Tensor | None,
         scaling: float,
-    ) -> torch.Tensor: ...
+    ) -> torch.Tensor:
+        """[batch, heads, queries, head_dim] of q; k and v, of the new tokens, have gone through `update`."""
+        raise NotImplementedError
 
 
 class Judged(NamedTuple):
@@ -73,7 +74,7 @@ class Lesson(NamedTuple):
 
 @dataclass
 class AttentionCall:
-    """What the wrapper around self_attn hands to the attention function, beside q, k, v.
+    """What a gated self_attn hands to the attention function, beside q, k, v.
 
     Attributes:
         hidden: [batch, tokens, hidden_size], the layer's input; from `prepare` on, what the gate reads.

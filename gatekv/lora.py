@@ -5,8 +5,6 @@ adapter: `disable_adapter` is the plain base. `gatekv.modules.gates_off` leaves 
 the tuned model with its whole cache.
 """
 
-from collections.abc import Iterator
-from contextlib import contextmanager
 from typing import Any
 
 from peft import LoraConfig, inject_adapter_in_model
@@ -15,7 +13,7 @@ from torch import nn
 
 from gatekv import modules
 from gatekv.config import check_choice, check_keys, nearest
-from gatekv.modules import ATTENTION_NAME, GatedAttention, attention_layers, base_model
+from gatekv.modules import base_model
 
 # Fields of LoraConfig that leave the base's own parameters alone and need nothing beside LoRA's layers.
 FIELDS = (
@@ -53,19 +51,6 @@ def check_ranks(lora: dict, shapes: dict[str, tuple[int, ...]]) -> None:
         )
 
 
-@contextmanager
-def bare(model: nn.Module) -> Iterator[None]:
-    """Inside, no gate stands around the attention: PEFT finds the modules that LoRA is for under their own names."""
-    held = [(parent, m) for parent, m in attention_layers(model) if isinstance(m, GatedAttention)]
-    for parent, wrapper in held:
-        setattr(parent, ATTENTION_NAME, wrapper.base_layer)
-    try:
-        yield
-    finally:
-        for parent, wrapper in held:
-            setattr(parent, ATTENTION_NAME, wrapper)
-
-
 def inject(model: nn.Module, adapter_name: str, lora: dict, low_cpu_mem_usage: bool = False) -> None:
     """Put LoRA layers of one more adapter into a transformers model and make them the active ones.
 
@@ -77,9 +62,8 @@ def inject(model: nn.Module, adapter_name: str, lora: dict, low_cpu_mem_usage: b
     config = LoraConfig(**lora)
     outer = vars(model).pop("peft_config", None)  # the gates'; LoraModel would write into it
     try:
-        with bare(model):
-            _check_targets(model, config.target_modules)
-            inject_adapter_in_model(config, model, adapter_name, low_cpu_mem_usage)
+        _check_targets(model, config.target_modules)
+        inject_adapter_in_model(config, model, adapter_name, low_cpu_mem_usage)
     finally:
         vars(model).pop("peft_config", None)
         if outer is not None:

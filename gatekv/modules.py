@@ -1,7 +1,16 @@
-"""The visible wrapper around each self_attn, and how a model gets and loses it. No hooks."""
+"""How a model gets gatekv and loses it again: in place, without a hook, a wrapper or another name.
 
+The class of each self_attn is swapped for a subclass of itself, as torch.distributed.fsdp.fully_shard does. What gatekv
+keeps beside a layer (`GatedAttention`) is a plain attribute of the module, and an adapter's gates are submodules of it;
+no name, hook, attribute or isinstance of the model changes, and `detach` leaves nothing behind.
+"""
+
+import functools
+import inspect
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
+from itertools import chain
+from types import MethodType
 from typing import TYPE_CHECKING, Any, cast
 
 import torch
@@ -24,29 +33,28 @@ if TYPE_CHECKING:
     from gatekv.support import SelfAttention
 
 ATTENTION_NAME = "self_attn"
+PARTS = ("gatekv_gate", "gatekv_less")  # submodules of a gated self_attn: adapter name -> gate, -> low-rank maps
 NO_INTERFACE = (
     "{} computes attention by itself, not through transformers' attention interface, so gatekv cannot take part in it: "
     "this model is not supported."
 )
 
 
-class GatedAttention(nn.Module):
-    """Stands where `self_attn` stood; adds the layer's input, its gate and its memory to the attention call.
+class GatedAttention:
+    """What gatekv keeps beside one self_attn, as its attribute `gatekv`; `wrappers` finds them.
 
     Transparent unless a gatekv cache is passed, or the gate is active and the module is in training mode or inside
-    `gatekv.parallel(model)`: with any other cache, or none, the output is bit-identical to the wrapped module's.
+    `gatekv.parallel(model)`: else the model's own forward runs, under the model's own config.
+
+    Attributes:
+        module: the self_attn. specs, calibrations: by adapter name.
     """
 
-    layer_idx: int
-    base_layer: "SelfAttention"
-
-    def __init__(self, base_layer: nn.Module) -> None:
-        super().__init__()
-        self.base_layer = cast("SelfAttention", base_layer)
-        self.layer_idx = self.base_layer.layer_idx
-        self.gatekv_gate = nn.ModuleDict()  # adapter name -> gate
-        self.gatekv_less = nn.ModuleDict()  # adapter name -> low-rank maps
+    def __init__(self, module: nn.Module) -> None:
+        self.module = cast("SelfAttention", module)
+        self.layer_idx = self.module.layer_idx
         self.specs: dict[str, GateSpec] = {}
+        self.calibrations: dict[str, Calibration | None] = {}
         self.form: str | None = None  # what the parallel form applies outside training mode
         self.off: bool | str = False  # inside `gates_off`: the teacher
         self.threshold: torch.Tensor | float | None = None  # on the logits; None = the gate's own tau
@@ -60,9 +68,33 @@ class GatedAttention(nn.Module):
         self.sequence = ALONE  # the processes that share the rows
         self.recorded: Judged | Lesson | None = None
 
+    @property
+    def gatekv_gate(self) -> nn.ModuleDict:
+        """Adapter name -> gate; empty on a model without an adapter."""
+        return self._parts("gatekv_gate")
+
+    @property
+    def gatekv_less(self) -> nn.ModuleDict:
+        """Adapter name -> low-rank maps; empty on a model without an adapter."""
+        return self._parts("gatekv_less")
+
+    def _parts(self, name: str) -> nn.ModuleDict:
+        return cast(nn.ModuleDict, self.module._modules.get(name, nn.ModuleDict()))
+
+    def in_force(self) -> list[str]:
+        """Names of the adapters in force; a model without an adapter has none."""
+        parts = self.module._modules.get("gatekv_gate")  # PEFT switches the container (gatekv.adapter.Parts)
+        return [] if parts is None or parts.disable_adapters else list(cast("list[str]", parts.active_adapters))
+
+    def _active(self, name: str) -> str | None:
+        held = self.module._modules.get(name)
+        if held is None:
+            return None
+        return next((adapter for adapter in self.in_force() if adapter in cast(nn.ModuleDict, held)), None)
+
     def active(self) -> str | None:
         """Name of the gate in force; a model without an adapter has none."""
-        return next(iter(self.gatekv_gate), None)
+        return self._active("gatekv_gate")
 
     def gate(self) -> nn.Module | None:
         """The gate in force, or None."""
@@ -71,54 +103,169 @@ class GatedAttention(nn.Module):
 
     def less(self) -> "LessMaps | None":
         """The low-rank maps in force (`gatekv.less.maps.LessMaps`), or None."""
-        return cast("LessMaps | None", next(iter(self.gatekv_less.values()), None))
+        name = self._active("gatekv_less")
+        return cast("LessMaps", self.gatekv_less[name]) if name else None
 
     def calibration(self) -> "Calibration | None":
         """Calibrated thresholds of the gate in force, or None."""
-        return None
+        name = self.active()
+        return self.calibrations.get(name) if name else None
 
-    def in_force(self) -> list[str]:
-        """Names of the adapters in force; a model without an adapter has none."""
-        return []
+    def call(
+        self, hidden: torch.Tensor, past: object, rotary: tuple[torch.Tensor, torch.Tensor] | None
+    ) -> AttentionCall | None:
+        """What the attention function is asked in this forward; None: the model's own attention, and nothing beside.
 
-    def forward(self, hidden_states: torch.Tensor, past_key_values: Cache | None = None, **kwargs: Any) -> Any:
-        """As the wrapped self_attn; hidden_states [batch, tokens, hidden_size]."""
+        hidden: [batch, tokens, hidden_size], the layer's input; past: the forward's cache or None; rotary: (cos, sin).
+
+        Raises:
+            ValueError: gates that shall apply to whole sequences, and a cache with tokens before them.
+        """
+        memory: object = None
+        if isinstance(past, Cache) and self.layer_idx < len(past.layers):
+            memory = past.layers[self.layer_idx]
+        if isinstance(memory, Memory):
+            call = self._call(hidden, rotary)
+            call.memory = memory
+            return call
+        gated = (self.module.training or self.form is not None) and self.active() is not None
+        if self.off == "listen" and (self.lesson is not None or self.active() is not None):
+            call = self._call(hidden, rotary)
+            call.form, call.record, call.lesson = "listen", self._record, self.lesson
+        elif self.lesson is not None and not self.off:
+            call = self._call(hidden, rotary)
+            call.form, call.lesson = "lesson", self.lesson
+        elif gated and not self.off:
+            # A training forward makes itself a DynamicCache (use_cache=True is the default): an empty one is none.
+            if isinstance(past, Cache) and past.get_seq_length(self.layer_idx):
+                raise ValueError(
+                    "gates that train, or gatekv.parallel, apply to whole sequences, and this forward has "
+                    f"{past.get_seq_length(self.layer_idx)} tokens in its {type(past).__name__}: feed the sequence in "
+                    "one call; to generate, call model.eval() and pass past_key_values=gatekv.KVCache(model)."
+                )
+            call = self._call(hidden, rotary)
+            call.form, call.record = self.form or call.spec.relaxation, self._record
+            call.threshold = logit_of(call.spec.threshold) if self.threshold is None else self.threshold
+        elif self.sequence.size > 1:
+            call = self._call(hidden, rotary)
+            call.form = "plain"
+        else:
+            return None
+        return call
+
+    def _call(self, hidden: torch.Tensor, rotary: tuple[torch.Tensor, torch.Tensor] | None) -> AttentionCall:
         name = self.active()
         gate, spec = (self.gatekv_gate[name], self.specs[name]) if name else (None, LATER)
-        rotary = kwargs.get("position_embeddings")
         call = AttentionCall(
-            hidden_states, self.layer_idx, rotary, gate=gate, spec=spec, split=self.split, documents=self.documents
+            hidden, self.layer_idx, rotary, gate=gate, spec=spec, split=self.split, documents=self.documents
         )
         call.seed, call.received, call.local, call.less = self.seed, self.received, self.local, self.less()
         call.sequence = self.sequence
-        memory: object = None
-        if isinstance(past_key_values, Cache) and self.layer_idx < len(past_key_values.layers):
-            memory = past_key_values.layers[self.layer_idx]
-        if isinstance(memory, Memory):
-            call.memory = memory
-        elif self.off == "listen" and (gate is not None or self.lesson is not None):
-            call.form, call.record, call.lesson = "listen", self._record, self.lesson
-        elif self.lesson is not None and not self.off:
-            call.form, call.lesson = "lesson", self.lesson
-        elif gate is not None and past_key_values is None and (self.training or self.form) and not self.off:
-            call.form, call.record = self.form or spec.relaxation, self._record
-            call.threshold = logit_of(spec.threshold) if self.threshold is None else self.threshold
-        elif self.sequence.size > 1:
-            call.form = "plain"
-        else:
-            return self.base_layer(hidden_states, past_key_values=past_key_values, **kwargs)
-        out = self.base_layer(hidden_states, past_key_values=past_key_values, gatekv=call, **kwargs)
-        if not call.answered:
-            raise ValueError(NO_INTERFACE.format(type(self.base_layer).__name__))
-        return out
+        return call
 
     def _record(self, judged: Judged | Lesson) -> None:
         self.recorded = judged
 
+    def config(self) -> "PretrainedConfig":
+        """The module's own config, live, but that it names gatekv's attention function."""
+        return _view(self.module.config)
+
+
+def _view(config: "PretrainedConfig") -> "PretrainedConfig":
+    view = object.__new__(_named(type(config)))
+    object.__setattr__(view, "__dict__", config.__dict__)  # shared: what is changed later is seen
+    return view
+
+
+@functools.cache
+def _named(plain: type) -> type:
+    def name(self: Any) -> str:
+        return attention.NAMES.get(self._attn_implementation_internal, self._attn_implementation_internal)
+
+    return type(plain.__name__, (plain,), {"_attn_implementation": property(name), "__module__": plain.__module__})
+
+
+@functools.cache
+def _gated(plain: type[nn.Module]) -> type[nn.Module]:
+    """The subclass of a self_attn's class that asks its `gatekv` in every forward; named as the class is."""
+    own = cast(Callable[..., Any], plain.forward)
+    names = [*inspect.signature(own).parameters][2:]
+
+    @functools.wraps(own)
+    def forward(self: Any, hidden_states: torch.Tensor, *args: Any, **kwargs: Any) -> Any:
+        """As the model's own; hidden_states [batch, tokens, hidden_size]."""
+        given = dict(zip(names, args)) | kwargs if args else kwargs
+        call = kwargs.pop("gatekv", None)
+        if call is None:
+            call = self.gatekv.call(hidden_states, given.get("past_key_values"), given.get("position_embeddings"))
+        if call is None:
+            return own(self, hidden_states, *args, **kwargs)
+        config, self.config = self.config, self.gatekv.config()
+        try:
+            out = own(self, hidden_states, *args, gatekv=call, **kwargs)
+        finally:
+            self.config = config
+        if not call.answered:
+            raise ValueError(NO_INTERFACE.format(plain.__name__))
+        return out
+
+    def reduce(self: Any, protocol: Any) -> tuple:
+        return _again, (plain,), self.__dict__  # pickle finds classes by name, and this name is the plain class's
+
+    names_of = {"__module__": plain.__module__, "__qualname__": plain.__qualname__, "__doc__": plain.__doc__}
+    members = {"forward": forward, "__reduce_ex__": reduce, "gatekv_plain": plain}
+    return type(plain.__name__, (plain,), names_of | members)
+
+
+def _again(plain: type[nn.Module]) -> nn.Module:
+    gated = _gated(plain)
+    return cast(nn.Module, gated.__new__(gated))
+
+
+def gate(module: nn.Module) -> GatedAttention:
+    """Swap the class of one self_attn; where it is swapped, what is kept beside it."""
+    if "gatekv" not in vars(module):
+        plain = type(module)
+        module.gatekv = GatedAttention(module)
+        module.__class__ = _gated(plain)
+        _follow(module, plain)
+    return cast(GatedAttention, module.gatekv)
+
+
+def ungate(module: nn.Module) -> None:
+    """Give one self_attn its class back, and drop what an adapter put into it."""
+    if "gatekv" not in vars(module):
+        return
+    gated, plain = type(module), cast("type[nn.Module]", module.gatekv_plain)
+    for name in PARTS:
+        module._modules.pop(name, None)
+    del module.gatekv
+    module.__class__ = plain
+    _follow(module, gated)
+
+
+def _follow(module: nn.Module, before: type[nn.Module]) -> None:
+    """Hooks of accelerate (offloading, device_map) hold the forward that they found: let them hold the one in force."""
+    for name in ("forward", "_old_forward"):
+        held = vars(module).get(name)
+        if isinstance(held, MethodType) and held.__func__ is before.forward:
+            vars(module)[name] = MethodType(type(module).forward, module)
+
+
+def device_of(module: nn.Module) -> torch.device:
+    """Where a module computes: of its tensors, quantised weights too; of offloaded ones where their hook puts them."""
+    hooks = [vars(m).get("_hf_hook") for m in module.modules()]
+    placed = next((d for h in hooks if (d := getattr(h, "execution_device", None)) is not None), None)
+    if placed is not None:
+        return torch.device(placed if not isinstance(placed, int) else f"cuda:{placed}")
+    tensors = chain(module.parameters(), module.buffers())
+    return next((t.device for t in tensors if t.device.type != "meta"), torch.device("meta"))
+
 
 def wrappers(model: nn.Module) -> list[GatedAttention]:
-    """The model's gated attentions, by layer."""
-    return sorted((m for m in model.modules() if isinstance(m, GatedAttention)), key=lambda m: m.layer_idx)
+    """What gatekv keeps beside the model's attentions, by layer."""
+    found = [cast(GatedAttention, vars(m)["gatekv"]) for m in model.modules() if "gatekv" in vars(m)]
+    return sorted(found, key=lambda w: w.layer_idx)
 
 
 def judged(wrapper: GatedAttention) -> Judged:
@@ -143,9 +290,8 @@ def attention_layers(model: nn.Module) -> list[tuple[nn.Module, nn.Module]]:
     if inner.config.is_encoder_decoder:
         raise ValueError(f"{name} is an encoder-decoder; gatekv evicts from the cache of decoder-only models.")
     named = [(p, m) for p in inner.modules() if isinstance(m := p._modules.get(ATTENTION_NAME), nn.Module)]
-    unwrapped = [(p, m, cast("SelfAttention", m.base_layer if isinstance(m, GatedAttention) else m)) for p, m in named]
     # An image tower's attention bears the same name; it has another config and no place in the cache.
-    found = [(p, m, base) for p, m, base in unwrapped if _in_cache(base, config)]
+    found = [(p, cast("SelfAttention", m)) for p, m in named if _in_cache(m, config)]
     if not found:
         raise ValueError(
             f"{name} has no `{ATTENTION_NAME}` modules with a place in the cache (`layer_idx`): gatekv knows models "
@@ -156,18 +302,18 @@ def attention_layers(model: nn.Module) -> list[tuple[nn.Module, nn.Module]]:
     if getattr(config, "kv_lora_rank", None):
         raise ValueError(f"{name} caches one latent vector a token (MLA), not keys and values per head.")
     sliding = sliding_layers(inner)
-    full = [(p, m, base) for p, m, base in found if not sliding[base.layer_idx]]
+    full = [(p, m) for p, m in found if not sliding[m.layer_idx]]
     if not full:
         raise ValueError(
             f"every layer of {name} has a sliding window: its cache is bounded already. Where the window is longer "
             "than any input (Phi-3 128k), load the model with sliding_window=None."
         )
-    for _, _, base in full:  # said here too, where the config tells, so as not to fail in the middle of a run
+    for _, base in full:  # said here too, where the config tells, so as not to fail in the middle of a run
         if getattr(config, "attn_logit_softcapping", None) is not None:
             refuse(base, "caps its attention scores (`attn_logit_softcapping`)")
         if isinstance(getattr(base, "sinks", None), nn.Parameter):
             refuse(base, "has learned attention sinks (`sinks`)")
-    return [(p, m) for p, m, _ in full]
+    return cast("list[tuple[nn.Module, nn.Module]]", full)
 
 
 def _in_cache(module: nn.Module, config: "PretrainedConfig") -> bool:
@@ -184,39 +330,36 @@ def base_model(model: nn.Module) -> PreTrainedModel:
 
 
 def use_attention(model: nn.Module) -> None:
-    """Switch a model to gatekv's attention function, over the implementation it was loaded with."""
+    """Make gatekv's attention function known, and check that the model would call it; its config stays as it is.
+
+    Raises:
+        ValueError: an attention implementation, or a model, that gatekv cannot take part in.
+    """
     inner = base_model(model)
-    implementation = inner.config._attn_implementation
-    if implementation in attention.NAMES.values():
-        return
+    implementation = inner.config.get_text_config(decoder=True)._attn_implementation
     if implementation not in attention.NAMES:
         raise ValueError(
             f"attention implementation {implementation!r} is not supported: load the model with "
             f"attn_implementation= one of {', '.join(attention.NAMES)}."
         )
-    attention.register()
-    inner.set_attn_implementation(attention.NAMES[implementation])
-    if inner.config._attn_implementation != attention.NAMES[implementation]:  # transformers only logs a warning
+    if not inner._can_set_attn_implementation():
         raise ValueError(NO_INTERFACE.format(type(inner).__name__))
+    attention.register()
 
 
 def attach(model: nn.Module) -> None:
-    """Install wrappers without gates (for training-free policies); does nothing where they are."""
+    """Put gatekv into a model, without gates (for training-free policies); does nothing where it is."""
     layers = attention_layers(model)
     use_attention(model)
-    for parent, module in layers:
-        if not isinstance(module, GatedAttention):
-            setattr(parent, ATTENTION_NAME, GatedAttention(module))
+    for _, module in layers:
+        gate(module)
 
 
 def detach(model: nn.Module) -> nn.Module:
-    """Take the wrappers off, and what they hold with them; returns the transformers model. See gatekv.lora.detach."""
+    """Take gatekv out of a model, gates and all; returns the transformers model. See gatekv.lora.detach."""
     inner = base_model(model)
-    for parent, module in attention_layers(inner):
-        if isinstance(module, GatedAttention):
-            setattr(parent, ATTENTION_NAME, module.base_layer)
-    names = {name: base for base, name in attention.NAMES.items()}
-    inner.set_attn_implementation(names.get(inner.config._attn_implementation, inner.config._attn_implementation))
+    for module in [*inner.modules()]:
+        ungate(module)
     return inner
 
 
@@ -231,7 +374,7 @@ def parallel(
         split: length of the prompt as fed, pads included: flags act after it, and what follows is all kept
             (`prefill="dense"`). None: they act as tokens leave the window.
 
-    Yields the wrappers; each one's `recorded` is a `gatekv.attention.Judged`.
+    Yields what is kept beside each layer; each one's `recorded` is a `gatekv.attention.Judged`.
     """
     layers = wrappers(model)
     if not any(w.active() for w in layers):
@@ -261,7 +404,7 @@ def gates_off(model: nn.Module, listen: bool = False) -> Iterator[None]:
     """Inside, the model answers as if it had no gates, in training mode too: the teacher, with no second copy.
 
     LoRA of the same adapter stays as it is: the teacher of a tuned model is the tuned model with its whole cache.
-    listen: the gates still judge what they see; each wrapper's `recorded` is a `Judged` whose logits have a gradient.
+    listen: the gates still judge what they see; each layer's `recorded` is a `Judged` whose logits have a gradient.
     """
     layers = wrappers(model)
     for w in layers:

@@ -177,15 +177,15 @@ def dense_reference(model, ids, live):
 
         def forward(hidden_states, w=w, memory=memory, **kwargs):
             call = AttentionCall(hidden_states, w.layer_idx, memory=memory)
-            return w.base_layer(hidden_states, gatekv=call, **kwargs)
+            return type(w.module).forward(w.module, hidden_states, gatekv=call, **kwargs)
 
-        w.forward = forward
-        undo.append(w)
+        w.module.forward = forward
+        undo.append(w.module)
     try:
         return base_model(model)(ids, use_cache=False).logits
     finally:
-        for w in undo:
-            del w.forward
+        for module in undo:
+            del module.forward
 
 
 def axes(item) -> dict[str, str]:

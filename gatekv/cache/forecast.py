@@ -74,14 +74,14 @@ def forecast(cache: KVCache, length: int, new_tokens: int = 0, batch: int = 1) -
     sums = [0, 0, 0, 0]
     for i, layer in enumerate(cache.layers):
         if isinstance(layer, KVLayer):
-            head_dim = gated[i].base_layer.head_dim
+            head_dim = gated[i].module.head_dim
             token = rows * 2 * head_dim * dtype.itemsize
             tokens.append(next(counts))
             shape = _Shape(plan, gated[i], rows, batch, head_dim, dtype)
             found = shape.bytes(tokens[-1], length), shape.bytes(tokens[-1], length, new_tokens)
             full = length * token, (length + new_tokens) * token
         else:  # a sliding layer's first view still holds the whole prompt's storage
-            token = rows * 2 * layers[0].base_layer.head_dim * dtype.itemsize
+            token = rows * 2 * layers[0].module.head_dim * dtype.itemsize
             window = cast(DynamicSlidingWindowLayer, layer).sliding_window
             later = min(window, length + new_tokens) if new_tokens else length
             found = full = length * token, later * token

@@ -12,7 +12,7 @@ from typing import Any, cast
 import torch
 from transformers.cache_utils import CacheLayerMixin
 
-from gatekv.attention import AttentionCall, live_mask, sink_tokens, valid_tokens
+from gatekv.attention import AttentionCall, Memory, live_mask, sink_tokens, valid_tokens
 from gatekv.cache.buffer import Buffer
 from gatekv.cache.judge import FOLD, ROLLBACK, Judge
 from gatekv.cache.kept import Kept
@@ -42,7 +42,7 @@ class Phase(Enum):
     PROMPT, LATER, TURN = range(3)
 
 
-class KVLayer(CacheLayerMixin):
+class KVLayer(CacheLayerMixin, Memory):
     """Cache layer of one full-attention layer; `attend` is called by the attention function."""
 
     is_sliding = False

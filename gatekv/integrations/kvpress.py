@@ -19,9 +19,8 @@ except ImportError as error:
         "gatekv.integrations.kvpress is for use with kvpress, which cannot be imported: pip install 'gatekv[interop]'."
     ) from error
 
-from gatekv.attention import NAMES, AttentionCall, sink_tokens, valid_tokens
+from gatekv.attention import AttentionCall, sink_tokens, valid_tokens
 from gatekv.cache.kvcache import KVCache
-from gatekv.lora import bare
 from gatekv.modules import attention_layers, base_model, wrappers
 from gatekv.policies import Gate, View
 from gatekv.policies.budgets import check_counts, ranked
@@ -114,7 +113,7 @@ class GateKVPress(ScorerPress):
             raise ValueError("gates whose tokens fade evict at every step, a press once: use gatekv.KVCache.")
         if any(sliding_layers(inner)):
             raise ValueError("kvpress prunes layers with a sliding window as if they held everything: use KVCache.")
-        if inner.config._attn_implementation == NAMES["eager"]:
+        if inner.config._attn_implementation == "eager":
             raise ValueError("kvpress masks single heads in sdpa only: load the model with attn_implementation='sdpa'.")
 
         def prepare(module: "SelfAttention", args: tuple, kwargs: dict[str, Any]) -> tuple[tuple, dict[str, Any]]:
@@ -130,15 +129,14 @@ class GateKVPress(ScorerPress):
                 kwargs["gatekv"] = Heard(hidden, module.layer_idx, rotary, gate=gate, spec=spec)
             return args, kwargs
 
-        with bare(inner):
-            hooks = [m.register_forward_pre_hook(prepare, with_kwargs=True) for _, m in attention_layers(inner)]
-            self.model = inner
-            try:
-                yield inner
-            finally:
-                self.model = None
-                for hook in hooks:
-                    hook.remove()
+        hooks = [m.register_forward_pre_hook(prepare, with_kwargs=True) for _, m in layers]
+        self.model = inner
+        try:
+            yield inner
+        finally:
+            self.model = None
+            for hook in hooks:
+                hook.remove()
 
     @contextmanager
     def __call__(self, model: "PreTrainedModel") -> Iterator[None]:

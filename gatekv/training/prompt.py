@@ -10,7 +10,7 @@ import torch
 from transformers import Cache, DynamicCache
 from transformers.cache_utils import CacheLayerMixin, DynamicLayer
 
-from gatekv.attention import AttentionCall
+from gatekv.attention import AttentionCall, Memory
 from gatekv.config import GateSpec
 from gatekv.less.maps import Waiting
 from gatekv.ops import segments
@@ -18,7 +18,7 @@ from gatekv.ops.gated_attention import BLOCK, gated_attention
 from gatekv.ops.naive import causal_mask, gated_segment
 
 
-class GatedPrompt(CacheLayerMixin):
+class GatedPrompt(CacheLayerMixin, Memory):
     """One layer's prompt, seen by the tokens that follow with the gate's weights; a `gatekv.attention.Memory`."""
 
     is_sliding = False

@@ -48,7 +48,7 @@ def check(objective: "Objective", sequence: Sequence) -> None:
         )
     if any(sliding_layers(inner)):
         raise ValueError(f"{type(inner).__name__} has sliding layers, whose rows are not shared: set sp_size to 1.")
-    if inner.config._attn_implementation != "gatekv":
+    if inner.config._attn_implementation != "sdpa":
         raise ValueError("sp_size above 1 needs attn_implementation='sdpa', whose masks may be left out.")
     if spec.gate == "attention":
         raise ValueError(

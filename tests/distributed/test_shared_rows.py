@@ -125,7 +125,7 @@ def test_what_cannot_be_shared_is_refused(options, size, match):
 
 def test_eager_attention_is_refused():
     objective = build()
-    objective.model.get_base_model().config._attn_implementation = "gatekv_eager"
+    objective.model.get_base_model().config._attn_implementation = "eager"
     with pytest.raises(ValueError, match="attn_implementation='sdpa'"):
         objective.share_rows(Sequence(None, 0, 2))
 

@@ -198,7 +198,7 @@ def test_a_bias_inside_the_mask_is_refused():
 @pytest.mark.parametrize("name", list(UNKNOWN_TO_THE_LAW))
 def test_arguments_that_change_attention_are_refused(name):
     model = gated(window=4)
-    module = wrappers(model)[0].base_layer
+    module = wrappers(model)[0].module
     k = torch.zeros(1, 3, 5, 8)
     harmless = dict(dropout=0.0, is_causal=None, output_attentions=False, position_ids=torch.arange(5)[None])
     check_call(module, k, k, {**harmless, name: None})
@@ -211,7 +211,7 @@ def test_arguments_that_change_attention_are_refused(name):
 
 
 def test_other_shapes_and_directions_are_refused():
-    module = wrappers(gated())[0].base_layer
+    module = wrappers(gated())[0].module
     k = torch.zeros(1, 3, 5, 8)
     with pytest.raises(ValueError, match="keys of shape .3, 5, 8. and values of shape .3, 5, 4."):
         check_call(module, k, k[..., :4], {})
@@ -236,14 +236,13 @@ def test_dropout_of_the_base_is_refused_in_training_only():
 
 def test_an_attention_that_never_asks_the_interface_is_noticed():
     class Own(nn.Module):
-        layer_idx = 0
+        layer_idx, config = 0, tiny().config
 
         def forward(self, hidden_states, past_key_values=None, **kwargs):
             return hidden_states, None
 
     model = tiny()
-    gatekv.KVCache(model, "full")
-    wrappers(model)[0].base_layer = Own()
+    model.model.layers[0].self_attn = Own()
     with pytest.raises(ValueError, match="Own computes attention by itself"):
         model(torch.ones(1, 8, dtype=torch.long), past_key_values=gatekv.KVCache(model, "full"))
     assert AttentionCall(torch.zeros(1), 0).answered is False

@@ -105,7 +105,7 @@ def test_heads_compete_in_kvpress_own_wrapper_and_its_other_presses_run_beside(f
             inner(ids[:, :TOKENS], past_key_values=pruned)
     flags = torch.ones(2, 3, TOKENS, dtype=torch.bool)
     for layer, w in zip(flags, wrappers(model)):
-        layer[w.base_layer.masked_key_indices[1:]] = False
+        layer[w.module.masked_key_indices[1:]] = False
     found = ask(model, pruned, ids)
     cache = gatekv.KVCache(model, AdaKV(Gate(), floor="hard"), 0.25, decode="keep")
     model(ids[:, :TOKENS], past_key_values=cache)
@@ -141,10 +141,10 @@ def test_the_model_is_as_before_also_after_an_error():
     model, ids = model_of(), ids_of(tokens=TOKENS)
     before = [*wrappers(model)]
     with pytest.raises(RuntimeError, match="stop"), GateKVPress(0.5)(model):
-        assert not wrappers(model)
+        assert wrappers(model) == before, "nothing steps aside"
         raise RuntimeError("stop")
     assert wrappers(model) == before
-    assert not any(w.base_layer._forward_pre_hooks or w.base_layer._forward_hooks for w in before)
+    assert not any(w.module._forward_pre_hooks or w.module._forward_hooks for w in before)
     assert 0 < gatekv.flags(model, ids, policy="gate").float().mean() < 1
 
 

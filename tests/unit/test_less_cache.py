@@ -48,16 +48,16 @@ def reference_logits(model, ids, flags, window, start):
         memory = Reference(live, left_of(f, window, start), w.less())
 
         def forward(hidden_states, w=w, memory=memory, **kwargs):
-            return w.base_layer(
-                hidden_states, gatekv=AttentionCall(hidden_states, w.layer_idx, memory=memory), **kwargs
+            return type(w.module).forward(
+                w.module, hidden_states, gatekv=AttentionCall(hidden_states, w.layer_idx, memory=memory), **kwargs
             )
 
-        w.forward = forward
+        w.module.forward = forward
     try:
         return base_model(model)(ids, use_cache=False).logits
     finally:
         for w in wrappers(model):
-            del w.forward
+            del w.module.forward
 
 
 def all_flags(model, ids, policy, budget, window, prompt, **options):

@@ -31,7 +31,7 @@ def test_the_first_layers_error_is_what_the_cache_makes(policy, family):
     outs = {}
 
     def spy(name):
-        first = wrappers(model)[0].base_layer
+        first = wrappers(model)[0].module
         o_proj = first.o_proj
 
         def keep(module, args):
@@ -58,7 +58,7 @@ def test_the_first_layers_error_is_what_the_cache_makes(policy, family):
             model(batch["input_ids"][:, 60:], attention_mask=batch["attention_mask"], position_ids=positions[:, 60:],
                   past_key_values=cache)  # fmt: skip
             hook.remove()
-        module = wrappers(model)[0].base_layer
+        module = wrappers(model)[0].module
         valid = torch.ones(2, 20, dtype=torch.bool)
         wanted = [output_error(module, outs[name], outs["plain"][:, 60:], valid) for name in (policy + "+less", policy)]
     torch.testing.assert_close(

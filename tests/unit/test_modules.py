@@ -23,14 +23,15 @@ def mixed():
     return model
 
 
-def test_attach_is_idempotent_and_visible():
+def test_attach_is_idempotent_and_changes_no_name():
     model = tiny()
+    names = [n for n, _ in model.named_modules()]
     attach(model)
     first = wrappers(model)
     attach(model)
     assert [id(w) for w in wrappers(model)] == [id(w) for w in first] and len(first) == 2
-    assert "self_attn.base_layer.q_proj" in " ".join(n for n, _ in model.named_modules())
-    assert model.config._attn_implementation == "gatekv"
+    assert [n for n, _ in model.named_modules()] == names
+    assert model.config._attn_implementation == "sdpa"
 
 
 def test_state_dict_of_a_detached_model_is_the_original():

@@ -65,11 +65,11 @@ def dequantised_logits(model, ids, cache, prompt):
         memory = DequantisedMemory(evicting[w.layer_idx], prompt)
 
         def forward(hidden_states, w=w, memory=memory, **kwargs):
-            return w.base_layer(
-                hidden_states, gatekv=AttentionCall(hidden_states, w.layer_idx, memory=memory), **kwargs
+            return type(w.module).forward(
+                w.module, hidden_states, gatekv=AttentionCall(hidden_states, w.layer_idx, memory=memory), **kwargs
             )
 
-        w.forward = forward
+        w.module.forward = forward
     return base_model(model)(ids, use_cache=False).logits
 
 

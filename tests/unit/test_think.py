@@ -53,11 +53,11 @@ def test_recurrent_is_the_dense_form_with_channels_at_zero(policy, family):
         memory = ZeroedMemory(layer, 70, 32)
 
         def forward(hidden_states, w=w, memory=memory, **kwargs):
-            return w.base_layer(
-                hidden_states, gatekv=AttentionCall(hidden_states, w.layer_idx, memory=memory), **kwargs
+            return type(w.module).forward(
+                w.module, hidden_states, gatekv=AttentionCall(hidden_states, w.layer_idx, memory=memory), **kwargs
             )
 
-        w.forward = forward
+        w.module.forward = forward
     wanted = base_model(model)(ids, use_cache=False).logits
     torch.testing.assert_close(got, wanted, rtol=1e-9, atol=1e-9 * wanted.abs().max().item())
 

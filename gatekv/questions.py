@@ -69,4 +69,5 @@ def with_choices(entry: dict, where: str) -> dict:
         answer = choices.index(answer)
     if not isinstance(answer, int) or not 0 <= answer < len(choices):
         raise ValueError(f"{where}: answer must be an index into choices, or one of them.")
+    choices = [as_text(c, f"{where}: choices, number {i}") for i, c in enumerate(choices, 1)]
     return {**texts, "choices": choices, "answer": int(answer)}

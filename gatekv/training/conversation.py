@@ -2,7 +2,7 @@
 
 import json
 from dataclasses import dataclass
-from typing import TYPE_CHECKING, cast
+from typing import TYPE_CHECKING, Any, cast
 
 from gatekv.textfiles import as_text, said
 
@@ -125,7 +125,7 @@ def written(
         return "\n\n".join(m["content"] for m in messages[:-1]) + frame[1], messages[-1]["content"]
     messages = _with_contents(tokenizer, talk, where)
     try:
-        prompt = _render(tokenizer, messages[:-1], talk.tools, add_generation_prompt=True)
+        prompt = _render(tokenizer, messages[:-1], talk.tools, asks=True)
         whole = _render(tokenizer, messages, talk.tools)
         bare = _render(tokenizer, messages, []) if talk.tools else ""
     except Exception as error:  # templates raise what they like; all mean the same to the user
@@ -145,9 +145,9 @@ def written(
     return as_text(prompt, f"{where}: prompt"), as_text(completion, f"{where}: completion")
 
 
-def _render(tokenizer: "PreTrainedTokenizerBase", messages: list[dict], tools: list[dict], **options: bool) -> str:
-    given = {"tools": tools} if tools else {}
-    return cast(str, tokenizer.apply_chat_template(messages, tokenize=False, **given, **options))
+def _render(tokenizer: "PreTrainedTokenizerBase", messages: list[dict], tools: list[dict], asks: bool = False) -> str:
+    given: dict[str, Any] = {"tools": tools} if tools else {}
+    return cast(str, tokenizer.apply_chat_template(messages, tokenize=False, add_generation_prompt=asks, **given))
 
 
 def _with_contents(tokenizer: "PreTrainedTokenizerBase", talk: Conversation, where: str) -> list[dict]:

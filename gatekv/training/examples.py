@@ -1,4 +1,4 @@
-"""Examples to fine-tune on, from JSONL files or data sets by name: a prompt, of which a part is to be compressed, and
+"""Examples to fine-tune on, from files of rows or data sets by name: a prompt, of which a part is to be compressed, and
 the completion that follows it, which alone is learned. Row i is a pure function of (seed, i)."""
 
 import random

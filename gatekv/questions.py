@@ -3,11 +3,12 @@
 Fine-tuning and evaluation both write them here, so that what is tuned is what is asked.
 """
 
-import json
+from collections.abc import Iterable
 from pathlib import Path
 from typing import TYPE_CHECKING
 
 from gatekv.facts import chat_frame
+from gatekv.textfiles import TEXT, as_text, json_lines, kind, read_rows, said
 
 if TYPE_CHECKING:
     from transformers import PreTrainedTokenizerBase
@@ -23,30 +24,30 @@ def prompt_ids(tokenizer: "PreTrainedTokenizerBase", context: str, question: str
 
 
 def read_lines(path: str, argument: str) -> list[tuple[str, dict]]:
-    """(where it stands, for messages; the object) of each line of a JSONL file.
+    """(where it stands, for messages; the object) of each row of a .jsonl, .json, .csv (also .gz) or .parquet file.
 
     Raises:
-        ValueError: no such file, nothing in it, or a line that is no JSON object, by number.
+        ValueError: no such file, nothing in it, or a row that cannot be read or is no object, by number.
     """
     if not Path(path).is_file():
         raise ValueError(f"{argument} {path!r} is not a file.")
-    return parse_lines(Path(path).read_text(encoding="utf-8"), f"{argument} {path}")
+    name = f"{argument} {path}"
+    if kind(path) in TEXT:
+        raise ValueError(f"{name} is a text, which has no rows: give a .jsonl, .json, .csv or .parquet file.")
+    return _objects(read_rows(path, name), name)
 
 
 def parse_lines(text: str, name: str) -> list[tuple[str, dict]]:
-    """As `read_lines`, of the text of such a file, which messages call `name`."""
-    found = []
-    for number, line in enumerate(text.split("\n"), 1):  # not splitlines(): JSON strings may hold its other separators
-        if not line.strip():
-            continue
-        where = f"{name}, line {number}"
-        try:
-            entry = json.loads(line)
-        except json.JSONDecodeError as error:
-            raise ValueError(f"{where} is not JSON: {error}.") from error
-        if not isinstance(entry, dict):
-            raise ValueError(f"{where} is no JSON object.")
-        found.append((where, entry))
+    """As `read_lines`, of the text of a JSONL file, which messages call `name`."""
+    return _objects(json_lines(text, name), name)
+
+
+def _objects(rows: Iterable[tuple[str, object]], name: str) -> list[tuple[str, dict]]:
+    found: list[tuple[str, dict]] = []
+    for where, row in rows:
+        if not isinstance(row, dict):
+            raise ValueError(f'{where} is no JSON object but {said(row)}: write a row as {{"name": value, …}}.')
+        found.append((where, row))
     if not found:
         raise ValueError(f"{name} has no line.")
     return found
@@ -60,6 +61,7 @@ def with_choices(entry: dict, where: str) -> dict:
     """
     if missing := [f for f in FIELDS if f not in entry]:
         raise ValueError(f"{where} lacks {', '.join(missing)}.")
+    texts = {f: as_text(entry[f], f"{where}: {f}") for f in ("context", "question")}
     choices, answer = entry["choices"], entry["answer"]
     if not isinstance(choices, list) or len(choices) < 2 or not all(isinstance(c, str) and c for c in choices):
         raise ValueError(f"{where}: choices must be a list of at least two texts.")
@@ -67,4 +69,5 @@ def with_choices(entry: dict, where: str) -> dict:
         answer = choices.index(answer)
     if not isinstance(answer, int) or not 0 <= answer < len(choices):
         raise ValueError(f"{where}: answer must be an index into choices, or one of them.")
-    return {**{f: entry[f] for f in FIELDS}, "answer": int(answer)}
+    choices = [as_text(c, f"{where}: choices, number {i}") for i, c in enumerate(choices, 1)]
+    return {**texts, "choices": choices, "answer": int(answer)}

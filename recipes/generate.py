@@ -7,7 +7,6 @@ python recipes/generate.py --adapter checkpoints/demo --file notes.txt --questio
 
 import random
 from dataclasses import dataclass
-from pathlib import Path
 
 from gatekv.config import option
 from gatekv.options import LoadOptions, load
@@ -33,11 +32,13 @@ def main(argv: list[str]) -> None:
     from gatekv.evaluation.tasks import heldout_texts
     from gatekv.facts import chat_frame, make_sample
     from gatekv.policies.amount import read_budget
+    from gatekv.textfiles import read_text
 
     model, tokenizer, _, _ = load_adapted(args)
     policy = args.policy or (None if args.adapter else "full")  # None: the adapter's gate
     budget = read_budget(args.budget) if args.budget else None if policy in ("full", "gate") else 0.25
-    question, inputs = args.question or None, Path(args.file).read_text() if args.file else args.prompt
+    inputs = read_text(args.file, f"--file {args.file}") if args.file else args.prompt
+    question = args.question or None
     if not inputs:
         rng, frame = random.Random(1), chat_frame(tokenizer)
         sample = make_sample(heldout_texts([])[0], rng, facts=4, characters=3000, split="heldout", frame=frame)

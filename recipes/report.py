@@ -35,10 +35,11 @@ def sample_text(tokenizer, path: str) -> str:
     """The file behind the chat header, or a bundled text that no gate was trained on."""
     from gatekv.evaluation.tasks import heldout_texts
     from gatekv.facts import chat_frame, make_sample
+    from gatekv.textfiles import read_text
 
     frame = chat_frame(tokenizer)
     if path:
-        text = Path(path).read_text(encoding="utf-8")
+        text = read_text(path, f"--text {path}")
         if not text.strip():
             raise ValueError(f"--text {path} is empty: name a file with a text in it.")
         return frame[0] + text

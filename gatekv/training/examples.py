@@ -1,17 +1,20 @@
-"""Examples to fine-tune on, from JSONL files or data sets by name: a prompt, of which a part is to be compressed, and
+"""Examples to fine-tune on, from files of rows or data sets by name: a prompt, of which a part is to be compressed, and
 the completion that follows it, which alone is learned. Row i is a pure function of (seed, i)."""
 
 import random
 import string
 from collections.abc import Iterable
 from dataclasses import dataclass
+from pathlib import Path
 from statistics import median
-from typing import TYPE_CHECKING, Any, cast
+from typing import TYPE_CHECKING, Any
 
 import torch
 
 from gatekv.facts import chat_frame
 from gatekv.questions import FIELDS, prompt_ids, read_lines, with_choices
+from gatekv.textfiles import kind, said
+from gatekv.training.conversation import conversation, written
 from gatekv.training.packing import Row, collate
 from gatekv.training.streams import RESERVED
 
@@ -19,7 +22,7 @@ if TYPE_CHECKING:
     from transformers import PreTrainedTokenizerBase
 
 MODES = ("aware", "agnostic")
-FORMS = "context + question + choices + answer, prompt + completion, or messages"
+FORMS = "context + question + choices + answer, prompt + completion (texts or lists of messages), or messages"
 HELD_SHARE, HELD_MOST = 0.1, 64  # of the examples that judge a run and calibrate it, and are never trained on
 
 
@@ -36,14 +39,16 @@ class Example:
 
 
 def read_entries(source: str, fields: dict, split: str = "train") -> list[tuple[str, dict]]:
-    """(where it stands, entry) of each line of a .jsonl file, or row of a data set "name" or "name:configuration".
+    """(where it stands, entry) of each row of a file, or of a data set "name" or "name:configuration".
+
+    Files are .jsonl, .json, .csv (each also as .gz) and .parquet.
 
     fields: how an entry is made of a line or row, field by field; see `filled`. Empty: it is one.
 
     Raises:
-        ValueError: nothing there, a line that is no JSON, a column that does not exist.
+        ValueError: nothing there, a row that cannot be read or is no object, a column that does not exist.
     """
-    if source.endswith(".jsonl"):
+    if kind(source) or Path(source).is_file():
         rows = read_lines(source, "--data")
     else:
         rows = [(f"data set {source}, row {i}", row) for i, row in enumerate(_load(source, split))]
@@ -55,11 +60,11 @@ def _load(source: str, split: str) -> Iterable[dict]:
     try:
         from datasets import load_dataset
     except ImportError as error:
-        raise ValueError(f"--data {source!r} is no .jsonl file; for Hub names: pip install gatekv[data].") from error
+        raise ValueError(f"--data {source!r} is no file; for Hub names: pip install gatekv[data].") from error
     try:
         return load_dataset(name, configuration or None, split=split)
     except Exception as error:  # the Hub client raises a dozen types; all mean the same to the user
-        raise ValueError(f"--data {source!r} is neither a .jsonl file nor a data set to be had: {error}") from error
+        raise ValueError(f"--data {source!r} is neither a file nor a data set to be had: {error}") from error
 
 
 def filled(fields: dict, row: dict, where: str) -> dict:
@@ -80,14 +85,23 @@ def filled(fields: dict, row: dict, where: str) -> dict:
         parts = list(string.Formatter().parse(value))
         if len(parts) == 1 and parts[0][0] == "" and parts[0][1]:
             return string.Formatter().get_field(parts[0][1], (), row)[0]
+        for _, name, _, _ in parts:  # it would be written out as "None"
+            if name and string.Formatter().get_field(name, (), row)[0] is None:
+                raise ValueError(f"{name} is null")
         return value.format(**row)
 
     try:
         entry: dict[str, Any] = {name: fill(value) for name, value in fields.items()}
     except (KeyError, IndexError) as error:
-        raise ValueError(f"{where} has no column {error} that `fields` names; it has {', '.join(row)}.") from error
+        raise ValueError(
+            f"{where} has no column {error} that `fields` names; it has {', '.join(map(str, row))}."
+        ) from error
+    except (AttributeError, TypeError, ValueError) as error:  # a null within a path, a brace that is not closed
+        raise ValueError(f"{where} does not fit `fields` ({error}): mend the row or the template.") from error
     if "labels" in entry:
         labels = entry.pop("labels")
+        if not isinstance(labels, list):
+            raise ValueError(f"{where}: labels is {said(labels)}: let `fields` name a list, in the order of choices.")
         if entry.get("answer") not in labels:
             raise ValueError(f"{where}: answer {entry.get('answer')!r} is none of the labels {labels}.")
         entry["answer"] = labels.index(entry["answer"])
@@ -97,47 +111,34 @@ def filled(fields: dict, row: dict, where: str) -> dict:
 def tokenised(tokenizer: "PreTrainedTokenizerBase", entry: dict, where: str) -> Example:
     """An entry as token ids.
 
-    With choices it is written as `recipes/evaluate.py --tasks classification` asks it; a prompt or messages by the
-    tokenizer's chat template, of which the last assistant message is learned. All end with the turn's end.
+    With choices it is written as `recipes/evaluate.py --tasks classification` asks it; a prompt or messages, with
+    their tool calls, by the tokenizer's chat template, of which the last assistant message is learned.
+    All end with the turn's end.
 
     Raises:
-        ValueError: an entry of none of the FORMS, an empty prompt or completion, a template that rewrites the prompt
-            once an answer is there; says `where`. A tokenizer that knows no end.
+        ValueError: an entry of none of the FORMS, an empty prompt or completion, images, a template that does not write
+            what is there or rewrites the prompt once an answer is there; says `where`. A tokenizer that knows no end.
     """
     frame = chat_frame(tokenizer)
-    if any(field in entry for field in FIELDS):
+    null = [str(name) for name, value in entry.items() if value is None]  # so tables have what other rows only have
+    entry = {name: value for name, value in entry.items() if value is not None}
+    talk = "messages" in entry or ("prompt" in entry and "completion" in entry)
+    if all(field in entry for field in FIELDS) or (not talk and any(field in entry for field in FIELDS)):
         entry = with_choices(entry, where)
         context, question = prompt_ids(tokenizer, entry["context"], entry["question"])
         text = entry["choices"][entry["answer"]]
         end = _ids(tokenizer, frame[2].strip()) or _end(tokenizer)
         return Example(context, question, _ids(tokenizer, text) + end)
-    if "messages" in entry:
-        messages = entry["messages"]
-    elif "prompt" in entry and "completion" in entry:
-        roles = (("user", "prompt"), ("assistant", "completion"))
-        messages = [{"role": role, "content": entry[name]} for role, name in roles]
-    else:
-        raise ValueError(f"{where} has {', '.join(entry)}: give {FORMS}, or say with `fields` what stands for them.")
-    if len(messages) < 2 or messages[-1]["role"] != "assistant":
-        raise ValueError(f"{where}: messages must end with the assistant's, after at least one other.")
-    if not messages[-1]["content"].strip() or not messages[-2]["content"].strip():
-        raise ValueError(f"{where} has an empty {'completion' if messages[-2]['content'].strip() else 'prompt'}.")
-    prompt, completion = _chat(tokenizer, messages, frame, where)
+    if not talk:
+        nothing = f" (and null: {', '.join(null)})" if null else ""
+        alone = "; a text alone has no completion to learn: recipes/cpt.py trains on those" if "text" in entry else ""
+        raise ValueError(
+            f"{where} has {', '.join(map(str, entry)) or 'nothing'}{nothing}: give {FORMS}, or say with `fields` what "
+            f"stands for them{alone}."
+        )
+    prompt, completion = written(tokenizer, conversation(entry, where), frame, where)
     end = [] if tokenizer.chat_template else _end(tokenizer)
     return Example(_ids(tokenizer, prompt), [], _ids(tokenizer, completion) + end)
-
-
-def _chat(
-    tokenizer: "PreTrainedTokenizerBase", messages: list[dict], frame: tuple[str, str, str], where: str
-) -> tuple[str, str]:
-    if not tokenizer.chat_template:
-        return "\n\n".join(m["content"] for m in messages[:-1]) + frame[1], messages[-1]["content"]
-    prompt = cast(str, tokenizer.apply_chat_template(messages[:-1], tokenize=False, add_generation_prompt=True))
-    whole = cast(str, tokenizer.apply_chat_template(messages, tokenize=False))
-    if not whole.startswith(prompt):
-        raise ValueError(f"{where}: the chat template writes the prompt otherwise once it is answered; give prompt and "
-                         "completion as `choices` do, or a tokenizer with another template.")  # fmt: skip
-    return prompt, whole[len(prompt) :].rstrip()
 
 
 def _end(tokenizer: "PreTrainedTokenizerBase") -> list[int]:
@@ -179,7 +180,7 @@ class Examples:
         too_long: str = "error",
     ) -> None:
         if not sources:
-            raise ValueError("nothing to fine-tune on: name a .jsonl file or a data set with --data.")
+            raise ValueError("nothing to fine-tune on: name a file or a data set with --data.")
         self.mode, self.seed = mode, seed
         found = []
         for where, entry in (pair for source in sources for pair in read_entries(source, fields or {}, split)):

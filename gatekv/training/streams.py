@@ -6,6 +6,8 @@ from collections.abc import Iterable, Iterator
 from itertools import accumulate, islice
 from typing import TYPE_CHECKING
 
+from gatekv.textfiles import as_text
+
 if TYPE_CHECKING:
     from datasets import IterableDataset
 
@@ -115,12 +117,15 @@ class HubSource:
 
 
 def texts(stream: Iterable[dict], column: str, name: str) -> Iterator[str]:
-    """The texts of a stream in order, blank ones left out; ValueError when rows lack the column."""
+    """The texts of a stream in order, without blank ones; ValueError when rows lack the column or it is no text."""
     for row in stream:
         if column not in row:
             raise ValueError(
                 f"data source {name!r} has no column {column!r}; it has {', '.join(row)}: "
                 "name one as name:configuration:column."
             )
-        if isinstance(row[column], str) and row[column].strip():
-            yield row[column]
+        if row[column] is None:
+            continue
+        text = as_text(row[column], f"data source {name!r}, column {column!r}")
+        if text.strip():
+            yield text

@@ -1,5 +1,6 @@
 """Fine-tuning: completion-only rows written as evaluation asks, what learns and what does not, trained = deployed, errors."""
 
+import gzip
 import json
 import sys
 from pathlib import Path
@@ -148,7 +149,7 @@ def test_long_few_and_missing_examples_are_errors(file, tmp_path, monkeypatch):
         examples(file, length=60)
     skipped = examples(file, length=52, too_long="skip")
     assert 2 <= len(skipped.examples) < 36 and max(len(e) for e in skipped.examples) <= 52
-    for path, match in (("none.jsonl", "is not a file"), ("no/such-set", "neither a .jsonl file nor a data set")):
+    for path, match in (("none.jsonl", "is not a file"), ("no/such-set", "neither a file nor a data set")):
         with pytest.raises(ValueError, match=match):
             examples(path)
     (tmp_path / "one.jsonl").write_text(json.dumps(ENTRY))
@@ -157,6 +158,164 @@ def test_long_few_and_missing_examples_are_errors(file, tmp_path, monkeypatch):
     (tmp_path / "chat.jsonl").write_text(json.dumps({"prompt": "a", "completion": "b"}))
     with pytest.raises(ValueError, match="no question beside its context"):
         examples(tmp_path / "chat.jsonl", "agnostic")
+
+
+USER, ASSISTANT = {"role": "user", "content": "hi"}, {"role": "assistant", "content": "yo"}
+CALL = {"type": "function", "function": {"name": "look", "arguments": {"at": "cat"}}}
+CALLS = {"role": "assistant", "content": None, "tool_calls": [CALL]}
+TOOL = {"role": "tool", "content": "red"}
+
+
+@pytest.mark.parametrize("template", [CHAT, None])
+@pytest.mark.parametrize("entry", [
+    {"prompt": [USER], "completion": [ASSISTANT]}, {"prompt": "hi", "completion": [ASSISTANT]}, {"prompt": [USER], "completion": "yo"},
+    {"messages": [USER, ASSISTANT]}, {"messages": [USER, ASSISTANT | {"content": [{"type": "text", "text": "y"}, {"type": "text", "text": "o"}]}]},
+    {"messages": [USER | {"content": [{"type": "text", "text": "hi", "image": None}], "tool_calls": None}, ASSISTANT | {"tool_calls": []}]},
+    {"prompt": [{"type": "text", "text": "hi"}], "completion": "yo"}, {"prompt": "hi", "completion": "yo", "messages": None, "context": None},
+    {"prompt": "hi", "completion": "yo", "question": "of another column"}, {"messages": [USER, ASSISTANT], "tools": []},
+])  # fmt: skip
+def test_formats_of_the_same_conversation_are_the_same_row(template, entry):
+    assert tokenised(letters(template), entry, "") == tokenised(
+        letters(template), {"prompt": "hi", "completion": "yo"}, ""
+    )
+
+
+def test_texts_may_be_parts_and_labels_numbers():
+    assert tokenised(letters(), {"prompt": "hi", "completion": 3}, "") == tokenised(
+        letters(), {"prompt": "hi", "completion": "3"}, ""
+    )
+    parts = ENTRY | {"context": [{"type": "text", "text": "the cat "}, {"text": "is red"}]}
+    assert tokenised(letters(), parts, "") == tokenised(letters(), ENTRY, "")
+
+
+WRITES = "{% if m.tool_calls %}{% for c in m.tool_calls %}[{{ c.function.name }} {{ c.function.arguments | tojson }}]{% endfor %}{% endif %}"
+TOOLS = "{% if tools %}{{ tools | tojson }}{% endif %}" + CHAT.replace("{{ m.content }}", "{{ m.content }}" + WRITES)
+ABSENT = CHAT.replace(
+    "{{ m.content }}", "{% if m.content is defined %}{{ m.content }}{% else %}" + WRITES + "{% endif %}"
+)
+EMPTY = TOOLS.replace("{{ m.content }}", "{{ m.content + '' }}")  # fails without a content
+STRICT = "{% if messages[0].role != 'user' %}{{ raise_exception('begin with the user') }}{% endif %}" + CHAT
+
+
+@pytest.mark.parametrize("template", [TOOLS, ABSENT, EMPTY])
+@pytest.mark.parametrize("content", [None, "", "absent"])
+def test_tool_calls_are_written_by_the_template(template, content):
+    calls = CALLS | {"content": content} if content != "absent" else {k: v for k, v in CALLS.items() if k != "content"}
+    if template == ABSENT and content == "":
+        with pytest.raises(ValueError, match="line 1 has tool_calls that the chat template does not write"):
+            tokenised(letters(template), {"messages": [USER, calls]}, "line 1")
+        return
+    said = '[look {"at": "cat" ]<|im_end|>'  # `letters` has no closing brace and reads a blank
+    last = tokenised(letters(template), {"messages": [USER, calls]}, "line 1")
+    assert letters().decode(last.completion) == said
+    whole = tokenised(letters(template), {"messages": [USER, calls, TOOL, ASSISTANT]}, "line 1")
+    assert said in letters().decode(whole.context) and letters().decode(whole.completion) == "yo<|im_end|>"
+    quoted = calls | {"tool_calls": [{"function": {"name": "look", "arguments": '{"at": "cat"}'}}]}
+    assert tokenised(letters(template), {"messages": [USER, quoted]}, "line 1") == last
+
+
+def test_tools_are_written_by_the_template():
+    entry = {"messages": [USER, ASSISTANT], "tools": [{"name": "look"}]}
+    assert (
+        letters().decode(tokenised(letters(TOOLS), entry, "").context).startswith('[{"name": "look" ]<|im_start|>user')
+    )
+    assert tokenised(letters(TOOLS), entry | {"tools": '[{"name": "look"}]'}, "") == tokenised(
+        letters(TOOLS), entry, ""
+    )
+
+
+@pytest.mark.parametrize("template,entry,match", [
+    (CHAT, {"messages": [USER, CALLS]}, "tool_calls that the chat template does not write: take"),
+    (CHAT, {"messages": [USER, CALLS, TOOL, ASSISTANT]}, "tool_calls that the chat template does not write"),
+    (None, {"messages": [USER, CALLS]}, "no chat template that could write them: set"),
+    (CHAT, {"messages": [USER, ASSISTANT], "tools": [{"name": "look"}]}, "has tools, which the chat template does not write: leave"),
+    (CHAT, {"messages": [USER, ASSISTANT | {"content": None}]}, "messages, number 2 has no content and no tool_calls: give"),
+    (CHAT, {"messages": [USER | {"content": [{"type": "image"}]}, ASSISTANT]}, "number 1, content, part 1 is of type 'image': only text.*leave"),
+    (CHAT, {"messages": [USER, {"from": "gpt", "value": "yo"}]}, "number 2 is an object with from, value: a message is"),
+    (CHAT, {"messages": "hi"}, "messages is a text: give a list of"), (CHAT, {"messages": []}, "messages is an empty list"),
+    (CHAT, {"messages": [USER, CALLS | {"tool_calls": "look"}]}, "tool_calls is a text"),
+    (TOOLS, {"messages": [USER, CALLS | {"tool_calls": [{"function": {"name": "look", "arguments": "{"}}]}]}, "arguments are not JSON"),
+    (CHAT, {"prompt": [USER], "completion": [ASSISTANT, USER, ASSISTANT]}, "completion has 3 messages: leave the last"),
+    (CHAT, {"prompt": [USER], "completion": [USER]}, "must end with the assistant's"), (CHAT, {"prompt": "hi", "completion": 1.5}, "completion is a number, 1.5: write"),
+    (CHAT, {"prompt": "hi", "completion": None}, r"has prompt \(and null: completion\): give context"), (CHAT, {"text": "hi"}, "recipes/cpt.py trains on those"),
+    (CHAT, {"prompt": "hi", "chosen": "a", "rejected": "b"}, "has prompt, chosen, rejected: give context .* or messages, or say with `fields`"),
+    (CHAT, {"conversations": []}, "has conversations: give"), (CHAT, {}, "has nothing: give"), (CHAT, ENTRY | {"context": 3}, "context is a number, 3"),
+    (STRICT, {"messages": [ASSISTANT, ASSISTANT]}, r"the chat template refuses these messages \(begin with the user\): change"),
+])  # fmt: skip
+def test_what_cannot_be_learned_as_it_stands_is_refused_with_its_line(tmp_path, template, entry, match):
+    path = tmp_path / "a.jsonl"
+    path.write_text(json.dumps({"prompt": "hi", "completion": "yo"}) + "\n" + json.dumps(entry) + "\n")
+    with pytest.raises(ValueError, match=match) as error:
+        examples(path, tokenizer=letters(template))
+    assert f"{path}, line 2" in str(error.value)
+
+
+ODD = [None, True, 3, 1.5, "", " ", "x", [], {}, [None], [[]], ["x"], [{}], {"a": 1}, [{"role": "user"}], [{"role": 3}],
+       [USER], [CALL], [{"type": "text"}], [{"type": None, "text": "x"}], {"name": "look"}, "\ud83d"]  # fmt: skip
+
+
+def oddities(value):
+    """The value with each of its parts, at any depth, made odd or left out."""
+    yield from ODD
+    items = value.items() if isinstance(value, dict) else enumerate(value) if isinstance(value, list) else ()
+    for key, inner in items:
+        rest = {k: v for k, v in items if k != key} if isinstance(value, dict) else value[:key] + value[key + 1 :]
+        yield rest
+        for odd in oddities(inner):
+            yield value | {key: odd} if isinstance(value, dict) else [*value[:key], odd, *value[key + 1 :]]
+
+
+@pytest.mark.parametrize("template", [CHAT, None, TOOLS, ABSENT, EMPTY])
+@pytest.mark.parametrize("entry", [
+    ENTRY, {"prompt": "hi", "completion": "yo"}, {"prompt": [USER], "completion": [ASSISTANT]},
+    {"messages": [USER, CALLS, TOOL, ASSISTANT], "tools": [{"name": "look"}]},
+], ids=["choices", "texts", "sides", "messages"])  # fmt: skip
+def test_rows_are_read_or_refused_by_name_whatever_is_in_them(entry, template):
+    tokenizer = letters(template)
+    for odd in (o for o in oddities(entry) if isinstance(o, dict)):
+        try:
+            found = tokenised(tokenizer, odd, "line 7")
+        except ValueError as error:
+            assert type(error) is ValueError and "line 7" in str(error), odd
+        else:
+            text = tokenizer.decode(found.context + found.question + found.completion)
+            assert "None" not in text and found.completion, odd
+
+
+@pytest.mark.parametrize("name", ["a.jsonl", "a.json", "a.csv", "a.jsonl.gz", "a.parquet"])
+def test_files_of_every_kind_hold_rows(tmp_path, name):
+    rows = [{"prompt": f"hi {i}\u2028", "completion": "yo"} for i in range(4)]
+    path = tmp_path / name
+    if name == "a.parquet":
+        datasets.Dataset.from_list(rows).to_parquet(path)
+    elif name == "a.csv":
+        path.write_text("prompt,completion\n" + "".join(f'"{r["prompt"]}",{r["completion"]}\n' for r in rows))
+    else:
+        text = json.dumps(rows) if name == "a.json" else "\r\n".join(json.dumps(r, ensure_ascii=False) for r in rows)
+        data = text.encode("utf-8-sig")
+        path.write_bytes(gzip.compress(data) if name.endswith(".gz") else data)
+    assert [row for _, row in read_entries(str(path), {})] == rows
+    with pytest.raises(ValueError, match="a.txt is a text, which has no rows: give a .jsonl"):
+        (tmp_path / "a.txt").write_text("x")
+        read_entries(str(tmp_path / "a.txt"), {})
+
+
+@pytest.mark.parametrize("row", ['"hi"', "3", "null", '["hi"]'])
+def test_rows_that_are_no_objects_are_refused(tmp_path, row):
+    (tmp_path / "a.jsonl").write_text(json.dumps({"prompt": "hi", "completion": "yo"}) + "\n" + row)
+    with pytest.raises(ValueError, match="a.jsonl, line 2 is no JSON object"):
+        read_entries(str(tmp_path / "a.jsonl"), {})
+
+
+@pytest.mark.parametrize("fields,match", [
+    ({"prompt": "Say {a}"}, "does not fit `fields` .a is null.: mend"), ({"prompt": "{b[text]}"}, "does not fit `fields`"),
+    ({"prompt": "{b"}, "does not fit `fields`"), ({"prompt": "{b.no}"}, "does not fit `fields`"), ({"prompt": "{}"}, "row 0"),
+    ({"labels": "{b}", "answer": "{b}"}, "labels is a text: let"),
+])  # fmt: skip
+def test_rows_that_fields_do_not_fit_are_refused(fields, match):
+    with pytest.raises(ValueError, match=match) as error:
+        filled(fields, {"a": None, "b": "x"}, "row 0")
+    assert type(error.value) is ValueError
 
 
 def test_fields_make_entries_of_rows():

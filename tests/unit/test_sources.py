@@ -1,6 +1,10 @@
 """Sources: weights, names, and streamed sets whose rows depend on (seed, index) alone, at bounded memory."""
 
+import codecs
+import csv
+import gzip
 import json
+import warnings
 from collections import Counter
 
 import datasets
@@ -220,3 +224,128 @@ def test_a_resumed_run_reads_the_same_rows_and_where_shards_are_many_little_more
         got = resumed.batch(first, 2)
         assert all((got[k] == batch[k]).all() for k in batch)
     assert 0 < len(read) - opened <= most
+
+
+TEXT = 'Some words, "quoted".\u2028More\u2029words\x85and\x0bmore\x0cstill: é, 中, 😀.'
+
+
+def line(text, **other) -> str:
+    return json.dumps({"text": text} | other, ensure_ascii=False)
+
+
+def written(path, data: str | bytes):
+    path.parent.mkdir(parents=True, exist_ok=True)
+    data = data.encode() if isinstance(data, str) else data
+    path.write_bytes(gzip.compress(data) if path.suffix == ".gz" else data)
+    return str(path)
+
+
+READ = {
+    "a.txt": TEXT + "\n\nSecond", "a.md": TEXT + "\r\n\r\nSecond",
+    "a.jsonl": line(TEXT) + "\n" + line("Second") + "\n", "last.jsonl": line(TEXT) + "\n" + line("Second"),
+    "crlf.jsonl": line(TEXT) + "\r\n\r\n" + line("Second") + "\r\n", "blank.jsonl": "\n\n" + line(TEXT) + "\n \n\n" + line("Second"),
+    "raw.jsonl": line(TEXT).replace("\\u000b", "\x0b").replace("\\f", "\x0c") + "\n" + line("Second"),
+    "strings.jsonl": json.dumps(TEXT) + '\n"Second"\n', "nulls.jsonl": "\n".join((line(TEXT), line(None), "null", line("Second"))),
+    "joined.jsonl": line(TEXT) + "\n\ufeff" + line("Second"),
+    "parts.jsonl": line([{"type": "text", "text": TEXT[:9]}, {"type": "text", "text": TEXT[9:], "image": None}]) + "\n" + line("Second"),
+    "a.json": json.dumps([{"text": TEXT}, {"text": "Second"}], indent=1), "strings.json": json.dumps([TEXT, "Second"]),
+    "lines.json": line(TEXT) + "\n" + line("Second"),
+    "a.csv": 'id,text\r\n1,"' + TEXT.replace('"', '""') + '"\r\n\r\n2,Second\r\n',
+}  # fmt: skip
+
+
+@pytest.mark.parametrize("folder", ["", "deep/er"])
+@pytest.mark.parametrize("form", ["", ".gz", "utf-8-sig", "utf-16", "utf-32"])
+@pytest.mark.parametrize("name", READ)
+def test_a_text_is_read_as_it_was_written(tmp_path, name, form, folder):
+    data, suffix = READ[name].encode(form if form[:1] == "u" else "utf-8"), form if form[:1] == "." else ""
+    path = written(tmp_path / "set" / folder / (name + suffix), data)
+    with warnings.catch_warnings():
+        warnings.simplefilter("error")
+        assert read_source(str(tmp_path / "set") if folder else path) == TEXT + "\n\nSecond"
+    assert len(open_source(path, 64, 0).corpus(0)) == (1 if name in ("a.txt", "a.md") else 2)
+
+
+def test_names_may_be_in_capitals_and_gzip_is_known_by_its_content(tmp_path):
+    assert read_source(written(tmp_path / "A.TXT", gzip.compress(TEXT.encode()))) == TEXT
+    (tmp_path / "b.jsonl.gz").write_text(line(TEXT))
+    assert read_source(str(tmp_path / "b.jsonl.gz")) == TEXT
+
+
+def test_a_field_of_a_csv_file_may_be_a_book(tmp_path):
+    before = csv.field_size_limit()
+    assert len(read_source(written(tmp_path / "a.csv", "text\n" + "a" * 200_000))) == 200_000
+    assert csv.field_size_limit() == before
+
+
+def test_a_folder_is_read_whole_and_what_is_left_out_is_named(tmp_path):
+    for name in ("b/z.jsonl", "a.md", "c.txt.gz", "b/c/d.csv"):
+        written(tmp_path / name, {"b/z.jsonl": line("jsonl"), "a.md": "md", "b/c/d.csv": "text\ncsv"}.get(name, "txt"))
+    parquet(tmp_path / "b", 1, 1)
+    (tmp_path / "b/a.parquet").rename(tmp_path / "b/a.bin")
+    written(tmp_path / ".git/notes.txt", "hidden")
+    (tmp_path / "link").symlink_to(tmp_path / "b")
+    with pytest.warns(
+        UserWarning, match=r"left out \.git/notes\.txt, b/a\.bin, link; what is read is \.txt, \.md"
+    ) as said:
+        assert read_source(str(tmp_path)) == "md\n\ncsv\n\njsonl\n\ntxt"
+    assert len(said) == 1
+    for i in range(20):
+        written(tmp_path / f"many/{i}.pdf", "x")
+    with pytest.warns(UserWarning, match="17.pdf and 10 more;"), pytest.raises(ValueError, match="holds no text"):
+        read_source(str(tmp_path / "many"))
+
+
+@pytest.mark.parametrize("name,data,match", [
+    ("a.jsonl", line("x") + "\n\n{oops\n", "line 3 is not JSON: .*; mend"), ("a.jsonl", line("x")[:-3], "line 1 is not JSON"),
+    ("a.jsonl", '{"text": ' + "9" * 5000 + "}", "line 1 is not JSON"), ("a.jsonl", "[" * 100_000, "line 1 is not JSON"),
+    ("a.jsonl", "[\n" + line("x") + "\n]", "line 1 is not JSON.*is a .json file"),
+    ("a.jsonl", '["x"]', "line 1 is no JSON object or text but an array: .* one array .json"),
+    ("a.jsonl", line("x") + "\n3", "line 2 is a number, 3: a row is a text, or an object with one as"),
+    ("a.jsonl", line("x") + '\n{"body": "x", "id": 1}', "line 2 has no column 'text'; it has body, id: name one as .*a.jsonl::column"),
+    ("a.jsonl", line("x") + "\n" + line(3), "line 2, column 'text' is a number, 3: write it as one text"),
+    ("a.jsonl", line(True), "line 1, column 'text' is a truth value, true: write"), ("a.jsonl", line({"a": 1}), "is an object with a: write"),
+    ("a.jsonl", line(["x", "y"]), "is a list whose first element is a text: write"), ("a.jsonl", line([]), "is an empty list"),
+    ("a.jsonl", line([{"type": "image", "url": "x"}]), "part 1 is of type 'image': only text can be learned; leave"),
+    ("a.jsonl", line([{"role": "user", "content": "x"}]), "part 1 is an object with role, content"),
+    ("a.jsonl", '{"text": "a\\ud83d"}', "holds .* half of a character, at 1: write"),
+    ("a.jsonl", line(None) + "\n" + line(" "), "holds no text"), ("a.json", "", "holds no text"), ("a.csv", "", "holds no text"),
+    ("a.json", '[{"text": "x"},\n{oops]', "a.json' is not JSON: .*line 2.*; mend"), ("a.json", line("x") + "\n{oops", "line 2 is not JSON"),
+    ("a.json", '[{"text": "x"}, {"a": 1}]', "row 2 has no column"), ("a.json", '{"data": []}', "row 1 has no column 'text'; it has data"),
+    ("a.csv", "id;text\n1;x", "line 2 has no column 'text'; it has id;text"), ("a.csv", "text,id\nx,1\na, b,2", "line 3 has 3 fields where line 1 names 2: .*quotes"),
+    ("a.csv", "text,id\nx", "line 2 has 1 fields"), ("a.csv", 'text\n"open\nx', "is not CSV: unexpected end of data; close every quote"),
+    ("a.csv", "text,text\nx,y", "line 1 names the column 'text' twice"),
+    ("a.txt", "text\nna\xefve".encode("latin1"), r"a.txt' is no UTF-8 text \(byte 0xef at offset 7, line 2\).*iconv"),
+    ("a.txt", b"\x89PNG\r\n\x1a\n", "is no UTF-8 text"), ("a.txt", b"abc\0def", "NUL characters.*else leave it out"),
+    ("a.txt", "text".encode("utf-16-le"), "NUL characters, as .* UTF-16 without its mark: save it as UTF-8"),
+    ("a.txt", codecs.BOM_UTF16_LE + b"a\0b", "is no UTF-16 text"), ("a.jsonl", b"\xff\xff", "is no UTF-8 text"),
+    ("a.txt", gzip.compress(b"text" * 99)[:-9], "is gzipped, but broken"), ("a.txt", b"\x1f\x8bno", "is gzipped, but broken"),
+    ("a.parquet", "text", "is no parquet file"), ("a.docx", "text", "is a file of no known kind; known are .txt, .*: rename or convert"),
+    ("a.parquet.gz", "text", "is a file of no known kind"),
+])  # fmt: skip
+def test_what_cannot_be_read_rightly_is_refused_with_its_place_and_cure(tmp_path, name, data, match):
+    path = written(tmp_path / name, data)
+    for source in (path, str(tmp_path)) if sources.kind(name) else (path,):
+        with pytest.raises(ValueError, match=match) as error:
+            read_source(source)
+        assert type(error.value) is ValueError and str(tmp_path) in str(error.value)
+
+
+def test_columns_of_local_files_are_named_as_those_of_sets(tmp_path):
+    path = written(tmp_path / "a.csv", "id,body\n1,x")
+    assert read_source(f"{path}::body") == read_source(f"{tmp_path}::body") == "x"
+    with pytest.raises(ValueError, match="has no configuration; name a column as .*a.csv::column"):
+        read_source(f"{path}:body")
+    with pytest.raises(ValueError, match=r"a \.txt file has no columns; leave 'body' out"):
+        read_source(written(tmp_path / "a.txt", "x") + "::body")
+
+
+@pytest.mark.parametrize(
+    "values,match", [([1, 2], "is a number, 1"), ([["a"], ["b"]], "is a list whose first element is a text")]
+)
+def test_columns_that_are_no_texts_are_refused_in_tables_and_streams_too(tmp_path, values, match):
+    pyarrow.parquet.write_table(pyarrow.table({"text": values}), tmp_path / "a.parquet")
+    stream = load_dataset("parquet", data_files=str(tmp_path / "a.parquet"), split="train", streaming=True)
+    for read in (lambda: read_source(f"{tmp_path}/a.parquet"), lambda: source(stream)):
+        with pytest.raises(ValueError, match=f"column 'text' {match}"):
+            read()

@@ -22,7 +22,8 @@ from gatekv.cache.layer import KVLayer
 from gatekv.config import GateSpec, LessSpec, check_choice
 from gatekv.modules import base_model, evaluating, gates_off, wrappers
 from gatekv.policies import resolve
-from gatekv.training.losses import distillation_loss, row_shares
+from gatekv.training.head import LogitHead
+from gatekv.training.losses import distillation_loss, row_shares, wide
 from gatekv.training.start import check_form, rebuilt
 
 KINDS = ("attention_mse", "kl")
@@ -48,6 +49,7 @@ class LessObjective(nn.Module):
         super().__init__()
         check_choice("objective", objective, KINDS)
         self.model, self.policy, self.objective = model, policy, objective
+        self.head = LogitHead(model)
         if any(w.less() is None for w in wrappers(model)):
             raise ValueError("this adapter has no low-rank maps to train: create it with GateKVConfig(less_rank=8).")
         resolve(policy, 1.0)
@@ -74,7 +76,7 @@ class LessObjective(nn.Module):
             else:  # a sliding layer holds what its window sees
                 past.layers[i] = copy.copy(layer)
         positions = (batch["attention_mask"].cumsum(-1) - 1).clamp_min(0)
-        return base_model(self.model).base_model(
+        return self.head.decoder(
             input_ids=batch["input_ids"][:, split:], attention_mask=batch["attention_mask"], past_key_values=past,
             position_ids=positions[:, split:], use_cache=True,
         ).last_hidden_state  # fmt: skip
@@ -86,6 +88,7 @@ class LessObjective(nn.Module):
 
         Returns {"loss", "task", "alone" (the policy's own error), "sparsity", "keep", "gap"} as the loop takes it.
         """
+        self.head.ready()
         split = int(batch["split"][0])
         prompt, kept = self._lesson(batch, split, target)
         layers, mask = wrappers(self.model), batch["attention_mask"]
@@ -97,9 +100,8 @@ class LessObjective(nn.Module):
             lessons = [cast(Lesson, w.recorded) for w in layers]
             loss = torch.stack([lesson.error for lesson in lessons]).mean()
             if self.objective == "kl" and not warm:
-                head = base_model(self.model).get_output_embeddings()
-                shares = row_shares(batch["weights"][:, split:].float())
-                loss = distillation_loss(self._behind(batch, split, prompt), teacher, head, shares)
+                shares = row_shares(wide(batch["weights"][:, split:], teacher))
+                loss = distillation_loss(self._behind(batch, split, prompt), teacher, self.head, shares)
         finally:
             for w in layers:
                 w.lesson = w.recorded = None

@@ -16,7 +16,8 @@ from gatekv.modules import GatedAttention, base_model, evaluating, gate_spec, ga
 from gatekv.ops.sequence import ALONE, Sequence
 from gatekv.support import kv_heads
 from gatekv.training import shared
-from gatekv.training.losses import distillation_loss, hidden_loss, lm_loss, oracle_loss, row_shares
+from gatekv.training.head import LogitHead
+from gatekv.training.losses import distillation_loss, hidden_loss, lm_loss, oracle_loss, row_shares, wide
 from gatekv.training.prompt import gated_prompt
 from gatekv.training.sparsity import budget_cut, keep_rates, overfull, sparsity_gap, sparsity_loss, undecided
 
@@ -60,7 +61,7 @@ class Objective(nn.Module):
         kl_weight: float = 0.0,
     ) -> None:
         super().__init__()
-        self.model = model
+        self.model, self.head = model, LogitHead(model)
         self.objective, self.prefill, self.sparsity, self.scope = objective, prefill, sparsity, scope
         self.sparsity_weight, self.polarise_weight, self.oracle_weight = sparsity_weight, polarise_weight, oracle_weight
         self.kl_weight = kl_weight
@@ -85,7 +86,6 @@ class Objective(nn.Module):
     def _hidden(self, batch: dict[str, torch.Tensor], past: Cache | None = None, start: int = 0) -> torch.Tensor:
         """Last hidden states of the tokens from `start` on; those before are in `past`. Of a shared row, of the tokens
         of this process."""
-        inner = base_model(self.model)
         mask: torch.Tensor | None = batch["attention_mask"]
         positions = (batch["attention_mask"].cumsum(-1) - 1).clamp_min(0)
         if "segments" in batch:  # transformers reads the borders off positions that start anew, for sliding layers too
@@ -93,13 +93,14 @@ class Objective(nn.Module):
         if self.sequence.size > 1:
             mask = shared.visible(batch)
         ids, positions = (self.sequence.part(t[:, start:], 1) for t in (batch["input_ids"], positions))
-        return inner.base_model(
+        return self.head.decoder(
             input_ids=ids, attention_mask=mask, position_ids=positions, past_key_values=past,
             use_cache=past is not None,
         ).last_hidden_state  # fmt: skip
 
     def _prepare(self, batch: dict[str, torch.Tensor], target: float, seed: int | None) -> int | None:
         """Tell the wrappers what this batch asks of them. Returns its split."""
+        self.head.ready()
         split = int(batch["split"][0]) if self.prefill == "dense" or self.spec.context == "prompt" else None
         documents = Documents(batch["segments"]) if "segments" in batch else None
         for w in wrappers(self.model):
@@ -193,10 +194,9 @@ class Objective(nn.Module):
             return torch.zeros((), device=batch["input_ids"].device)
         if self.objective == "attention_mse":
             return torch.stack([cast(torch.Tensor, judged(w).error) for w in wrappers(self.model)]).mean()
-        head = base_model(self.model).get_output_embeddings()
-        weights = batch["weights"].float()  # weights[t]: of predicting token t + 1
-        labels = batch["input_ids"].roll(-1, 1)
         student = self._student(batch, past, split, form)
+        head, labels = self.head, batch["input_ids"].roll(-1, 1)
+        weights = wide(batch["weights"], student)  # weights[t]: of predicting token t + 1
         if split is not None:  # before it a prompt gate's flags know the future, and a dense prompt is the teacher's
             weights = weights * (torch.arange(weights.shape[1], device=weights.device) >= split)
         if past is not None:

@@ -20,10 +20,11 @@ from gatekv.bundled import adapter_path
 from gatekv.cache.kvcache import KVCache
 from gatekv.cache.layer import KVLayer
 from gatekv.config import GateSpec, LessSpec, check_choice
-from gatekv.modules import base_model, evaluating, gates_off, wrappers
+from gatekv.modules import base_model, gates_off, wrappers
 from gatekv.policies import resolve
 from gatekv.training.head import LogitHead
 from gatekv.training.losses import distillation_loss, row_shares, wide
+from gatekv.training.noise import announce, as_evaluated, quiet
 from gatekv.training.start import check_form, rebuilt
 
 KINDS = ("attention_mse", "kl")
@@ -50,6 +51,7 @@ class LessObjective(nn.Module):
         check_choice("objective", objective, KINDS)
         self.model, self.policy, self.objective = model, policy, objective
         self.head = LogitHead(model)
+        announce(model)
         if any(w.less() is None for w in wrappers(model)):
             raise ValueError("this adapter has no low-rank maps to train: create it with GateKVConfig(less_rank=8).")
         resolve(policy, 1.0)
@@ -89,6 +91,10 @@ class LessObjective(nn.Module):
         Returns {"loss", "task", "alone" (the policy's own error), "sparsity", "keep", "gap"} as the loop takes it.
         """
         self.head.ready()
+        with quiet(self.model, lora=False):  # LoRA beside the maps is as frozen as the base
+            return self._step(batch, target, warm)
+
+    def _step(self, batch: dict[str, torch.Tensor], target: float, warm: bool) -> dict:
         split = int(batch["split"][0])
         prompt, kept = self._lesson(batch, split, target)
         layers, mask = wrappers(self.model), batch["attention_mask"]
@@ -117,7 +123,7 @@ class LessObjective(nn.Module):
     def soft_hard(self, batch: dict[str, torch.Tensor], target: float) -> dict[str, float]:
         """The layers' error on a row kept apart, beside the policy's own, and the share of that which is closed; end to
         end, the divergence too."""
-        with evaluating(self.model):
+        with as_evaluated(self.model):
             out = self(batch, target, warm=True)
             error, alone = float(out["loss"]), float(out["alone"])
             found = {"error": error, "alone": alone, "closed": 1 - error / alone, "soft_hard_gap": error - alone}

@@ -11,7 +11,7 @@ from transformers.utils import logging
 
 from gatekv.modules import base_model
 
-logger = logging.get_logger("gatekv.training.noise")
+logger = logging.get_logger(__name__)
 
 
 @contextmanager

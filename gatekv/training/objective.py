@@ -12,12 +12,13 @@ from gatekv.attention import relaxed_flags
 from gatekv.config import GateSpec
 from gatekv.gates.documents import Documents
 from gatekv.gates.relaxations import logit_of
-from gatekv.modules import GatedAttention, base_model, evaluating, gate_spec, gates_off, judged, wrappers
+from gatekv.modules import GatedAttention, base_model, gate_spec, gates_off, judged, wrappers
 from gatekv.ops.sequence import ALONE, Sequence
 from gatekv.support import kv_heads
 from gatekv.training import shared
 from gatekv.training.head import LogitHead
 from gatekv.training.losses import distillation_loss, hidden_loss, lm_loss, oracle_loss, row_shares, wide
+from gatekv.training.noise import announce, as_evaluated, quiet
 from gatekv.training.prompt import gated_prompt
 from gatekv.training.sparsity import budget_cut, keep_rates, overfull, sparsity_gap, sparsity_loss, undecided
 
@@ -66,6 +67,7 @@ class Objective(nn.Module):
         self.sparsity_weight, self.polarise_weight, self.oracle_weight = sparsity_weight, polarise_weight, oracle_weight
         self.kl_weight = kl_weight
         self.below_learns = any(p.requires_grad for name, p in model.named_parameters() if "gatekv_" not in name)
+        announce(model)
         layers = wrappers(model)
         self.spec = cast(GateSpec, gate_spec(model))
         self.sequence = ALONE
@@ -138,7 +140,7 @@ class Objective(nn.Module):
         if self.objective == "lm" and not listen and not self.kl_weight:
             return None, None, torch.zeros((), device=batch["input_ids"].device)
         past = DynamicCache() if suffix else None  # without a config: sliding layers keep the whole prompt too
-        with torch.no_grad(), gates_off(self.model, listen=listen):
+        with torch.no_grad(), gates_off(self.model, listen=listen), quiet(self.model, lora=False):
             hidden = self._hidden(batch, past)
         if past is not None and past.get_seq_length() == 0:
             raise ValueError(
@@ -223,6 +225,15 @@ class Objective(nn.Module):
         warm: the oracle alone, without the student's pass (a third of the time); needs oracle_weight > 0.
         Returns {"loss", "task", "oracle", "sparsity", "keep" (hard rate, scalar), "gap" [units] for the multipliers}.
         """
+        try:
+            with quiet(self.model):
+                return self._step(batch, target, warm, seed)
+        finally:
+            self._finish()
+
+    def _step(
+        self, batch: dict[str, torch.Tensor], target: float, warm: bool, seed: int | None
+    ) -> dict[str, torch.Tensor]:
         layers, spec = wrappers(self.model), self.spec
         split = self._prepare(batch, target, seed)
         teacher, past, oracle = self._teacher(batch, target)
@@ -242,7 +253,6 @@ class Objective(nn.Module):
             flags = relaxed_flags(logits, valid, spec, form="hard", **rule)
             hard.append(keep_rates(flags, valid, spec.sinks, spec.window))
             shrugs.append(undecided(logits - self._threshold(w), valid, spec.sinks, spec.window))
-        self._finish()
         rates = self.sequence.together(torch.stack(soft), 2)
         gap = sparsity_gap(rates, 0.0 if self.sparsity == "capacity" else target, self.scope)
         penalty = sparsity_loss(gap, self.sparsity, self.multiplier)
@@ -255,6 +265,7 @@ class Objective(nn.Module):
         }  # fmt: skip
 
     def _finish(self) -> None:
+        """Nothing that a step asked of the wrappers, and no graph, outlives it, however it ends."""
         for w in wrappers(self.model):
             w.recorded = w.threshold = w.split = w.documents = w.seed = w.local = None
             w.received, w.sequence = True, ALONE
@@ -271,15 +282,17 @@ class Objective(nn.Module):
         .95). A layer-local objective has no hard loss of its own: nan."""
         layers = wrappers(self.model)
         mean = lambda part: float(self.sequence.mean(part))  # noqa: E731
-        with evaluating(self.model):
-            split = self._prepare(batch, target, None)
-            teacher, past, _ = self._teacher(batch, target)
-            soft = mean(self._task(batch, teacher, past, split, self.spec.relaxation))
-            p = torch.stack([(judged(w).logits - self._threshold(w)).sigmoid() for w in layers])
-            real = judged(layers[0]).valid[:, None].expand(p.shape[1:])
-            local = self.objective == "attention_mse"
-            hard = float("nan") if local else mean(self._task(batch, teacher, past, split, "hard"))
-        self._finish()
+        try:
+            with as_evaluated(self.model):
+                split = self._prepare(batch, target, None)
+                teacher, past, _ = self._teacher(batch, target)
+                soft = mean(self._task(batch, teacher, past, split, self.spec.relaxation))
+                p = torch.stack([(judged(w).logits - self._threshold(w)).sigmoid() for w in layers])
+                real = judged(layers[0]).valid[:, None].expand(p.shape[1:])
+                local = self.objective == "attention_mse"
+                hard = float("nan") if local else mean(self._task(batch, teacher, past, split, "hard"))
+        finally:
+            self._finish()
         shrugs = mean(((p > 0.05) & (p < 0.95))[:, real].float().mean())
         return {"soft": soft, "hard": hard, "soft_hard_gap": hard - soft, "undecided": shrugs}
 

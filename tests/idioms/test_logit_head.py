@@ -22,7 +22,7 @@ FULL = dict(layer_types=["full_attention"] * 2)
 FAMILIES = {
     "llama": {}, "qwen2": {}, "qwen3": {}, "mistral": dict(sliding_window=None), "phi3": {}, "olmo2": {}, "smollm3": {},
     "starcoder2": {}, "stablelm": {}, "glm": dict(head_dim=16), "nemotron": {}, "ministral": dict(FULL, head_dim=16), "phimoe": dict(num_local_experts=4),
-    "opt": dict(ffn_dim=64, word_embed_proj_dim=64), "seed_oss": dict(head_dim=16), "mixtral": dict(num_local_experts=4),
+    "opt": dict(ffn_dim=64, word_embed_proj_dim=64, num_key_value_heads=None), "seed_oss": dict(head_dim=16), "mixtral": dict(num_local_experts=4),
     "cohere": dict(logit_scale=0.125), "cohere2": dict(FULL, logit_scale=0.125), "granite": dict(logits_scaling=8.0),
     "gemma2": dict(head_dim=16, final_logit_softcapping=1.0), "gemma3_text": dict(FULL, head_dim=16, final_logit_softcapping=1.0),
     "minicpm3": dict(dim_model_base=16, q_lora_rank=16, kv_lora_rank=16, qk_nope_head_dim=8, qk_rope_head_dim=8, v_head_dim=16),
@@ -40,15 +40,14 @@ def tiny(family, dtype=torch.float64, seed=0, **changes):
     return model
 
 
-def batch_of(rows=2, n=24):
-    torch.manual_seed(1)
-    ids = torch.randint(1, 97, (rows, n))
+def batch_of(rows=2, n=24, split=12):
+    ids = torch.randint(1, 97, (rows, n), generator=torch.Generator().manual_seed(1))
     mask = torch.ones_like(ids)
     return dict(
         input_ids=ids,
         attention_mask=mask,
         weights=(mask * (torch.arange(n) < n - 1)).float(),
-        split=torch.tensor([12] * rows),
+        split=torch.tensor([split] * rows),
     )
 
 

@@ -125,7 +125,7 @@ class Objective(nn.Module):
         """See `budget_cut`; logits: [layers, batch, kv_heads, tokens]. In a shared row, of this process."""
         every = self.sequence.together(logits.detach(), 2)
         cut = budget_cut(every, valid, target, self.spec.sinks, self.spec.window, self.scope)
-        return self.sequence.part(cut, 2) if self.scope == "head" else cut
+        return self.sequence.part(cut, 2)
 
     def _teacher(
         self, batch: dict[str, torch.Tensor], target: float

@@ -152,6 +152,6 @@ def _plain_tokens(inner: PreTrainedModel) -> torch.Tensor:
             if name.endswith(("_token_id", "_token_index", "_token_ids")):
                 special |= set(value) if isinstance(value, list | tuple) else {value}
     plain = [i for i in range(min(text.vocab_size, len(special) + 2 * TRIED)) if i not in special]
-    device = inner.get_input_embeddings().weight.device
+    device = next(inner.get_input_embeddings().parameters()).device
     where = torch.device("cpu") if device.type == "meta" else device
     return torch.tensor([(plain[-TRIED:] * TRIED)[:TRIED] if plain else [0] * TRIED], device=where)

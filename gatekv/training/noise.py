@@ -35,14 +35,15 @@ def quiet(model: nn.Module, lora: bool = True) -> Iterator[None]:
     functions = []
     for name, layer in layers.items():
         inside = [m for n, m in own.items() if n == name or n.startswith(name + ".")]
-        functions.append((layer, layer._gradient_checkpointing_func))
-        layer._gradient_checkpointing_func = _inside(layer._gradient_checkpointing_func, inside)
+        function: Callable[..., Any] = vars(layer)["_gradient_checkpointing_func"]
+        functions.append((layer, function))
+        vars(layer)["_gradient_checkpointing_func"] = _inside(function, inside)
     try:
         with _still([m for n, m in own.items() if n not in layers]):
             yield
     finally:
         for layer, function in functions:
-            layer._gradient_checkpointing_func = function
+            vars(layer)["_gradient_checkpointing_func"] = function
 
 
 @contextmanager

@@ -16,7 +16,7 @@ test-all: .venv/ready  ## the rest too: whole matrices, every backend, the bench
 	$(PYTEST)
 
 quick: .venv/ready  ## the unit tests of `make test`
-	$(PYTEST) -m "not exhaustive" tests/unit
+	$(PYTEST) -m "not exhaustive" tests/unit tests/idioms
 
 lint: .venv/ready
 	$(BIN)/ruff check . && $(BIN)/ruff format --check .

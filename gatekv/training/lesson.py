@@ -20,9 +20,11 @@ from gatekv.bundled import adapter_path
 from gatekv.cache.kvcache import KVCache
 from gatekv.cache.layer import KVLayer
 from gatekv.config import GateSpec, LessSpec, check_choice
-from gatekv.modules import base_model, evaluating, gates_off, wrappers
+from gatekv.modules import base_model, gates_off, wrappers
 from gatekv.policies import resolve
-from gatekv.training.losses import distillation_loss, row_shares
+from gatekv.training.head import LogitHead
+from gatekv.training.losses import distillation_loss, row_shares, wide
+from gatekv.training.noise import announce, as_evaluated, quiet
 from gatekv.training.start import check_form, rebuilt
 
 KINDS = ("attention_mse", "kl")
@@ -48,6 +50,8 @@ class LessObjective(nn.Module):
         super().__init__()
         check_choice("objective", objective, KINDS)
         self.model, self.policy, self.objective = model, policy, objective
+        self.head = LogitHead(model)
+        announce(model)
         if any(w.less() is None for w in wrappers(model)):
             raise ValueError("this adapter has no low-rank maps to train: create it with GateKVConfig(less_rank=8).")
         resolve(policy, 1.0)
@@ -74,7 +78,7 @@ class LessObjective(nn.Module):
             else:  # a sliding layer holds what its window sees
                 past.layers[i] = copy.copy(layer)
         positions = (batch["attention_mask"].cumsum(-1) - 1).clamp_min(0)
-        return base_model(self.model).base_model(
+        return self.head.decoder(
             input_ids=batch["input_ids"][:, split:], attention_mask=batch["attention_mask"], past_key_values=past,
             position_ids=positions[:, split:], use_cache=True,
         ).last_hidden_state  # fmt: skip
@@ -86,6 +90,11 @@ class LessObjective(nn.Module):
 
         Returns {"loss", "task", "alone" (the policy's own error), "sparsity", "keep", "gap"} as the loop takes it.
         """
+        self.head.ready()
+        with quiet(self.model, lora=False):  # LoRA beside the maps is as frozen as the base
+            return self._step(batch, target, warm)
+
+    def _step(self, batch: dict[str, torch.Tensor], target: float, warm: bool) -> dict:
         split = int(batch["split"][0])
         prompt, kept = self._lesson(batch, split, target)
         layers, mask = wrappers(self.model), batch["attention_mask"]
@@ -97,9 +106,8 @@ class LessObjective(nn.Module):
             lessons = [cast(Lesson, w.recorded) for w in layers]
             loss = torch.stack([lesson.error for lesson in lessons]).mean()
             if self.objective == "kl" and not warm:
-                head = base_model(self.model).get_output_embeddings()
-                shares = row_shares(batch["weights"][:, split:].float())
-                loss = distillation_loss(self._behind(batch, split, prompt), teacher, head, shares)
+                shares = row_shares(wide(batch["weights"][:, split:], teacher))
+                loss = distillation_loss(self._behind(batch, split, prompt), teacher, self.head, shares)
         finally:
             for w in layers:
                 w.lesson = w.recorded = None
@@ -115,7 +123,7 @@ class LessObjective(nn.Module):
     def soft_hard(self, batch: dict[str, torch.Tensor], target: float) -> dict[str, float]:
         """The layers' error on a row kept apart, beside the policy's own, and the share of that which is closed; end to
         end, the divergence too."""
-        with evaluating(self.model):
+        with as_evaluated(self.model):
             out = self(batch, target, warm=True)
             error, alone = float(out["loss"]), float(out["alone"])
             found = {"error": error, "alone": alone, "closed": 1 - error / alone, "soft_hard_gap": error - alone}

@@ -2,7 +2,7 @@
 accumulation and data parallelism change nothing."""
 
 from collections.abc import Callable
-from typing import Any
+from typing import Any, Protocol
 
 import torch
 from torch import nn
@@ -14,20 +14,37 @@ from gatekv.training.sparsity import judged_tokens
 CHUNK_NUMBERS = 1 << 23
 
 
+class Head(Protocol):
+    """The way from hidden states [tokens, hidden_size] to logits: `gatekv.training.head.LogitHead`, or a linear map."""
+
+    out_features: int
+
+    def __call__(self, hidden: torch.Tensor, /) -> torch.Tensor: ...
+
+
+def wide(numbers: torch.Tensor, beside: torch.Tensor | None = None) -> torch.Tensor:
+    """In at least float32, in float64 if that is what they, or those beside them, are in: no loss is of half precision.
+
+    numbers: of any shape, which they keep.
+    """
+    kind = torch.promote_types(numbers.dtype, torch.float32)
+    return numbers.to(kind if beside is None else torch.promote_types(kind, beside.dtype))
+
+
 class _FusedHead(torch.autograd.Function):
     """Sum of weighted token losses, its gradient computed chunk by chunk in the forward; the head itself is frozen."""
 
     @staticmethod
     def forward(
-        ctx: Any, hidden: torch.Tensor, head: nn.Linear, token_loss: Callable[..., torch.Tensor], *extra: torch.Tensor
+        ctx: Any, hidden: torch.Tensor, head: Head, token_loss: Callable[..., torch.Tensor], *extra: torch.Tensor
     ) -> torch.Tensor:
         step = max(1, CHUNK_NUMBERS // head.out_features)
         grad = torch.empty_like(hidden)
-        total = hidden.new_zeros((), dtype=torch.float32)
+        total = wide(hidden.new_zeros(()))
         with torch.enable_grad():
             for start in range(0, most(len(hidden), hidden.device), step):  # past our own tokens: nothing, of no weight
                 piece = hidden[start : start + step].detach().requires_grad_()
-                loss = token_loss(head(piece).float(), *(e[start : start + step] for e in extra))
+                loss = token_loss(wide(head(piece)), *(e[start : start + step] for e in extra))
                 (grad[start : start + step],) = torch.autograd.grad(loss, piece)
                 total += loss.detach()
         ctx.save_for_backward(grad)
@@ -45,7 +62,7 @@ def row_shares(weights: torch.Tensor) -> torch.Tensor:
 
 
 def distillation_loss(
-    student: torch.Tensor, teacher: torch.Tensor, head: nn.Linear, shares: torch.Tensor, reverse: bool = False
+    student: torch.Tensor, teacher: torch.Tensor, head: Head, shares: torch.Tensor, reverse: bool = False
 ) -> torch.Tensor:
     """KL(teacher || student) over the vocabulary, weighted mean per row, then the mean over rows, in nats.
 
@@ -57,7 +74,7 @@ def distillation_loss(
 
     def token_loss(logits: torch.Tensor, teacher_hidden: torch.Tensor, share: torch.Tensor) -> torch.Tensor:
         with torch.no_grad():
-            target = head(teacher_hidden).float().log_softmax(-1)
+            target = wide(head(teacher_hidden)).log_softmax(-1)
         mine = logits.log_softmax(-1)
         p, q = (mine, target) if reverse else (target, mine)
         return ((p.exp() * (p - q)).sum(-1) * share).sum()
@@ -67,11 +84,11 @@ def distillation_loss(
 
 def hidden_loss(student: torch.Tensor, teacher: torch.Tensor, shares: torch.Tensor) -> torch.Tensor:
     """Squared error of the last hidden states as a share of the teacher's square (WG-KV), weighted as above."""
-    error = (student - teacher).float().square().mean(-1) / teacher.float().square().mean(-1).clamp_min(1e-6)
+    error = wide(student - teacher).square().mean(-1) / wide(teacher).square().mean(-1).clamp_min(1e-6)
     return (error * shares).sum()
 
 
-def lm_loss(student: torch.Tensor, labels: torch.Tensor, head: nn.Linear, shares: torch.Tensor) -> torch.Tensor:
+def lm_loss(student: torch.Tensor, labels: torch.Tensor, head: Head, shares: torch.Tensor) -> torch.Tensor:
     """Cross-entropy of the next token, weighted mean per row, then the mean over rows, in nats.
 
     student: [batch, tokens, hidden_size]; labels: [batch, tokens] the token that follows; shares as above.

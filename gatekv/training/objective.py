@@ -12,11 +12,13 @@ from gatekv.attention import relaxed_flags
 from gatekv.config import GateSpec
 from gatekv.gates.documents import Documents
 from gatekv.gates.relaxations import logit_of
-from gatekv.modules import GatedAttention, base_model, evaluating, gate_spec, gates_off, judged, wrappers
+from gatekv.modules import GatedAttention, base_model, gate_spec, gates_off, judged, wrappers
 from gatekv.ops.sequence import ALONE, Sequence
 from gatekv.support import kv_heads
 from gatekv.training import shared
-from gatekv.training.losses import distillation_loss, hidden_loss, lm_loss, oracle_loss, row_shares
+from gatekv.training.head import LogitHead
+from gatekv.training.losses import distillation_loss, hidden_loss, lm_loss, oracle_loss, row_shares, wide
+from gatekv.training.noise import announce, as_evaluated, quiet
 from gatekv.training.prompt import gated_prompt
 from gatekv.training.sparsity import budget_cut, keep_rates, overfull, sparsity_gap, sparsity_loss, undecided
 
@@ -60,11 +62,12 @@ class Objective(nn.Module):
         kl_weight: float = 0.0,
     ) -> None:
         super().__init__()
-        self.model = model
+        self.model, self.head = model, LogitHead(model)
         self.objective, self.prefill, self.sparsity, self.scope = objective, prefill, sparsity, scope
         self.sparsity_weight, self.polarise_weight, self.oracle_weight = sparsity_weight, polarise_weight, oracle_weight
         self.kl_weight = kl_weight
         self.below_learns = any(p.requires_grad for name, p in model.named_parameters() if "gatekv_" not in name)
+        announce(model)
         layers = wrappers(model)
         self.spec = cast(GateSpec, gate_spec(model))
         self.sequence = ALONE
@@ -85,7 +88,6 @@ class Objective(nn.Module):
     def _hidden(self, batch: dict[str, torch.Tensor], past: Cache | None = None, start: int = 0) -> torch.Tensor:
         """Last hidden states of the tokens from `start` on; those before are in `past`. Of a shared row, of the tokens
         of this process."""
-        inner = base_model(self.model)
         mask: torch.Tensor | None = batch["attention_mask"]
         positions = (batch["attention_mask"].cumsum(-1) - 1).clamp_min(0)
         if "segments" in batch:  # transformers reads the borders off positions that start anew, for sliding layers too
@@ -93,13 +95,14 @@ class Objective(nn.Module):
         if self.sequence.size > 1:
             mask = shared.visible(batch)
         ids, positions = (self.sequence.part(t[:, start:], 1) for t in (batch["input_ids"], positions))
-        return inner.base_model(
+        return self.head.decoder(
             input_ids=ids, attention_mask=mask, position_ids=positions, past_key_values=past,
             use_cache=past is not None,
         ).last_hidden_state  # fmt: skip
 
     def _prepare(self, batch: dict[str, torch.Tensor], target: float, seed: int | None) -> int | None:
         """Tell the wrappers what this batch asks of them. Returns its split."""
+        self.head.ready()
         split = int(batch["split"][0]) if self.prefill == "dense" or self.spec.context == "prompt" else None
         documents = Documents(batch["segments"]) if "segments" in batch else None
         for w in wrappers(self.model):
@@ -122,7 +125,7 @@ class Objective(nn.Module):
         """See `budget_cut`; logits: [layers, batch, kv_heads, tokens]. In a shared row, of this process."""
         every = self.sequence.together(logits.detach(), 2)
         cut = budget_cut(every, valid, target, self.spec.sinks, self.spec.window, self.scope)
-        return self.sequence.part(cut, 2) if self.scope == "head" else cut
+        return self.sequence.part(cut, 2)
 
     def _teacher(
         self, batch: dict[str, torch.Tensor], target: float
@@ -137,7 +140,7 @@ class Objective(nn.Module):
         if self.objective == "lm" and not listen and not self.kl_weight:
             return None, None, torch.zeros((), device=batch["input_ids"].device)
         past = DynamicCache() if suffix else None  # without a config: sliding layers keep the whole prompt too
-        with torch.no_grad(), gates_off(self.model, listen=listen):
+        with torch.no_grad(), gates_off(self.model, listen=listen), quiet(self.model, lora=False):
             hidden = self._hidden(batch, past)
         if past is not None and past.get_seq_length() == 0:
             raise ValueError(
@@ -193,10 +196,9 @@ class Objective(nn.Module):
             return torch.zeros((), device=batch["input_ids"].device)
         if self.objective == "attention_mse":
             return torch.stack([cast(torch.Tensor, judged(w).error) for w in wrappers(self.model)]).mean()
-        head = base_model(self.model).get_output_embeddings()
-        weights = batch["weights"].float()  # weights[t]: of predicting token t + 1
-        labels = batch["input_ids"].roll(-1, 1)
         student = self._student(batch, past, split, form)
+        head, labels = self.head, batch["input_ids"].roll(-1, 1)
+        weights = wide(batch["weights"], student)  # weights[t]: of predicting token t + 1
         if split is not None:  # before it a prompt gate's flags know the future, and a dense prompt is the teacher's
             weights = weights * (torch.arange(weights.shape[1], device=weights.device) >= split)
         if past is not None:
@@ -223,6 +225,15 @@ class Objective(nn.Module):
         warm: the oracle alone, without the student's pass (a third of the time); needs oracle_weight > 0.
         Returns {"loss", "task", "oracle", "sparsity", "keep" (hard rate, scalar), "gap" [units] for the multipliers}.
         """
+        try:
+            with quiet(self.model):
+                return self._step(batch, target, warm, seed)
+        finally:
+            self._finish()
+
+    def _step(
+        self, batch: dict[str, torch.Tensor], target: float, warm: bool, seed: int | None
+    ) -> dict[str, torch.Tensor]:
         layers, spec = wrappers(self.model), self.spec
         split = self._prepare(batch, target, seed)
         teacher, past, oracle = self._teacher(batch, target)
@@ -242,7 +253,6 @@ class Objective(nn.Module):
             flags = relaxed_flags(logits, valid, spec, form="hard", **rule)
             hard.append(keep_rates(flags, valid, spec.sinks, spec.window))
             shrugs.append(undecided(logits - self._threshold(w), valid, spec.sinks, spec.window))
-        self._finish()
         rates = self.sequence.together(torch.stack(soft), 2)
         gap = sparsity_gap(rates, 0.0 if self.sparsity == "capacity" else target, self.scope)
         penalty = sparsity_loss(gap, self.sparsity, self.multiplier)
@@ -255,6 +265,7 @@ class Objective(nn.Module):
         }  # fmt: skip
 
     def _finish(self) -> None:
+        """Nothing that a step asked of the wrappers, and no graph, outlives it, however it ends."""
         for w in wrappers(self.model):
             w.recorded = w.threshold = w.split = w.documents = w.seed = w.local = None
             w.received, w.sequence = True, ALONE
@@ -271,15 +282,17 @@ class Objective(nn.Module):
         .95). A layer-local objective has no hard loss of its own: nan."""
         layers = wrappers(self.model)
         mean = lambda part: float(self.sequence.mean(part))  # noqa: E731
-        with evaluating(self.model):
-            split = self._prepare(batch, target, None)
-            teacher, past, _ = self._teacher(batch, target)
-            soft = mean(self._task(batch, teacher, past, split, self.spec.relaxation))
-            p = torch.stack([(judged(w).logits - self._threshold(w)).sigmoid() for w in layers])
-            real = judged(layers[0]).valid[:, None].expand(p.shape[1:])
-            local = self.objective == "attention_mse"
-            hard = float("nan") if local else mean(self._task(batch, teacher, past, split, "hard"))
-        self._finish()
+        try:
+            with as_evaluated(self.model):
+                split = self._prepare(batch, target, None)
+                teacher, past, _ = self._teacher(batch, target)
+                soft = mean(self._task(batch, teacher, past, split, self.spec.relaxation))
+                p = torch.stack([(judged(w).logits - self._threshold(w)).sigmoid() for w in layers])
+                real = judged(layers[0]).valid[:, None].expand(p.shape[1:])
+                local = self.objective == "attention_mse"
+                hard = float("nan") if local else mean(self._task(batch, teacher, past, split, "hard"))
+        finally:
+            self._finish()
         shrugs = mean(((p > 0.05) & (p < 0.95))[:, real].float().mean())
         return {"soft": soft, "hard": hard, "soft_hard_gap": hard - soft, "undecided": shrugs}
 

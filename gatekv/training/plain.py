@@ -3,8 +3,9 @@
 import torch
 from torch import nn
 
-from gatekv.modules import base_model, evaluating
-from gatekv.training.losses import lm_loss, row_shares
+from gatekv.training.head import LogitHead
+from gatekv.training.losses import lm_loss, row_shares, wide
+from gatekv.training.noise import announce, as_evaluated, quiet
 
 
 class PlainObjective(nn.Module):
@@ -18,20 +19,23 @@ class PlainObjective(nn.Module):
 
     def __init__(self, model: nn.Module) -> None:
         super().__init__()
-        self.model = model
+        self.model, self.head = model, LogitHead(model)
+        announce(model)
         self.register_buffer("multiplier", torch.zeros(1))  # part of every objective's checkpoint
 
     def forward(
         self, batch: dict[str, torch.Tensor], target: float, warm: bool = False, seed: int | None = None
     ) -> dict[str, torch.Tensor]:
         """batch: as `gatekv.training.objective.Objective.forward`, whose keys it returns; nothing is evicted."""
-        inner, mask = base_model(self.model), batch["attention_mask"]
-        hidden = inner.base_model(
-            input_ids=batch["input_ids"], attention_mask=mask, use_cache=False,
-            position_ids=(mask.cumsum(-1) - 1).clamp_min(0),
-        ).last_hidden_state  # fmt: skip
-        labels, shares = batch["input_ids"].roll(-1, 1), row_shares(batch["weights"].float())
-        loss = lm_loss(hidden, labels, inner.get_output_embeddings(), shares)
+        self.head.ready()
+        mask = batch["attention_mask"]
+        with quiet(self.model):
+            hidden = self.head.decoder(
+                input_ids=batch["input_ids"], attention_mask=mask, use_cache=False,
+                position_ids=(mask.cumsum(-1) - 1).clamp_min(0),
+            ).last_hidden_state  # fmt: skip
+            labels, shares = batch["input_ids"].roll(-1, 1), row_shares(wide(batch["weights"], hidden))
+            loss = lm_loss(hidden, labels, self.head, shares)
         zero = torch.zeros((), device=loss.device)
         return {"loss": loss, "task": loss.detach(), "sparsity": zero, "keep": zero + 1, "gap": zero[None]}
 
@@ -41,6 +45,6 @@ class PlainObjective(nn.Module):
     @torch.no_grad()
     def soft_hard(self, batch: dict[str, torch.Tensor], target: float) -> dict[str, float]:
         """The loss on a row kept apart; without flags, soft is hard."""
-        with evaluating(self.model):
+        with as_evaluated(self.model):
             loss = float(self(batch, target)["loss"])
         return {"soft": loss, "hard": loss, "soft_hard_gap": 0.0}

@@ -43,32 +43,47 @@ def overfull(retention: torch.Tensor, valid: torch.Tensor, ratio: float, block: 
 
 
 def _cut(scores: torch.Tensor, ratio: float, total: int, protected: int) -> torch.Tensor:
-    """[groups, n] -> [groups]: the threshold above which the right share of each group's scores lies."""
-    groups, n = scores.shape
+    """[groups, n] scores, newer tokens last -> thresholds of the same shape, which the right share of each group is
+    above.
+
+    One threshold a group: the highest score that goes. Scores equal to it could only stay or go together, so those that
+    are to stay, the newest, get a threshold just below.
+    """
+    n = scores.shape[1]
     if not n:
-        return scores.new_zeros(groups)
-    keep = round(max(0.0, ratio * total - protected) / max(1, total - protected) * n)
-    return scores.sort(descending=True).values[:, min(keep, n - 1)]
+        return scores
+    keep = round(min(1.0, max(0.0, ratio * total - protected) / max(1, total - protected)) * n)
+    cut = scores.sort(descending=True).values[:, min(keep, n - 1), None]
+    tied = scores == cut
+    room = keep - (scores > cut).sum(-1, keepdim=True)
+    stay = tied & (tied.flip(-1).long().cumsum(-1).flip(-1) <= room)
+    return torch.where(stay, cut - cut.abs().clamp_min(1.0) * 2.0**-20, cut)
 
 
 def budget_cut(
     logits: torch.Tensor, valid: torch.Tensor, ratio: float, sinks: int, window: int, scope: str = "global"
 ) -> torch.Tensor:
-    """The threshold at which a sequence would hold exactly `ratio` of its tokens.
+    """The thresholds at which a sequence would hold exactly `ratio` of its tokens.
 
     logits: [layers, batch, kv_heads, tokens]; valid: [batch, tokens]. Sinks and the last `window` tokens are inside the
-    ratio. scope: who competes for it: "global" all layers and heads, "layer" the heads of a layer, "head" nobody.
-    Returns [layers, batch, 1 or kv_heads, 1] without gradient.
+    ratio. scope: who competes for it: "global" all layers and heads, "layer" the heads of a layer, "head" nobody. Of
+    equal logits, as fresh gates have them, newer tokens stay, in all layers and heads alike.
+    Returns [layers, batch, kv_heads, tokens] without gradient: one number for all who compete, but for ties at it.
     """
     layers, _, heads, _ = logits.shape
     open_tokens = judged_tokens(valid, sinks, window)
     groups = {"global": 1, "layer": layers, "head": layers * heads}[scope]
     rows = []
     for row, total in enumerate(valid.sum(-1).tolist()):
-        scores = logits[:, row][..., open_tokens[row]].detach().float()
-        cuts = _cut(scores.reshape(groups, -1), ratio, total, min(total, sinks + window))
-        rows.append(cuts.view({"global": (1, 1, 1), "layer": (layers, 1, 1), "head": (layers, heads, 1)}[scope]))
-    return torch.stack(rows, 1).expand(layers, -1, -1, -1)
+        scores = logits[:, row].detach()
+        scores = scores.to(torch.promote_types(scores.dtype, torch.float32))
+        judged = scores[..., open_tokens[row]].reshape(groups, layers * heads // groups, -1)
+        cuts = _cut(judged.mT.flatten(1), ratio, total, min(total, sinks + window))  # by age, then layer and head
+        found = (cuts.amax(1) if cuts.numel() else cuts.new_zeros(groups)).repeat_interleave(scores.numel() // groups)
+        found = found.view_as(scores)
+        found[..., open_tokens[row]] = cuts.view(groups, -1, judged.shape[1]).mT.reshape(layers, heads, -1)
+        rows.append(found)
+    return torch.stack(rows, 1)
 
 
 def sparsity_gap(rates: torch.Tensor, target: float, scope: str) -> torch.Tensor:

@@ -284,7 +284,7 @@ class GateKVModel(BaseTuner):
         config = self.peft_config[adapter_name]
         if (fields := config.lora) is not None:
             if config.file_shapes is not None:
-                lora.check_ranks(fields, config.file_shapes)
+                lora.check_ranks(model, fields, config.file_shapes)
             lora.inject(model, adapter_name, fields, low_cpu_mem_usage)
         super().inject_adapter(model, adapter_name, autocast_adapter_dtype, low_cpu_mem_usage, state_dict)
 

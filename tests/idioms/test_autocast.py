@@ -19,6 +19,8 @@ LESS = dict(less_rank=3, less_hidden=12)
 POLICIES = ["full", "gate", "gate+global", "gate+global+less", "snapkv+less", "snapkv+merge_near", "snapkv+qaq", "snapkv+think",
             *(name for name in SCORERS if name not in ("full", "gate"))]  # fmt: skip
 
+STREAMS = ("tova", "h2o", "streaming_llm", "d2o", "elastic")
+
 
 def autocast(on=True):
     return torch.autocast("cpu", torch.bfloat16, enabled=on)
@@ -91,6 +93,7 @@ def test_a_whole_budget_under_autocast_is_the_plain_cache_under_autocast(model, 
     except (TypeError, ValueError) as error:
         pytest.skip(str(error))
     real = mask.bool()
+    real[:, 64:] &= policy not in STREAMS  # they hold as many tokens as the prompt had, and evict from then on
     assert (found - wanted)[real].square().mean() <= 2 * (wanted - exact)[real].square().mean()
 
 

@@ -5,13 +5,16 @@ disable_adapter (= the plain base), save_pretrained and push_to_hub work. Where 
 random weights we raise. Tensors are named `gatekv_gate.*`, `gatekv_less.*` and, PEFT's own LoRA, `lora_*`.
 """
 
+import functools
 import os
 import re
+from collections.abc import Callable
+from contextvars import ContextVar
 from dataclasses import asdict, dataclass, field, fields
 from typing import TYPE_CHECKING, Any, cast
 
 import torch
-from peft import PeftConfig
+from peft import PeftConfig, PeftModel
 from peft.mapping import PEFT_TYPE_TO_CONFIG_MAPPING, PEFT_TYPE_TO_PREFIX_MAPPING, PEFT_TYPE_TO_TUNER_MAPPING
 from peft.tuners.tuners_utils import BaseTuner, BaseTunerLayer
 from peft.utils import CONFIG_NAME, SAFETENSORS_WEIGHTS_NAME, WEIGHTS_NAME, PeftType
@@ -63,7 +66,8 @@ class GateKVConfig(PeftConfig, GateSpec, LessSpec):
             None.
         base_fingerprint: shapes and a weight hash of the base model, filled in on creation, checked on loading.
         calibration: ratios, levels and table of `gatekv.gates.calibration.Calibration`, or None before calibration.
-        weights_sha256: of the tensors in the adapter file, written on saving, checked on loading.
+        weights_sha256: of the tensors in the adapter file, written on saving, checked when that file is loaded. It
+            says nothing of the tensors of a model, which training and averaging change.
         gatekv_version: that wrote the config.
     """
 
@@ -74,11 +78,12 @@ class GateKVConfig(PeftConfig, GateSpec, LessSpec):
     weights_sha256: str | None = None
     gatekv_version: str = VERSION
 
-    # Not a field: name -> shape of the tensors in the file that the config came with.
+    # Not fields: name -> shape of the tensors in the file that the config came with; their hash, until they are loaded.
     if TYPE_CHECKING:
         file_shapes: dict[str, tuple[int, ...]] | None = None
+        file_sha256: str | None = None
     else:
-        file_shapes = None
+        file_shapes = file_sha256 = None
 
     def __post_init__(self) -> None:
         PeftConfig.__post_init__(self)
@@ -86,6 +91,7 @@ class GateKVConfig(PeftConfig, GateSpec, LessSpec):
         GateSpec.__post_init__(self)
         LessSpec.__post_init__(self)
         self.peft_type = GATEKV
+        self.file_sha256 = self.weights_sha256
         if self.lora is not None:
             self.lora = lora.checked(self.lora)
         if self.gate == "none" and not self.less_rank and self.lora is None:
@@ -286,7 +292,7 @@ class GateKVModel(BaseTuner):
         config = self.peft_config[adapter_name]
         if (fields := config.lora) is not None:
             if config.file_shapes is not None:
-                lora.check_ranks(fields, config.file_shapes)
+                lora.check_ranks(model, fields, config.file_shapes)
             lora.inject(model, adapter_name, fields, low_cpu_mem_usage)
         super().inject_adapter(model, adapter_name, autocast_adapter_dtype, low_cpu_mem_usage, state_dict)
 
@@ -350,7 +356,8 @@ class GateKVModel(BaseTuner):
     def _remap_adapter_state_dict_for_load(  # type: ignore[override]  # its configs are gatekv's
         cls, model: nn.Module, config: GateKVConfig, adapter_name: str, state_dict: dict[str, torch.Tensor]
     ) -> dict[str, torch.Tensor]:
-        """Strict: every tensor of the file has its place, shape and hash, and no part is left without one."""
+        """Strict: every tensor has its place and shape, and no part is left without one; those of a folder have the
+        hash that its config records too, since the file may have changed after the config was read."""
         plain = {cls._remove_adapter_name_from_key(k, "default"): v for k, v in state_dict.items()}  # before 2026-11-22
         mapped = super()._remap_adapter_state_dict_for_load(model, config, adapter_name, plain)
         mine = re.compile(rf"\.(gatekv_gate|gatekv_less|lora_\w+)\.{re.escape(adapter_name)}(\.|$)")
@@ -364,8 +371,14 @@ class GateKVModel(BaseTuner):
             if tensor.shape != expected[key].shape:
                 found, wanted = tuple(tensor.shape), tuple(expected[key].shape)
                 raise ValueError(f"tensor '{key}' has shape {found}, the config asks for {wanted}: {cure}")
-        if config.weights_sha256 is not None and tensors_sha256(state_dict) != config.weights_sha256:
-            raise ValueError(f"the adapter's tensors do not have the sha256 its config records: {cure}")
+        if _from_folder.get():
+            if config.file_sha256 is not None and tensors_sha256(state_dict) != config.file_sha256:
+                raise ValueError(f"the adapter's tensors do not have the sha256 its config records: {cure}")
+        elif config.calibration is not None and any(not torch.equal(t.to(w), w) for t, w in _pairs(mapped, expected)):
+            logger.warning_once(
+                "gatekv: new weights were put into an adapter whose thresholds were calibrated for other ones: "
+                "calibrate again (gatekv.training.calibrate)."
+            )
         return mapped
 
 
@@ -373,6 +386,67 @@ _NAME = cast(PeftType, GATEKV)
 PEFT_TYPE_TO_CONFIG_MAPPING[_NAME] = GateKVConfig
 PEFT_TYPE_TO_TUNER_MAPPING[_NAME] = GateKVModel
 PEFT_TYPE_TO_PREFIX_MAPPING[_NAME] = PREFIX
+
+
+_from_folder = ContextVar("_from_folder", default=False)  # whether PEFT loads an adapter's file, not a caller's tensors
+
+
+def _pairs(
+    mapped: dict[str, torch.Tensor], expected: dict[str, torch.Tensor]
+) -> list[tuple[torch.Tensor, torch.Tensor]]:
+    """(a tensor to load, the gate's that it replaces), but for those without numbers yet."""
+    gates = [name for name in mapped if ".gatekv_gate." in name and expected[name].device.type != "meta"]
+    return [(mapped[name], expected[name]) for name in gates]
+
+
+def _reloading(load: Callable[..., Any]) -> Callable[..., Any]:
+    """PeftModel.load_adapter, which reads no config for an adapter that is there (hot reload, Trainer's best model):
+    for ours the folder's own is read, so that its file is checked and its calibration comes with its weights."""
+
+    @functools.wraps(load)
+    def load_adapter(self: PeftModel, model_id: str | os.PathLike, adapter_name: str, *args: Any, **kwargs: Any) -> Any:
+        live, saved = self.peft_config.get(adapter_name), None
+        if isinstance(live, GateKVConfig):
+            hub, _ = self._split_kwargs(dict(kwargs))
+            saved = GateKVConfig.from_pretrained(os.fspath(model_id), **hub)
+            if saved.file_sha256 == live.file_sha256:
+                saved = None  # PeftModel.from_pretrained, whose config came with this file and may have been edited
+            else:
+                live.file_sha256 = saved.file_sha256
+        token = _from_folder.set(True)
+        try:
+            out = load(self, model_id, adapter_name, *args, **kwargs)
+        finally:
+            _from_folder.reset(token)
+            if isinstance(live, GateKVConfig):
+                live.file_sha256 = None
+        if saved is not None:
+            _take_over(self, adapter_name, saved)
+        elif isinstance(loaded := self.peft_config[adapter_name], GateKVConfig):
+            loaded.file_sha256 = None
+        return out
+
+    return load_adapter
+
+
+def _take_over(model: nn.Module, name: str, saved: GateKVConfig) -> None:
+    """Thresholds belong to the weights they were measured with; all else stays the adapter's own."""
+    live = cast("dict[str, GateKVConfig]", model.peft_config)[name]
+    for module in model.modules():
+        if isinstance(module, GateLayer) and name in module.calibrations:
+            module.calibrations[name] = Calibration(**saved.calibration) if saved.calibration else None
+            if name in module.specs:
+                module.specs[name].threshold = saved.threshold
+    live.calibration, live.threshold = saved.calibration, saved.threshold
+    mine, other = ({**vars(c.gate_spec()), **vars(c.less_spec())} for c in (live, saved))
+    if differs := sorted(key for key in mine if mine[key] != other[key]):
+        logger.warning(
+            f"gatekv: {', '.join(differs)} of the adapter '{name}' are not those that the loaded weights were saved "
+            "with, and stay: load the folder under another name to use it as it was saved."
+        )
+
+
+PeftModel.load_adapter = _reloading(PeftModel.load_adapter)  # type: ignore[method-assign]
 
 
 def set_calibration(model: nn.Module, calibration: Calibration | None, threshold: float | None = None) -> None:

@@ -25,6 +25,7 @@ from gatekv.ops.naive import causal_mask, dense_segment
 from gatekv.ops.on_the_spot import on_the_spot
 from gatekv.ops.remainder import left_of
 from gatekv.ops.sequence import ALONE, Sequence
+from gatekv.precision import attended, without_autocast
 from gatekv.support import LATER, check_call, refuse, visible_keys
 
 if TYPE_CHECKING:
@@ -335,15 +336,19 @@ def _forward(base: str) -> Callable[..., tuple[torch.Tensor, torch.Tensor | None
             out, weights = plain(module, q, k, v, mask, scaling=scaling, **kwargs)
             if gatekv is not None and gatekv.form == "listen":
                 hear = gatekv.listen if gatekv.lesson is None else gatekv.learn
-                hear(module, q, k, v, visible_keys(module, mask), scaling, out)
+                q, k, v = map(attended, (q, k, v))
+                with without_autocast(q.device):
+                    hear(module, q, k, v, visible_keys(module, mask), scaling, out)
             return (out if gatekv is None else gatekv.sequence.out_of(out)), weights
         mask = visible_keys(module, mask)
-        if gatekv.form == "lesson":
-            out = segments.merge(gatekv.remember(q, k, v, mask, scaling))[0].to(q.dtype)
-        elif gatekv.memory is not None:
-            out = gatekv.memory.attend(gatekv, q, k, v, mask, scaling)
-        else:
-            out = gatekv.parallel(q, k, v, mask, scaling)
+        q, k, v = map(attended, (q, k, v))
+        with without_autocast(q.device):
+            if gatekv.form == "lesson":
+                out = segments.merge(gatekv.remember(q, k, v, mask, scaling))[0].to(q.dtype)
+            elif gatekv.memory is not None:
+                out = gatekv.memory.attend(gatekv, q, k, v, mask, scaling)
+            else:
+                out = gatekv.parallel(q, k, v, mask, scaling)
         return gatekv.sequence.out_of(out.transpose(1, 2)).contiguous(), None
 
     return attention

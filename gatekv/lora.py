@@ -5,10 +5,14 @@ adapter: `disable_adapter` is the plain base. `gatekv.modules.gates_off` leaves 
 the tuned model with its whole cache.
 """
 
+import re
 from typing import Any
 
 from peft import LoraConfig, inject_adapter_in_model
 from peft.tuners.lora import LoraLayer
+from peft.tuners.tuners_utils import BaseTunerLayer, _maybe_include_all_linear_layers, check_target_module_exists
+from peft.utils import TRANSFORMERS_MODELS_TO_LORA_TARGET_MODULES_MAPPING
+from peft.utils.other import get_pattern_key
 from torch import nn
 
 from gatekv import modules
@@ -23,7 +27,8 @@ FIELDS = (
 
 
 def checked(lora: dict) -> dict:
-    """All of FIELDS, PEFT's defaults written out, so that an adapter does not change its meaning with PEFT's version.
+    """All of FIELDS, PEFT's defaults written out, so that an adapter does not change its meaning with PEFT's version;
+    patterns in the order of their names, as files have them: of several that fit a module the first counts.
 
     Raises:
         TypeError: an unknown field. ValueError: a value that LoRA cannot have.
@@ -31,6 +36,8 @@ def checked(lora: dict) -> dict:
     check_keys("lora", lora, FIELDS)
     fields: dict[str, Any] = vars(LoraConfig(**lora))
     found: dict[str, Any] = {n: sorted(fields[n]) if isinstance(fields[n], set) else fields[n] for n in FIELDS}
+    for name in ("rank_pattern", "alpha_pattern"):  # the first that fits counts, and a file has them in this order
+        found[name] = dict(sorted(found[name].items()))
     if found["r"] < 1:
         raise ValueError(f"lora: r is a rank, at least 1, not {found['r']}.")
     if not 0 <= found["lora_dropout"] < 1:
@@ -39,16 +46,38 @@ def checked(lora: dict) -> dict:
     return found
 
 
-def check_ranks(lora: dict, shapes: dict[str, tuple[int, ...]]) -> None:
-    """ValueError where the config asks for ranks that the adapter's file, with tensors of `shapes`, does not hold: what
-    is allocated is bounded by what is there."""
-    held: int = max((shape[0] for name, shape in shapes.items() if ".lora_A." in name and len(shape) == 2), default=0)
-    wanted = max(lora["r"], *lora["rank_pattern"].values(), 0)
-    if wanted > held:
-        raise ValueError(
-            f"lora asks for a rank of {wanted}, the adapter file has {held} at most: it belongs to another config or "
-            "was edited; load the folder as it was saved."
-        )
+def check_ranks(model: nn.Module, lora: dict, shapes: dict[str, tuple[int, ...]]) -> None:
+    """ValueError where the config asks for more LoRA than the adapter's file, with tensors of `shapes`, holds for that
+    module: what is allocated is bounded by what is there."""
+    held: dict[str, int] = {}
+    for name, shape in shapes.items():
+        module, found, _ = re.sub(r"\.base_layer(?=\.)", "", name).partition(".lora_")
+        if found and re.search(r"\.lora_(embedding_)?A(\.|$)", name) and shape:
+            held[module.removeprefix("base_model.model.")] = shape[0]
+    for module, wanted in _ranks(model, lora).items():
+        if wanted > held.get(module, 0):
+            raise ValueError(
+                f"lora asks for a rank of {wanted} in {module}, the adapter file has {held.get(module, 0)}: it belongs "
+                "to another config or was edited; load the folder as it was saved."
+            )
+
+
+def _ranks(model: nn.Module, lora: dict) -> dict[str, int]:
+    """Module -> rank of all that the config makes, as PEFT chooses them."""
+    config = LoraConfig(**lora)
+    config = _maybe_include_all_linear_layers(config, model)
+    if config.target_modules is None:
+        model_type = getattr(getattr(model, "config", None), "model_type", "")
+        config.target_modules = TRANSFORMERS_MODELS_TO_LORA_TARGET_MODULES_MAPPING.get(model_type, [])
+    modules, inside = [key for key, _ in model.named_modules()], _inside(model)
+    found = [key for key in modules if not key.startswith(inside) and check_target_module_exists(config, key)]
+    pattern = config.rank_pattern
+    return {key: pattern.get(get_pattern_key(pattern.keys(), key), config.r) for key in found}
+
+
+def _inside(model: nn.Module) -> tuple[str, ...]:
+    """How the names begin of what stands inside other adapters' layers, gates too, which PEFT passes over."""
+    return tuple(f"{name}." for name, module in model.named_modules() if isinstance(module, BaseTunerLayer))
 
 
 def inject(model: nn.Module, adapter_name: str, lora: dict, low_cpu_mem_usage: bool = False) -> None:

@@ -11,6 +11,7 @@ from gatekv.policies.amount import Amount, budget_text, count_of, share_of
 from gatekv.policies.budgets import BudgetError, Ranking, ranked, too_small
 from gatekv.policies.layers import Even, layer_count, whole_layers
 from gatekv.policies.variance import Variance
+from gatekv.precision import without_autocast
 
 logger = logging.get_logger(__name__)
 
@@ -125,6 +126,10 @@ class Decision:
         return counts
 
     def _decide(self, layers: list[KVLayer]) -> None:
+        with without_autocast(layers[0].real.device):
+            self._choose(layers)
+
+    def _choose(self, layers: list[KVLayer]) -> None:
         policy = self.plan.policy
         _, valid = layers[0].protection()
         counts, whole = self._admit(layers[0], valid)

@@ -29,6 +29,7 @@ from gatekv.policies import Scorer, View
 from gatekv.policies.amount import share_of
 from gatekv.policies.budgets import faded
 from gatekv.policies.merging import Tokens
+from gatekv.precision import attended
 from gatekv.support import LATER
 
 Tensor = torch.Tensor
@@ -85,7 +86,7 @@ class KVLayer(CacheLayerMixin, Memory):
     def update(self, key_states: Tensor, value_states: Tensor, *args: Any, **kwargs: Any) -> tuple[Tensor, Tensor]:
         """Hands the new tokens through; `attend` stores them, because only there flags and mask are known."""
         if not self.is_initialized:
-            self.lazy_initialization(key_states, value_states)
+            self.lazy_initialization(attended(key_states), value_states)
         return key_states, value_states
 
     def get_seq_length(self) -> int:
@@ -98,8 +99,7 @@ class KVLayer(CacheLayerMixin, Memory):
     def get_max_length(self) -> int:
         return -1
 
-    def reset(self) -> None:
-        self.clear()
+    reset = clear
 
     def reorder_cache(self, beam_idx: Tensor) -> None:
         """Re-order, repeat or reduce the batch."""
@@ -179,17 +179,18 @@ class KVLayer(CacheLayerMixin, Memory):
 
         q: [B, H, Q, D]; k, v: [B, K, Q, D]; mask: [B, 1, Q, seen + Q] bool or None. Returns [B, H, Q, D].
         """
-        n = q.shape[2]
+        given, n = q.dtype, q.shape[2]
+        q, k, v = (t.to(self.tail.keys.dtype) for t in (q, k, v))  # autocast may be on in one call, off in the next
         self._check_calls(n)
         end = self.plan.prompt_tokens
         if self.phase is not Phase.PROMPT or not self.plan.waits or end is None or not self.seen < end < self.seen + n:
-            return self._attend(call, q, k, v, mask, scaling)
+            return self._attend(call, q, k, v, mask, scaling).to(given)
         outs, start = [], self.seen
         for a, c in ((0, end - start), (end - start, n)):  # what follows the prompt sees it compressed
             part = replace(call, hidden=call.hidden[:, a:c])
             seen_by = None if mask is None else mask[:, :, a:c, : start + c]
             outs.append(self._attend(part, q[:, :, a:c], k[:, :, a:c], v[:, :, a:c], seen_by, scaling))
-        return torch.cat(outs, 2)
+        return torch.cat(outs, 2).to(given)
 
     def _attend(self, call: AttentionCall, q: Tensor, k: Tensor, v: Tensor, mask: Mask, scaling: float) -> Tensor:
         b, _, n, _ = q.shape
@@ -535,8 +536,7 @@ class KVLayer(CacheLayerMixin, Memory):
         """Store what the prompt left, but for its last tokens, as the policy's width says."""
         asked = torch.arange(self.seen - (q := cast(Tensor, self.queries)).shape[2], self.seen, device=self.real.device)
         live = self.tail.flags & self.tail.valid[:, None]
-        asks = asked >= self.seen - self.real
-        end = PromptEnd(q, asks, self.tail.keys, live, self.seen, self.scaling)
+        end = PromptEnd(q, asked >= self.seen - self.real, self.tail.keys, live, self.seen, self.scaling)
         self.kept.narrow(cast(Any, self.plan.policy.width), end)
 
     def fold(self, at_least: int = 1, rollback: int | None = None) -> None:

@@ -9,14 +9,11 @@ import torch
 from torch import nn
 
 from gatekv.config import GateSpec
+from gatekv.gates.gate import Gate, State
 
-Ring = tuple[torch.Tensor, torch.Tensor, torch.Tensor]  # k', v' and which of them are real
 
-
-class AttentionGate(nn.Module):
+class AttentionGate(Gate):
     """Causal multi-head attention over the last `context_window` tokens -> Linear -> one logit per KV head."""
-
-    reads = "hidden"
 
     def __init__(self, spec: GateSpec, width: int, num_kv_heads: int) -> None:
         super().__init__()
@@ -29,9 +26,7 @@ class AttentionGate(nn.Module):
         nn.init.zeros_(self.out.weight)
         nn.init.constant_(self.out.bias, spec.initial_logit)
 
-    def forward(
-        self, hidden: torch.Tensor, valid: torch.Tensor | None = None, state: Ring | None = None
-    ) -> tuple[torch.Tensor, Ring]:
+    def judge(self, hidden: torch.Tensor, valid: torch.Tensor | None, state: State) -> tuple[torch.Tensor, State]:
         """Logits of new tokens, given the ring of the ones before them.
 
         Args:
@@ -40,10 +35,10 @@ class AttentionGate(nn.Module):
             state: what the previous call returned, or None at the start of a sequence.
 
         Returns:
-            logits [batch, kv_heads, tokens] in float32, and the new state: (k', v' [batch, ring, heads, head_dim],
+            logits [batch, kv_heads, tokens], and the new state: (k', v' [batch, ring, heads, head_dim],
             valid [batch, ring]) of the last `context_window - 1` tokens.
         """
-        x = self.norm(hidden.to(self.norm.weight.dtype))
+        x = self.norm(hidden)
         b, n, _ = x.shape
         q, k, v = self.qkv(x).view(b, n, 3, self.heads, self.head_dim).unbind(2)
         valid = hidden.new_ones(b, n, dtype=torch.bool) if valid is None else valid

@@ -4,6 +4,7 @@ import torch
 from torch import nn
 
 from gatekv.config import GateSpec
+from gatekv.gates.gate import Gate, State
 
 
 def unrotate(keys: torch.Tensor, rotary: tuple[torch.Tensor, torch.Tensor]) -> torch.Tensor:
@@ -33,7 +34,7 @@ def key_features(keys: torch.Tensor, rotary: tuple[torch.Tensor, torch.Tensor] |
     return both.transpose(1, 2).flatten(2)
 
 
-class KeyMLPGate(nn.Module):
+class KeyMLPGate(Gate):
     """One small MLP for each KV head, from the head's own key to its logit; streams without memory."""
 
     reads = "keys"
@@ -50,11 +51,9 @@ class KeyMLPGate(nn.Module):
         bound = (2 * self.head_dim) ** -0.5
         nn.init.uniform_(self.up, -bound, bound)
 
-    def forward(
-        self, hidden: torch.Tensor, valid: torch.Tensor | None = None, state: None = None
-    ) -> tuple[torch.Tensor, None]:
-        """hidden: `key_features` [batch, tokens, width] -> (logits [batch, kv_heads, tokens] in float32, no state)."""
-        x = hidden.to(self.up.dtype).unflatten(2, (self.heads, 2, self.head_dim))
+    def judge(self, hidden: torch.Tensor, valid: torch.Tensor | None, state: State) -> tuple[torch.Tensor, State]:
+        """hidden: `key_features` [batch, tokens, width] -> (logits [batch, kv_heads, tokens], no state)."""
+        x = hidden.unflatten(2, (self.heads, 2, self.head_dim))
         x = nn.functional.rms_norm(x, (self.head_dim,), eps=1e-6) * self.norm
         x = torch.einsum("btkd,kdh->btkh", x.flatten(3), self.up) + self.up_bias
         logits = (nn.functional.gelu(x) * self.out_weight).sum(-1) + self.out_bias

@@ -4,12 +4,11 @@ import torch
 from torch import nn
 
 from gatekv.config import GateSpec
+from gatekv.gates.gate import Gate, State
 
 
-class LinearGate(nn.Module):
+class LinearGate(Gate):
     """Reads a layer's input hidden states token by token; its logit is `logit_scale` · linear + bias."""
-
-    reads = "hidden"
 
     def __init__(self, spec: GateSpec, width: int, num_kv_heads: int) -> None:
         super().__init__()
@@ -19,8 +18,6 @@ class LinearGate(nn.Module):
         nn.init.zeros_(self.out.weight)
         nn.init.constant_(self.out.bias, spec.initial_logit / spec.logit_scale)
 
-    def forward(
-        self, hidden: torch.Tensor, valid: torch.Tensor | None = None, state: None = None
-    ) -> tuple[torch.Tensor, None]:
-        """hidden [batch, tokens, width] -> (logits [batch, kv_heads, tokens] in float32, no state)."""
-        return self.out(self.norm(hidden.to(self.norm.weight.dtype))).transpose(1, 2) * self.scale, None
+    def judge(self, hidden: torch.Tensor, valid: torch.Tensor | None, state: State) -> tuple[torch.Tensor, State]:
+        """hidden [batch, tokens, width] -> (logits [batch, kv_heads, tokens], no state)."""
+        return self.out(self.norm(hidden)).transpose(1, 2) * self.scale, None

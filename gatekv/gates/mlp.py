@@ -4,12 +4,11 @@ import torch
 from torch import nn
 
 from gatekv.config import GateSpec
+from gatekv.gates.gate import Gate, State
 
 
-class MLPGate(nn.Module):
+class MLPGate(Gate):
     """Reads a layer's input hidden states token by token; needs no memory of its own while streaming."""
-
-    reads = "hidden"
 
     def __init__(self, spec: GateSpec, width: int, num_kv_heads: int) -> None:
         super().__init__()
@@ -19,9 +18,7 @@ class MLPGate(nn.Module):
         nn.init.zeros_(self.out.weight)
         nn.init.constant_(self.out.bias, spec.initial_logit)
 
-    def forward(
-        self, hidden: torch.Tensor, valid: torch.Tensor | None = None, state: None = None
-    ) -> tuple[torch.Tensor, None]:
-        """hidden [batch, tokens, width] -> (logits [batch, kv_heads, tokens] in float32, no state)."""
-        x = nn.functional.gelu(self.up(self.norm(hidden.to(self.norm.weight.dtype))))
+    def judge(self, hidden: torch.Tensor, valid: torch.Tensor | None, state: State) -> tuple[torch.Tensor, State]:
+        """hidden [batch, tokens, width] -> (logits [batch, kv_heads, tokens], no state)."""
+        x = nn.functional.gelu(self.up(self.norm(hidden)))
         return self.out(x).transpose(1, 2), None

@@ -8,12 +8,11 @@ import torch
 from torch import nn
 
 from gatekv.config import GateSpec
+from gatekv.gates.gate import Gate, State
 
 
-class PromptGate(nn.Module):
+class PromptGate(Gate):
     """Multi-head attention among all tokens of a prompt -> Linear -> one logit per KV head."""
-
-    reads = "hidden"
 
     def __init__(self, spec: GateSpec, width: int, num_kv_heads: int) -> None:
         super().__init__()
@@ -24,11 +23,9 @@ class PromptGate(nn.Module):
         nn.init.zeros_(self.out.weight)
         nn.init.constant_(self.out.bias, spec.initial_logit)
 
-    def forward(
-        self, hidden: torch.Tensor, valid: torch.Tensor | None = None, state: None = None
-    ) -> tuple[torch.Tensor, None]:
+    def judge(self, hidden: torch.Tensor, valid: torch.Tensor | None, state: State) -> tuple[torch.Tensor, State]:
         """hidden [batch, tokens, width], valid [batch, tokens] bool -> (logits [batch, kv_heads, tokens], no state)."""
-        x = self.norm(hidden.to(self.norm.weight.dtype))
+        x = self.norm(hidden)
         b, n, _ = x.shape
         q, k, v = self.qkv(x).view(b, n, 3, self.heads, self.head_dim).permute(2, 0, 3, 1, 4)
         mask = None if valid is None else valid[:, None, None]

@@ -16,6 +16,7 @@ from torch import nn
 from torch.nn.functional import dropout, gelu
 
 from gatekv.ops.naive import accumulation_dtype
+from gatekv.precision import without_autocast
 
 Tensor = torch.Tensor
 TOKENS = 2048  # mapped at once: the hidden layer is wider than a head, and a prompt may be long
@@ -58,7 +59,8 @@ class FeatureMap(nn.Module):
                 f"x has {x.shape[1]} heads of width {x.shape[3]}, this map {self.heads} {self.of} of width "
                 f"{self.head_dim}: give Phi the model's queries, Psi its keys, not repeated for the query heads."
             )
-        return torch.cat([self._features(part) for part in x.split(TOKENS, 2)], 2)
+        with without_autocast(x.device):
+            return torch.cat([self._features(part) for part in x.split(TOKENS, 2)], 2)
 
     def _products(self, x: Tensor) -> Tensor:
         """GELU(x W1) W2 [batch, heads, tokens, outputs]."""

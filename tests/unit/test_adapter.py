@@ -8,7 +8,15 @@ from pathlib import Path
 import pytest
 import torch
 from conftest import gated, padded_batch, tiny
-from peft import AutoPeftModelForCausalLM, PeftConfig, PeftModel, get_peft_model
+from peft import (
+    AutoPeftModelForCausalLM,
+    PeftConfig,
+    PeftModel,
+    get_peft_model,
+    get_peft_model_state_dict,
+    peft_model,
+    set_peft_model_state_dict,
+)
 from safetensors.torch import load_file, save_file
 
 import gatekv
@@ -233,3 +241,91 @@ def test_an_adapter_of_every_past_version_gives_the_flags_it_gave(folder):
     assert fixture["flags"](model) == json.loads((folder / "flags.json").read_text())
     kept = [sum(map(sum, layer[0])) for layer in fixture["flags"](model)[0]]
     assert len(set(kept)) > 1, "the flags say something"
+
+
+def moved(model, by):
+    with torch.no_grad():
+        for name, p in model.named_parameters():
+            if "gatekv_gate" in name:
+                p.add_(by)
+    return model
+
+
+def gate_tensors(model):
+    return {name: t.clone() for name, t in get_peft_model_state_dict(model).items()}
+
+
+@pytest.mark.parametrize("lora", [None, {"r": 2, "target_modules": ["q_proj"]}])
+def test_a_folder_is_loaded_over_an_adapter_that_is_there(tmp_path, lora):
+    """As Trainer's load_best_model_at_end does: weights and the thresholds that belong to them."""
+    first, second = (Calibration([1.0], [0.0, 1.0], [[2.0, -x]]) for x in (2.0, 3.0))
+    model = gated(dtype=torch.float32, window=5, sinks=2, lora=lora)
+    for name, calibration in (("one", first), ("two", second)):
+        set_calibration(moved(model, 0.1), calibration, 0.5 if name == "one" else 0.6)
+        model.save_pretrained(tmp_path / name)
+    model.load_adapter(tmp_path / "one", "default")
+    saved = load_file(tmp_path / "one" / "adapter_model.safetensors")
+    assert all(torch.equal(t, saved[name]) for name, t in gate_tensors(model).items())
+    assert {(repr(w.calibration()), w.specs["default"].threshold) for w in wrappers(model)} == {(repr(first), 0.5)}
+    model.save_pretrained(tmp_path / "again")
+    for folder in ("one", "again"):
+        again = PeftModel.from_pretrained(tiny(dtype=torch.float32), tmp_path / folder)
+        assert torch.equal(flags(again)[2], flags(model)[2]) and wrappers(again)[0].calibration() == first
+    model.load_adapter(tmp_path / "two", "default")
+    assert model.peft_config["default"].threshold == 0.6 and wrappers(model)[0].calibration() == second
+
+
+@pytest.mark.parametrize("case,match", [
+    ("stray", "stray tensor"), ("missing", "missing tensor"), ("shape", "has shape"), ("flipped", "sha256"),
+])  # fmt: skip
+def test_a_damaged_folder_is_not_loaded_over_an_adapter(saved, case, match):
+    model, folder = saved
+    moved(model, 1)
+    before, calibration = gate_tensors(model), wrappers(model)[0].calibration()
+    first = sorted(before)[0]
+    edit = {"stray": lambda t: t.update(extra=torch.zeros(2)), "missing": lambda t: t.pop(first),
+            "shape": lambda t: t.update({first: torch.zeros(7)}), "flipped": lambda t: t[first].add_(1)}  # fmt: skip
+    edit_tensors(folder, edit[case], rehash=case != "flipped")
+    edit_config(folder, calibration=None)
+    with pytest.raises(ValueError, match=match):
+        model.load_adapter(folder, "default")
+    assert all(torch.equal(t, before[name]) for name, t in gate_tensors(model).items())
+    assert wrappers(model)[0].calibration() == calibration
+    set_peft_model_state_dict(model, before)  # a refused hash is not kept
+
+
+@pytest.mark.parametrize("over", [False, True])
+def test_a_file_that_changes_after_its_config_was_read_is_refused(saved, over, monkeypatch):
+    model, folder = saved
+    model = model if over else tiny(dtype=torch.float32)
+    real = peft_model.load_peft_weights
+    monkeypatch.setattr(peft_model, "load_peft_weights", lambda *a, **k: {n: t + 1 for n, t in real(*a, **k).items()})
+    with pytest.raises(ValueError, match="sha256"):
+        model.load_adapter(folder, "default") if over else PeftModel.from_pretrained(model, folder)
+
+
+def test_tensors_of_a_live_model_have_no_hash_to_keep(saved, caplog):
+    from transformers.utils import logging
+
+    model, folder = saved
+    logging.get_logger("gatekv.adapter").addHandler(caplog.handler)
+    set_peft_model_state_dict(model, gate_tensors(model))
+    assert "calibrated" not in caplog.text
+    halves = {name: t * 0.5 for name, t in gate_tensors(model).items()}
+    for loaded in (model, load(folder), get_peft_model(tiny(dtype=torch.float32), PeftConfig.from_pretrained(folder))):
+        set_peft_model_state_dict(loaded, halves)
+        assert all(torch.equal(t, halves[name]) for name, t in gate_tensors(loaded).items())
+    assert "calibrate again" in caplog.text
+
+
+def test_an_edited_config_stays_as_it_was_edited_and_another_window_is_told(saved, caplog):
+    from transformers.utils import logging
+
+    _, folder = saved
+    config = PeftConfig.from_pretrained(folder)
+    config.calibration = None
+    loaded = PeftModel.from_pretrained(tiny(dtype=torch.float32), folder, config=config)
+    assert wrappers(loaded)[0].calibration() is None
+    logging.get_logger("gatekv.adapter").addHandler(caplog.handler)
+    gated(dtype=torch.float32, window=9, sinks=2).load_adapter(folder, "default")
+    assert "window of the adapter 'default'" in caplog.text

@@ -167,7 +167,7 @@ class GateKVConfig(PeftConfig, GateSpec, LessSpec):
 
 def parts_of(config: GateKVConfig, shape: "PretrainedConfig", head_dim: int) -> dict[str, nn.Module]:
     """A layer's parts, by the submodule of self_attn that holds them. shape: the language model's config."""
-    parts = {}
+    parts: dict[str, nn.Module] = {}
     if config.gate != "none":
         parts["gatekv_gate"] = build_gate(config.gate_spec(), shape.hidden_size, kv_heads(shape), head_dim)
     if config.less_rank:
@@ -205,7 +205,7 @@ class Parts(nn.ModuleDict, BaseTunerLayer):
 
     def _move_adapter_to_device_of_base_layer(self, adapter_name: str, device: torch.device | None = None) -> None:
         if adapter_name in self:  # gates keep their own dtype
-            self[adapter_name].to(device or modules.device_of(self.attention))
+            self[adapter_name].to(device or modules.device_of(cast(nn.Module, self.attention)))
 
 
 def add_parts(
@@ -432,11 +432,11 @@ def _reloading(load: Callable[..., Any]) -> Callable[..., Any]:
 def _take_over(model: nn.Module, name: str, saved: GateKVConfig) -> None:
     """Thresholds belong to the weights they were measured with; all else stays the adapter's own."""
     live = cast("dict[str, GateKVConfig]", model.peft_config)[name]
-    for module in model.modules():
-        if isinstance(module, GateLayer) and name in module.calibrations:
-            module.calibrations[name] = Calibration(**saved.calibration) if saved.calibration else None
-            if name in module.specs:
-                module.specs[name].threshold = saved.threshold
+    for layer in modules.wrappers(model):
+        if name in layer.calibrations:
+            layer.calibrations[name] = Calibration(**saved.calibration) if saved.calibration else None
+            if name in layer.specs:
+                layer.specs[name].threshold = saved.threshold
     live.calibration, live.threshold = saved.calibration, saved.threshold
     mine, other = ({**vars(c.gate_spec()), **vars(c.less_spec())} for c in (live, saved))
     if differs := sorted(key for key in mine if mine[key] != other[key]):

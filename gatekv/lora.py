@@ -64,7 +64,7 @@ def check_ranks(model: nn.Module, lora: dict, shapes: dict[str, tuple[int, ...]]
 
 def _ranks(model: nn.Module, lora: dict) -> dict[str, int]:
     """Module -> rank of all that the config makes, as PEFT chooses them."""
-    config = LoraConfig(**lora)
+    config: Any = LoraConfig(**lora)
     config = _maybe_include_all_linear_layers(config, model)
     if config.target_modules is None:
         model_type = getattr(getattr(model, "config", None), "model_type", "")

@@ -172,23 +172,30 @@ class GatedAttention:
 
 
 def _view(config: "PretrainedConfig") -> "PretrainedConfig":
-    view = object.__new__(_named(type(config)))
+    view: PretrainedConfig = object.__new__(_named(type(config)))
     object.__setattr__(view, "__dict__", config.__dict__)  # shared: what is changed later is seen
     return view
 
 
-@functools.cache
+_CLASSES: dict[tuple[str, type], type] = {}  # made once for each class of the model's
+
+
 def _named(plain: type) -> type:
+    if ("named", plain) in _CLASSES:
+        return _CLASSES["named", plain]
+
     def name(self: Any) -> str:
         return attention.NAMES.get(self._attn_implementation_internal, self._attn_implementation_internal)
 
-    return type(plain.__name__, (plain,), {"_attn_implementation": property(name), "__module__": plain.__module__})
+    members = {"_attn_implementation": property(name), "__module__": plain.__module__}
+    return _CLASSES.setdefault(("named", plain), type(plain.__name__, (plain,), members))
 
 
-@functools.cache
 def _gated(plain: type[nn.Module]) -> type[nn.Module]:
     """The subclass of a self_attn's class that asks its `gatekv` in every forward; named as the class is."""
-    own = cast(Callable[..., Any], plain.forward)
+    if ("gated", plain) in _CLASSES:
+        return _CLASSES["gated", plain]
+    own = plain.forward
     names = [*inspect.signature(own).parameters][2:]
 
     @functools.wraps(own)
@@ -214,19 +221,19 @@ def _gated(plain: type[nn.Module]) -> type[nn.Module]:
 
     names_of = {"__module__": plain.__module__, "__qualname__": plain.__qualname__, "__doc__": plain.__doc__}
     members = {"forward": forward, "__reduce_ex__": reduce, "gatekv_plain": plain}
-    return type(plain.__name__, (plain,), names_of | members)
+    return _CLASSES.setdefault(("gated", plain), type(plain.__name__, (plain,), names_of | members))
 
 
 def _again(plain: type[nn.Module]) -> nn.Module:
     gated = _gated(plain)
-    return cast(nn.Module, gated.__new__(gated))
+    return gated.__new__(gated)
 
 
 def gate(module: nn.Module) -> GatedAttention:
     """Swap the class of one self_attn; where it is swapped, what is kept beside it."""
     if "gatekv" not in vars(module):
         plain = type(module)
-        module.gatekv = GatedAttention(module)
+        vars(module)["gatekv"] = GatedAttention(module)
         module.__class__ = _gated(plain)
         _follow(module, plain)
     return cast(GatedAttention, module.gatekv)

@@ -23,7 +23,19 @@ LEVELS = [
     ["modules", "fingerprint", "adapter_file"],
     ["attention"],
     ["policies", "gates", "less", "presets", "prompts", "questions", "fetch", "options"],
-    ["ops", "config", "facts", "support", "version", "bases", "hardware", "bundled", "extras", "textfiles"],
+    [
+        "ops",
+        "config",
+        "facts",
+        "support",
+        "version",
+        "bases",
+        "hardware",
+        "bundled",
+        "extras",
+        "textfiles",
+        "precision",
+    ],
 ]
 
 

@@ -345,9 +345,15 @@ class GateKVModel(BaseTuner):
             add_parts(target, adapter_name, self.active_adapters, config, shape)
 
     @classmethod
+    def _get_adapter_state_dict(cls, model: nn.Module, *args: Any, **kwargs: Any) -> dict[str, torch.Tensor]:
+        """As PEFT's, under the names that files have had from the first version on."""
+        found = super()._get_adapter_state_dict(model, *args, **kwargs)
+        names = modules.saved_names(model, found)
+        return {names[key]: tensor for key, tensor in found.items()}
+
+    @classmethod
     def _remove_adapter_name_from_key(cls, key: str, adapter_name: str) -> str:
         """A file does not tell under which name its adapter was held, so that it loads under any."""
-        key = key.replace(f".{ATTENTION_NAME}.base_layer.", f".{ATTENTION_NAME}.")  # LoRA's, before 2026-11-29
         for part in PARTS:  # PEFT takes a name out next to last, where LoRA has it
             key = key.replace(f".{part}.{adapter_name}.", f".{part}.")
         return super()._remove_adapter_name_from_key(key, adapter_name)
@@ -358,7 +364,9 @@ class GateKVModel(BaseTuner):
     ) -> dict[str, torch.Tensor]:
         """Strict: every tensor has its place and shape, and no part is left without one; those of a folder have the
         hash that its config records too, since the file may have changed after the config was read."""
-        plain = {cls._remove_adapter_name_from_key(k, "default"): v for k, v in state_dict.items()}  # before 2026-11-22
+        around = f".{ATTENTION_NAME}.base_layer."  # modules.saved_names
+        names = {k: k.replace(around, f".{ATTENTION_NAME}.") for k in state_dict}
+        plain = {cls._remove_adapter_name_from_key(names[k], "default"): v for k, v in state_dict.items()}
         mapped = super()._remap_adapter_state_dict_for_load(model, config, adapter_name, plain)
         mine = re.compile(rf"\.(gatekv_gate|gatekv_less|lora_\w+)\.{re.escape(adapter_name)}(\.|$)")
         expected = {k: v for k, v in model.state_dict().items() if mine.search(k)}

@@ -35,7 +35,18 @@ NAMES = {"sdpa": "gatekv", "eager": "gatekv_eager"}
 
 
 class Memory:
-    """A cache layer that answers attention itself (gatekv.cache.layer.KVLayer)."""
+    """A cache layer that answers attention itself (gatekv.cache.layer.KVLayer); it hands new tokens through `update`.
+
+    Attributes:
+        dense: whether the tokens of the next call attend to all that came before them.
+    """
+
+    is_sliding = False
+    dense = False
+
+    def get_max_length(self) -> int:
+        """No bound, as transformers says it."""
+        return -1
 
     def attend(
         self,
@@ -340,6 +351,17 @@ def _forward(base: str) -> Callable[..., tuple[torch.Tensor, torch.Tensor | None
                 with without_autocast(q.device):
                     hear(module, q, k, v, visible_keys(module, mask), scaling, out)
             return (out if gatekv is None else gatekv.sequence.out_of(out)), weights
+        weights = None
+        if base == "eager" and (kwargs.get("output_attentions") or getattr(module.config, "output_attentions", False)):
+            if gatekv.memory is None or not gatekv.memory.dense:
+                raise ValueError(
+                    "output_attentions: where tokens are evicted, or gates weigh them, there are no weights over all "
+                    "of them: ask for attentions of a whole prompt under a policy that evicts behind it "
+                    '(prefill="dense"), or without gatekv\'s cache.'
+                )
+            weights = sys.modules[type(module).__module__].eager_attention_forward(
+                module, q, k, v, mask, scaling=scaling, **kwargs
+            )[1]
         mask = visible_keys(module, mask)
         q, k, v = map(attended, (q, k, v))
         with without_autocast(q.device):
@@ -349,7 +371,7 @@ def _forward(base: str) -> Callable[..., tuple[torch.Tensor, torch.Tensor | None
                 out = gatekv.memory.attend(gatekv, q, k, v, mask, scaling)
             else:
                 out = gatekv.parallel(q, k, v, mask, scaling)
-        return gatekv.sequence.out_of(out.transpose(1, 2)).contiguous(), None
+        return gatekv.sequence.out_of(out.transpose(1, 2)).contiguous(), weights
 
     return attention
 

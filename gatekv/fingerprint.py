@@ -8,7 +8,7 @@ from typing import cast
 import torch
 from torch import nn
 
-from gatekv.modules import attention_layers, base_model, wrappers
+from gatekv.modules import attention_layers, base_model, saved_names, wrappers
 from gatekv.support import kv_heads
 
 HASHES = ("weights", "last_layer")  # of a fingerprint; the rest are shapes
@@ -69,5 +69,8 @@ def lora_sha256(model: nn.Module) -> str | None:
     if not names:
         return None
     mine = re.compile(rf"(\.lora_\w+)\.(?:{'|'.join(map(re.escape, names))})(?=\.|$)")
-    tensors = {mine.sub(r"\1", n): p for n, p in base_model(model).named_parameters() if mine.search(n)}
+    inner = base_model(model)
+    found = {n: p for n, p in inner.named_parameters() if mine.search(n)}
+    saved = saved_names(inner, found)
+    tensors = {mine.sub(r"\1", saved[n]): p for n, p in found.items()}
     return tensors_sha256(tensors) if tensors else None

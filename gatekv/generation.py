@@ -68,7 +68,7 @@ def generate(
         gatekv.generate(model, notes, question="Who owns the lantern?", budget=512, max_new_tokens=50)
 
     Args:
-        model: a transformers or PEFT model, on any device; gets gatekv's wrappers (`gatekv.detach` undoes it).
+        model: a transformers or PEFT model, on any device; gated in place (`gatekv.detach` undoes it).
         inputs: a text, a list of texts, chat messages or a list of chats (the tokenizer's chat template is applied),
             token ids [tokens] or [batch, tokens], or a mapping with input_ids and attention_mask. Texts are batched
             with pads on the left; they are not taken for a chat, unless there is a question.

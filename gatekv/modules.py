@@ -7,7 +7,7 @@ no name, hook, attribute or isinstance of the model changes, and `detach` leaves
 
 import functools
 import inspect
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterable, Iterator
 from contextlib import contextmanager
 from itertools import chain
 from types import MethodType
@@ -264,7 +264,7 @@ def device_of(module: nn.Module) -> torch.device:
     hooks = [vars(m).get("_hf_hook") for m in module.modules()]
     placed = next((d for h in hooks if (d := getattr(h, "execution_device", None)) is not None), None)
     if placed is not None:
-        return torch.device(placed if not isinstance(placed, int) else f"cuda:{placed}")
+        return torch.device(placed)  # a number: of the accelerator that there is
     tensors = chain(module.parameters(), module.buffers())
     return next((t.device for t in tensors if t.device.type != "meta"), torch.device("meta"))
 
@@ -275,10 +275,24 @@ def wrappers(model: nn.Module) -> list[GatedAttention]:
     return sorted(found, key=lambda w: w.layer_idx)
 
 
-def judged(wrapper: GatedAttention) -> Judged:
-    """What the wrapper's gate said in the pass before."""
-    assert isinstance(wrapper.recorded, Judged)
-    return wrapper.recorded
+def saved_names(model: nn.Module, names: Iterable[str]) -> dict[str, str]:
+    """Name of a tensor in the model -> its name in adapter files and hashes.
+
+    Until 2026-11-29 a wrapper stood around each gated self_attn, and LoRA inside it was saved under its name. Files
+    keep that form, so that older versions read them; both are read.
+    """
+    gated = [f"{n.replace('_fsdp_wrapped_module.', '')}." for n, m in model.named_modules() if "gatekv" in vars(m)]
+    out = {}
+    for name in names:
+        start = next((g for g in gated if name.startswith(g) and ".lora_" in name), None)
+        out[name] = name if start is None else f"{start}base_layer.{name.removeprefix(start)}"
+    return out
+
+
+def judged(layer: GatedAttention) -> Judged:
+    """What the layer's gate said in the pass before."""
+    assert isinstance(layer.recorded, Judged)
+    return layer.recorded
 
 
 def gate_spec(model: nn.Module) -> GateSpec | None:
@@ -393,17 +407,6 @@ def parallel(
     finally:
         for w in layers:
             w.form = w.threshold = w.split = w.recorded = None
-
-
-@contextmanager
-def evaluating(model: nn.Module) -> Iterator[None]:
-    """Inside, nothing is dropped at random (LoRA, low-rank maps); then the model is back in the mode it was in."""
-    training = model.training
-    model.eval()
-    try:
-        yield
-    finally:
-        model.train(training)
 
 
 @contextmanager

@@ -26,7 +26,7 @@ class KVCache(Cache):
     """Pass it as `past_key_values` to `generate` or to the model; it evicts in prefill and while decoding.
 
     Args:
-        model: a transformers or PEFT model; gets gatekv's wrappers if it has none (`gatekv.detach` undoes it).
+        model: a transformers or PEFT model; its self_attn are gated in place (`gatekv.detach` undoes it).
         policy: a name like "gate", "gate+global", "snapkv+ada", a scorer object, or None: the adapter's gate if there
             is one, else "full".
         budget: what a KV head holds on average of each row's real prompt tokens, sinks and window inside it: a share

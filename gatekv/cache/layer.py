@@ -43,10 +43,9 @@ class Phase(Enum):
     PROMPT, LATER, TURN = range(3)
 
 
-class KVLayer(CacheLayerMixin, Memory):
+class KVLayer(Memory, CacheLayerMixin):
     """Cache layer of one full-attention layer; `attend` is called by the attention function."""
 
-    is_sliding = False
     is_croppable = True
 
     def __init__(self, plan: Plan, layer_idx: int) -> None:
@@ -96,8 +95,9 @@ class KVLayer(CacheLayerMixin, Memory):
     def get_mask_sizes(self, query_length: int) -> tuple[int, int]:
         return self.seen + query_length, 0
 
-    def get_max_length(self) -> int:
-        return -1
+    @property
+    def dense(self) -> bool:  # type: ignore[override]
+        return self.seen == 0 and self.plan.dense and self.plan.prompt_tokens is None
 
     reset = clear
 

@@ -36,7 +36,7 @@ def plan_of(
     kinds: torch.Tensor | None,
     strict: bool,
 ) -> Plan:
-    """Arguments and errors as for `gatekv.KVCache`; the model has its wrappers."""
+    """Arguments and errors as for `gatekv.KVCache`; the model is gated."""
     active = [w for w in wrappers(model) if w.active()]
     spec = gate_spec(model) or DEFAULT
     policy = resolve(policy if policy is not None else ("gate" if active else "full"), budget)

@@ -1,7 +1,7 @@
 """`GateKVPress`: trained gates as a press, so that kvpress's harness scores them beside its own methods.
 
-kvpress prunes a transformers cache in hooks on `self_attn`, after a dense prefill. While a press is in use the model's
-own attention stands there again, without gatekv's wrapper: nothing evicts but the press.
+kvpress prunes a transformers cache in hooks on `self_attn`, after a dense prefill. A transformers cache
+makes a gated self_attn the model's own, so nothing evicts but the press.
 """
 
 from collections.abc import Iterator

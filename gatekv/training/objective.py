@@ -101,7 +101,7 @@ class Objective(nn.Module):
         ).last_hidden_state  # fmt: skip
 
     def _prepare(self, batch: dict[str, torch.Tensor], target: float, seed: int | None) -> int | None:
-        """Tell the wrappers what this batch asks of them. Returns its split."""
+        """Tell the gated layers what this batch asks of them. Returns its split."""
         self.head.ready()
         split = int(batch["split"][0]) if self.prefill == "dense" or self.spec.context == "prompt" else None
         documents = Documents(batch["segments"]) if "segments" in batch else None
@@ -265,7 +265,7 @@ class Objective(nn.Module):
         }  # fmt: skip
 
     def _finish(self) -> None:
-        """Nothing that a step asked of the wrappers, and no graph, outlives it, however it ends."""
+        """Nothing that a step asked of the gated layers, and no graph, outlives it, however it ends."""
         for w in wrappers(self.model):
             w.recorded = w.threshold = w.split = w.documents = w.seed = w.local = None
             w.received, w.sequence = True, ALONE

@@ -18,10 +18,9 @@ from gatekv.ops.gated_attention import BLOCK, gated_attention
 from gatekv.ops.naive import causal_mask, gated_segment
 
 
-class GatedPrompt(CacheLayerMixin, Memory):
+class GatedPrompt(Memory, CacheLayerMixin):
     """One layer's prompt, seen by the tokens that follow with the gate's weights; a `gatekv.attention.Memory`."""
 
-    is_sliding = False
     keys: torch.Tensor
     values: torch.Tensor
 
@@ -47,9 +46,6 @@ class GatedPrompt(CacheLayerMixin, Memory):
 
     def get_mask_sizes(self, query_length: int) -> tuple[int, int]:
         return self.keys.shape[2] + query_length, 0
-
-    def get_max_length(self) -> int:
-        return -1
 
     def attend(
         self,

@@ -1,6 +1,6 @@
 """Gradient checkpointing of a model with gates: a layer is computed again in the backward pass, under the same orders.
 
-What a step asks of the wrappers (threshold, split, documents, seed …) lies beside the layers' inputs and is gone when
+What a step asks of the gates (threshold, split, documents, seed …) lies beside the layers' inputs and is gone when
 the backward pass comes. Each layer's recomputation therefore gets back what stood there in its forward pass.
 """
 

@@ -1,8 +1,10 @@
 """The house keeps its own rules: sizes, arrows, public names, no machine's paths, a README that is true."""
 
 import ast
+import os
 import re
 import subprocess
+import sys
 import tomllib
 from pathlib import Path
 
@@ -147,3 +149,19 @@ def test_every_package_is_installed():
     folders = {".".join(f.parent.relative_to(ROOT).parts) for f in ROOT.glob("gatekv/**/__init__.py")}
     assert set(settings["packages"]) == folders | {"gatekv.recipes"}
     assert settings["package-dir"] == {"gatekv.recipes": "recipes"}
+
+
+@pytest.mark.exhaustive
+def test_tests_have_the_same_names_in_every_process():
+    """Workers collect at different seconds and with different hash seeds; a name that differs stops the whole run."""
+
+    def names(seed: int) -> list[str]:
+        command = [sys.executable, "-m", "pytest", "--collect-only", "-q", "tests"]
+        ran = subprocess.run(
+            command, cwd=ROOT, capture_output=True, text=True, env={**os.environ, "PYTHONHASHSEED": str(seed)}
+        )
+        assert ran.returncode == 0, ran.stdout[-2000:]
+        return [line for line in ran.stdout.splitlines() if "::" in line]
+
+    first, second = names(1), names(2)
+    assert first == second and len(first) > 1000

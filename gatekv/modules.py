@@ -18,11 +18,10 @@ from torch import nn
 from transformers import Cache, PreTrainedModel
 
 from gatekv import attention
-from gatekv.attention import AttentionCall, Judged, Lesson, Memory
+from gatekv.attention import AttentionCall, Memory
 from gatekv.config import GateSpec
-from gatekv.gates.documents import Documents
-from gatekv.gates.relaxations import logit_of
-from gatekv.ops.sequence import ALONE
+from gatekv.passes import PassContext, Plain, Relaxed
+from gatekv.recompute import Pass, follow_passes
 from gatekv.support import LATER, refuse, sliding_layers
 
 if TYPE_CHECKING:
@@ -33,6 +32,7 @@ if TYPE_CHECKING:
     from gatekv.support import SelfAttention
 
 ATTENTION_NAME = "self_attn"
+LEARNING = Relaxed()  # what a forward in training mode does, where no pass is running
 PARTS = ("gatekv_gate", "gatekv_less")  # submodules of a gated self_attn: adapter name -> gate, -> low-rank maps
 NO_INTERFACE = (
     "{} computes attention by itself, not through transformers' attention interface, so gatekv cannot take part in it: "
@@ -43,11 +43,11 @@ NO_INTERFACE = (
 class GatedAttention:
     """What gatekv keeps beside one self_attn, as its attribute `gatekv`; `wrappers` finds them.
 
-    Transparent unless a gatekv cache is passed, or the gate is active and the module is in training mode or inside
-    `gatekv.parallel(model)`: else the model's own forward runs, under the model's own config.
+    Transparent unless a gatekv cache is passed, a pass is running (`gated_pass`), or a gate is in force and the module
+    in training mode: else the model's own forward runs, under the model's own config.
 
     Attributes:
-        module: the self_attn. specs, calibrations: by adapter name.
+        module: the self_attn. specs, calibrations: by adapter name. running: the pass that is in force, or None.
     """
 
     def __init__(self, module: nn.Module) -> None:
@@ -55,18 +55,12 @@ class GatedAttention:
         self.layer_idx = self.module.layer_idx
         self.specs: dict[str, GateSpec] = {}
         self.calibrations: dict[str, Calibration | None] = {}
-        self.form: str | None = None  # what the parallel form applies outside training mode
-        self.off: bool | str = False  # inside `gates_off`: the teacher
-        self.threshold: torch.Tensor | float | None = None  # on the logits; None = the gate's own tau
-        self.split: int | None = None  # the prompt's length, where flags act after it
-        self.documents: Documents | None = None  # of packed rows
-        self.seed: int | None = None  # of the gumbel relaxation's noise
-        self.received = True  # whether listening measures the attention that tokens receive
-        # (logits, valid) -> threshold, where the layer's own error is wanted
-        self.local: Callable[[torch.Tensor, torch.Tensor], torch.Tensor | float] | None = None
-        self.lesson: torch.Tensor | None = None  # what is kept of a prompt, while low-rank maps learn
-        self.sequence = ALONE  # the processes that share the rows
-        self.recorded: Judged | Lesson | None = None
+        self.running: Pass | None = None
+
+    @property
+    def recorded(self) -> Any:
+        """What the running pass found out about this layer (a `gatekv.passes.GateOutput`, of gates); None outside."""
+        return None if self.running is None else self.running.recorded.get(self.layer_idx)
 
     @property
     def gatekv_gate(self) -> nn.ModuleDict:
@@ -121,54 +115,34 @@ class GatedAttention:
         Raises:
             ValueError: gates that shall apply to whole sequences, and a cache with tokens before them.
         """
-        memory: object = None
-        if isinstance(past, Cache) and self.layer_idx < len(past.layers):
-            memory = past.layers[self.layer_idx]
-        if isinstance(memory, Memory):
-            call = self._call(hidden, rotary)
-            call.memory = memory
-            return call
-        gated = (self.module.training or self.form is not None) and self.active() is not None
-        if self.off == "listen" and (self.lesson is not None or self.active() is not None):
-            call = self._call(hidden, rotary)
-            call.form, call.record, call.lesson = "listen", self._record, self.lesson
-        elif self.lesson is not None and not self.off:
-            call = self._call(hidden, rotary)
-            call.form, call.lesson = "lesson", self.lesson
-        elif gated and not self.off:
-            # A training forward makes itself a DynamicCache (use_cache=True is the default): an empty one is none.
-            if isinstance(past, Cache) and past.get_seq_length(self.layer_idx):
-                raise ValueError(
-                    "gates that train, or gatekv.parallel, apply to whole sequences, and this forward has "
-                    f"{past.get_seq_length(self.layer_idx)} tokens in its {type(past).__name__}: feed the sequence in "
-                    "one call; to generate, call model.eval() and pass past_key_values=gatekv.KVCache(model)."
-                )
-            call = self._call(hidden, rotary)
-            call.form, call.record = self.form or call.spec.relaxation, self._record
-            call.threshold = logit_of(call.spec.threshold) if self.threshold is None else self.threshold
-        elif self.sequence.size > 1:
-            call = self._call(hidden, rotary)
-            call.form = "plain"
-        else:
+        cache = past if isinstance(past, Cache) else None
+        held = cache.layers[self.layer_idx] if cache is not None and self.layer_idx < len(cache.layers) else None
+        memory = held if isinstance(held, Memory) else None
+        context: PassContext | None = LEARNING if self.module.training else None
+        record: Callable[[object], None] = _forget
+        if self.running is not None:
+            context, record = self.running.context, functools.partial(self.running.recorded.__setitem__, self.layer_idx)
+        if memory is None and context is None:
             return None
-        return call
-
-    def _call(self, hidden: torch.Tensor, rotary: tuple[torch.Tensor, torch.Tensor] | None) -> AttentionCall:
         name = self.active()
         gate, spec = (self.gatekv_gate[name], self.specs[name]) if name else (None, LATER)
-        call = AttentionCall(
-            hidden, self.layer_idx, rotary, gate=gate, spec=spec, split=self.split, documents=self.documents
-        )
-        call.seed, call.received, call.local, call.less = self.seed, self.received, self.local, self.less()
-        call.sequence = self.sequence
-        return call
-
-    def _record(self, judged: Judged | Lesson) -> None:
-        self.recorded = judged
+        call = AttentionCall(hidden, self.layer_idx, rotary, gate, spec, self.less(), memory)
+        if memory is not None:
+            return call
+        assert context is not None
+        for asked in (context, Plain(sequence=context.sequence)):
+            if asked.concerns(call, cache):
+                call.context, call.record = asked, record
+                return call
+        return None
 
     def config(self) -> "PretrainedConfig":
         """The module's own config, live, but that it names gatekv's attention function."""
         return _view(self.module.config)
+
+
+def _forget(found: object) -> None:
+    """Nobody asked for what gates say."""
 
 
 def _view(config: "PretrainedConfig") -> "PretrainedConfig":
@@ -289,12 +263,6 @@ def saved_names(model: nn.Module, names: Iterable[str]) -> dict[str, str]:
     return out
 
 
-def judged(layer: GatedAttention) -> Judged:
-    """What the layer's gate said in the pass before."""
-    assert isinstance(layer.recorded, Judged)
-    return layer.recorded
-
-
 def gate_spec(model: nn.Module) -> GateSpec | None:
     """What the gates in force are, or None on a model without."""
     return next((w.specs[name] for w in wrappers(model) if (name := w.active())), None)
@@ -385,6 +353,28 @@ def detach(model: nn.Module) -> nn.Module:
 
 
 @contextmanager
+def gated_pass(model: nn.Module, context: PassContext) -> Iterator[dict[int, Any]]:
+    """Inside, forwards without a gatekv cache do what the context asks of the gated layers; see `gatekv.passes`.
+
+    A layer that gradient checkpointing computes again, after the pass too, does so under the same context. Passes may
+    lie inside each other: the inner one is in force.
+
+    Yields what was found out, by layer index: `GateOutput` or `LayerError` of the last forward. It keeps its graph for
+    as long as it is held.
+    """
+    layers, running = wrappers(model), Pass(context, {})
+    follow_passes(model, layers)
+    before = [w.running for w in layers]
+    for w in layers:
+        w.running = running
+    try:
+        yield running.recorded
+    finally:
+        for w, outer in zip(layers, before):
+            w.running = outer
+
+
+@contextmanager
 def parallel(
     model: nn.Module, form: str = "hard", threshold: float | None = None, split: int | None = None
 ) -> Iterator[list[GatedAttention]]:
@@ -395,32 +385,20 @@ def parallel(
         split: length of the prompt as fed, pads included: flags act after it, and what follows is all kept
             (`prefill="dense"`). None: they act as tokens leave the window.
 
-    Yields what is kept beside each layer; each one's `recorded` is a `gatekv.attention.Judged`.
+    Yields what is kept beside each layer; inside, each one's `recorded` is a `gatekv.passes.GateOutput`.
     """
     layers = wrappers(model)
     if not any(w.active() for w in layers):
         raise ValueError("the parallel form needs gates: load or create a gatekv adapter on this model first.")
-    for w in layers:
-        w.form, w.threshold, w.split = form, threshold, split
-    try:
+    with gated_pass(model, Relaxed(form=form, threshold=threshold, split=split)):
         yield layers
-    finally:
-        for w in layers:
-            w.form = w.threshold = w.split = w.recorded = None
 
 
 @contextmanager
-def gates_off(model: nn.Module, listen: bool = False) -> Iterator[None]:
+def gates_off(model: nn.Module) -> Iterator[None]:
     """Inside, the model answers as if it had no gates, in training mode too: the teacher, with no second copy.
 
     LoRA of the same adapter stays as it is: the teacher of a tuned model is the tuned model with its whole cache.
-    listen: the gates still judge what they see; each layer's `recorded` is a `Judged` whose logits have a gradient.
     """
-    layers = wrappers(model)
-    for w in layers:
-        w.off = "listen" if listen else True
-    try:
+    with gated_pass(model, Plain()):
         yield
-    finally:
-        for w in layers:
-            w.off = False

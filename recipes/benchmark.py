@@ -149,7 +149,7 @@ def train(model, args: BenchmarkOptions) -> list[dict]:
     from peft import get_peft_model
 
     from gatekv import GateKVConfig, detach
-    from gatekv.training.recompute import recompute_layers
+    from gatekv.recompute import recompute_layers
 
     peft = get_peft_model(model, GateKVConfig()).train()
     if args.gradient_checkpointing:

@@ -19,12 +19,12 @@ def main(argv: list[str]) -> dict | None:
     from peft import get_peft_model
 
     from gatekv import GateKVConfig
+    from gatekv.recompute import recompute_layers
     from gatekv.training.calibrate import calibrate
     from gatekv.training.config import CPTConfig
     from gatekv.training.data import TrainingData
     from gatekv.training.objective import Objective
     from gatekv.training.options import load_config
-    from gatekv.training.recompute import recompute_layers
     from gatekv.training.sharding import in_parts, whole_sample
 
     def gated(model):

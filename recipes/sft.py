@@ -24,12 +24,12 @@ from gatekv.recipes.frame import begin, finish, fit, judge, predict, save
 def main(argv: list[str]) -> dict | None:
     from gatekv import GateKVConfig
     from gatekv.bundled import TASK
+    from gatekv.recompute import recompute_layers
     from gatekv.training.calibrate import calibrate
     from gatekv.training.examples import Examples
     from gatekv.training.objective import Objective
     from gatekv.training.options import load_config
     from gatekv.training.plain import PlainObjective
-    from gatekv.training.recompute import recompute_layers
     from gatekv.training.sft_config import SFTConfig
     from gatekv.training.sharding import in_parts, whole_sample
     from gatekv.training.start import start_from

@@ -7,6 +7,7 @@ makes a gated self_attn the model's own, so nothing evicts but the press.
 from collections.abc import Iterator
 from contextlib import contextmanager, nullcontext
 from dataclasses import dataclass, field
+from functools import partial
 from typing import TYPE_CHECKING, Any
 
 import torch
@@ -22,6 +23,7 @@ except ImportError as error:
 from gatekv.attention import AttentionCall, sink_tokens, valid_tokens
 from gatekv.cache.kvcache import KVCache
 from gatekv.modules import attention_layers, base_model, wrappers
+from gatekv.passes import Observe
 from gatekv.policies import Gate, View
 from gatekv.policies.budgets import check_counts, ranked
 from gatekv.policies.gate import OBSERVED
@@ -33,20 +35,14 @@ if TYPE_CHECKING:
     from gatekv.support import SelfAttention
 
 
-@dataclass
-class Heard(AttentionCall):
-    """What the attention function tells a press of one layer's prefill, beside the plain answer that it gives.
+@dataclass(frozen=True, kw_only=True)
+class Prefill(Observe):
+    """One layer's prefill under a press: the plain answer, and, recorded beside it, the `View` that a scorer reads."""
 
-    Attributes:
-        view: what a scorer looks at, once the layer has attended.
-    """
-
-    form: str = "listen"
-    view: View | None = None
-
-    def listen(
+    def observe(
         self,
-        module: nn.Module,
+        call: AttentionCall,
+        module: "SelfAttention",
         q: torch.Tensor,
         k: torch.Tensor,
         v: torch.Tensor,
@@ -54,7 +50,7 @@ class Heard(AttentionCall):
         scaling: float,
         plain: torch.Tensor,
     ) -> None:
-        """Shapes as in `AttentionCall.listen`."""
+        """Shapes as in `Observe.observe`."""
         valid = valid_tokens(mask, q.shape[0], q.shape[2], q.device)
         if not valid.all():
             raise ValueError(
@@ -62,7 +58,7 @@ class Heard(AttentionCall):
                 "gatekv.KVCache, which knows pads."
             )
         last = q[:, :, -OBSERVED:]
-        self.view = View(k, v, last, valid, scaling, self.layer_idx, lambda: self.judge(valid)[0])
+        call.record(View(k, v, last, valid, scaling, call.layer_idx, lambda: self.judge(call, valid)[0]))
 
 
 @dataclass
@@ -90,6 +86,7 @@ class GateKVPress(ScorerPress):
     sinks: int | None = None
     window: int | None = None
     model: object = field(default=None, init=False, repr=False, compare=False)  # inside `on`
+    views: dict[int, View] = field(default_factory=dict, init=False, repr=False, compare=False)  # of the layer at hand
 
     @contextmanager
     def on(self, model: "PreTrainedModel") -> Iterator[nn.Module]:
@@ -116,6 +113,8 @@ class GateKVPress(ScorerPress):
         if inner.config._attn_implementation == "eager":
             raise ValueError("kvpress masks single heads in sdpa only: load the model with attn_implementation='sdpa'.")
 
+        views = self.views
+
         def prepare(module: "SelfAttention", args: tuple, kwargs: dict[str, Any]) -> tuple[tuple, dict[str, Any]]:
             cache, hidden = kwargs.get("past_key_values"), kwargs["hidden_states"]
             if cache is None or isinstance(cache, KVCache):
@@ -123,10 +122,13 @@ class GateKVPress(ScorerPress):
             seen, new = cache.get_seq_length(module.layer_idx), hidden.shape[1]
             # kvpress asks for what transformers >= 5.4 does not hand to attention any more.
             kwargs.setdefault("cache_position", torch.arange(seen, seen + new, device=hidden.device))
+            views.clear()  # the layer before has been pruned: its keys and values shall not outlive that
             if not seen:
                 gate, spec = gates[module.layer_idx]
                 rotary = kwargs.get("position_embeddings")
-                kwargs["gatekv"] = Heard(hidden, module.layer_idx, rotary, gate=gate, spec=spec)
+                call = AttentionCall(hidden, module.layer_idx, rotary, gate, spec, context=Prefill())
+                call.record = partial(views.__setitem__, module.layer_idx)
+                kwargs["gatekv"] = call
             return args, kwargs
 
         hooks = [m.register_forward_pre_hook(prepare, with_kwargs=True) for _, m in layers]
@@ -135,6 +137,7 @@ class GateKVPress(ScorerPress):
             yield inner
         finally:
             self.model = None
+            views.clear()
             for hook in hooks:
                 hook.remove()
 
@@ -160,8 +163,7 @@ class GateKVPress(ScorerPress):
         kwargs: dict[str, Any],
     ) -> torch.Tensor:
         """[batch, kv_heads, tokens] float32, higher keeps; what is kept in any case scores infinity."""
-        call = kwargs["gatekv"]
-        view, spec = call.view, call.spec
+        view, spec = self.views[kwargs["gatekv"].layer_idx], kwargs["gatekv"].spec
         tokens = view.valid.shape[1]
         sinks = spec.sinks if self.sinks is None else self.sinks
         window = spec.window if self.window is None else self.window

@@ -37,8 +37,8 @@ class GatedSFTTrainer(SFTTrainer):
     """Trains the gates of a gatekv PEFT model, and LoRA of the same adapter, on what SFTTrainer trains on.
 
     Args:
-        args, kwargs: SFTTrainer's: a model with `peft_config=GateKVConfig(…)`, or a PEFT model. `SFTConfig` with
-            gradient_checkpointing=False; one process, and no padding-free batches.
+        args, kwargs: SFTTrainer's: a model with `peft_config=GateKVConfig(…)`, or a PEFT model. `SFTConfig` for
+            one process, without padding-free batches; gradient checkpointing (TRL's default) may stay on.
         keep: share of the tokens that a head holds on average, which the objective aims at or, with
             sparsity="budget", holds exactly. It falls from 1 in the first half of the run.
         objective: arguments of `gatekv.training.objective.Objective` over {"objective": "lm", "oracle_weight": .3}.
@@ -54,12 +54,6 @@ class GatedSFTTrainer(SFTTrainer):
 
     def __init__(self, *args: Any, keep: float = 0.25, objective: dict | None = None, **kwargs: Any) -> None:
         super().__init__(*args, **kwargs)
-        if self.args.gradient_checkpointing:
-            raise ValueError(
-                "gradient_checkpointing (TRL's default) computes gates again without what the step asked of them: set "
-                "SFTConfig(gradient_checkpointing=False), and call gatekv.training.recompute.recompute_layers("
-                "trainer.model) where memory is short."
-            )
         if self.accelerator.num_processes > 1:
             raise ValueError(
                 f"{type(self).__name__} runs in one process: the objective's passes bypass DistributedDataParallel. "

@@ -8,7 +8,8 @@ from torch import nn
 from gatekv.adapter import set_calibration
 from gatekv.config import GateSpec
 from gatekv.gates.calibration import Calibration
-from gatekv.modules import base_model, gate_spec, judged, parallel
+from gatekv.modules import base_model, gate_spec, gated_pass
+from gatekv.passes import Relaxed
 from gatekv.training.data import TrainingData
 from gatekv.training.streams import RESERVED
 
@@ -28,10 +29,9 @@ def logits_of(model: nn.Module, data: TrainingData, first: int, rows: int, thres
         batch = {k: v.to(device) for k, v in data.batch(first + row, 1).items()}
         spec = cast(GateSpec, gate_spec(model))
         split = int(batch["split"][0]) if spec.context == "prompt" else None
-        with parallel(model, "hard", threshold=threshold, split=split) as layers:
+        with gated_pass(model, Relaxed(form="hard", threshold=threshold, split=split)) as said:
             base_model(model).base_model(input_ids=batch["input_ids"], use_cache=False)
-            end = judged(layers[0]).logits.shape[-1] - spec.window
-            pooled += [judged(w).logits[..., spec.sinks : end].flatten() for w in layers]
+        pooled += [o.logits[..., spec.sinks : o.logits.shape[-1] - spec.window].flatten() for o in said.values()]
     return torch.cat(pooled).float().cpu()  # a few hundred thousand numbers, which not every device sorts in float64
 
 

@@ -15,13 +15,14 @@ from torch import nn
 from transformers import DynamicCache, PreTrainedModel
 
 from gatekv.adapter import GateKVConfig
-from gatekv.attention import Lesson
 from gatekv.bundled import adapter_path
 from gatekv.cache.kvcache import KVCache
 from gatekv.cache.layer import KVLayer
 from gatekv.config import GateSpec, LessSpec, check_choice
-from gatekv.modules import base_model, gates_off, wrappers
+from gatekv.modules import base_model, gated_pass, wrappers
+from gatekv.passes import Remainder, RemainderError
 from gatekv.policies import resolve
+from gatekv.recompute import whole_layers
 from gatekv.training.head import LogitHead
 from gatekv.training.losses import distillation_loss, row_shares, wide
 from gatekv.training.noise import announce, as_evaluated, quiet
@@ -58,7 +59,7 @@ class LessObjective(nn.Module):
         self.register_buffer("multiplier", torch.zeros(1))  # part of every objective's checkpoint
 
     @torch.no_grad()
-    def _lesson(self, batch: dict[str, torch.Tensor], split: int, budget: float) -> tuple[KVCache, list[torch.Tensor]]:
+    def _prompt(self, batch: dict[str, torch.Tensor], split: int, budget: float) -> tuple[KVCache, list[torch.Tensor]]:
         """(the whole prompt's cache, what the policy keeps of it per layer [batch, kv_heads, split])."""
         ids, mask = batch["input_ids"][:, :split], batch["attention_mask"][:, :split]
         cache = KVCache.undecided(self.model, queries=resolve(self.policy, budget).queries)
@@ -91,26 +92,22 @@ class LessObjective(nn.Module):
         Returns {"loss", "task", "alone" (the policy's own error), "sparsity", "keep", "gap"} as the loop takes it.
         """
         self.head.ready()
-        with quiet(self.model, lora=False):  # LoRA beside the maps is as frozen as the base
+        with quiet(self.model, lora=False), whole_layers(self.model):  # LoRA beside the maps is as frozen as the base
             return self._step(batch, target, warm)
 
     def _step(self, batch: dict[str, torch.Tensor], target: float, warm: bool) -> dict:
         split = int(batch["split"][0])
-        prompt, kept = self._lesson(batch, split, target)
-        layers, mask = wrappers(self.model), batch["attention_mask"]
-        for w, flags in zip(layers, kept):
-            w.lesson = flags
-        try:
-            with torch.no_grad(), gates_off(self.model, listen=True):
-                teacher = self._behind(batch, split, prompt)
-            lessons = [cast(Lesson, w.recorded) for w in layers]
-            loss = torch.stack([lesson.error for lesson in lessons]).mean()
-            if self.objective == "kl" and not warm:
-                shares = row_shares(wide(batch["weights"][:, split:], teacher))
-                loss = distillation_loss(self._behind(batch, split, prompt), teacher, self.head, shares)
-        finally:
-            for w in layers:
-                w.lesson = w.recorded = None
+        prompt, kept = self._prompt(batch, split, target)
+        mask, flags = batch["attention_mask"], {w.layer_idx: f for w, f in zip(wrappers(self.model), kept)}
+        with torch.no_grad(), gated_pass(self.model, RemainderError(kept=flags)) as found:
+            teacher = self._behind(batch, split, prompt)
+        lessons = list(found.values())
+        loss = torch.stack([lesson.error for lesson in lessons]).mean()
+        if self.objective == "kl" and not warm:
+            shares = row_shares(wide(batch["weights"][:, split:], teacher))
+            with gated_pass(self.model, Remainder(kept=flags)):
+                student = self._behind(batch, split, prompt)
+            loss = distillation_loss(student, teacher, self.head, shares)
         alone, real = torch.stack([lesson.alone for lesson in lessons]).mean(), mask[:, None, :split].bool()
         keep = torch.stack([(f & real).sum() / (real.sum() * f.shape[1]) for f in kept]).mean()
         zero = torch.zeros((), device=loss.device)

@@ -1,7 +1,8 @@
 """The training objective as a module: one forward = losses of one micro-batch. This is what DDP and DeepSpeed wrap."""
 
 from collections.abc import Callable
-from typing import Any, cast
+from contextlib import nullcontext
+from typing import Any, NamedTuple, cast
 
 import torch
 from peft import PeftModel
@@ -12,8 +13,10 @@ from gatekv.attention import relaxed_flags
 from gatekv.config import GateSpec
 from gatekv.gates.documents import Documents
 from gatekv.gates.relaxations import logit_of
-from gatekv.modules import GatedAttention, base_model, gate_spec, gates_off, judged, wrappers
+from gatekv.modules import base_model, gate_spec, gated_pass, wrappers
 from gatekv.ops.sequence import ALONE, Sequence
+from gatekv.passes import GateOutput, Observe, PassContext, Plain, Relaxed
+from gatekv.recompute import whole_layers
 from gatekv.support import kv_heads
 from gatekv.training import shared
 from gatekv.training.head import LogitHead
@@ -23,6 +26,27 @@ from gatekv.training.prompt import gated_prompt
 from gatekv.training.sparsity import budget_cut, keep_rates, overfull, sparsity_gap, sparsity_loss, undecided
 
 KINDS = ("kl", "reverse_kl", "lm", "hidden_mse", "attention_mse", "none")
+LOCAL = ("attention_mse", "none")  # without a student's pass
+
+
+class Teacher(NamedTuple):
+    """What the plain model's pass gave.
+
+    Attributes:
+        hidden: [batch, tokens, hidden_size], or None where no loss needs it. past: its cache, for a student that runs
+            behind the prompt alone. said: by layer index, what its gates judge. thresholds: by layer index, on the
+            logits, [batch, kv_heads, tokens], of a "budget". oracle: scalar, the regression to received attention.
+    """
+
+    hidden: torch.Tensor | None
+    past: DynamicCache | None
+    said: dict[int, GateOutput]
+    thresholds: dict[int, torch.Tensor] | None
+    oracle: torch.Tensor
+
+
+def _valid(said: dict[int, GateOutput]) -> torch.Tensor:
+    return next(iter(said.values())).valid
 
 
 class Objective(nn.Module):
@@ -82,7 +106,7 @@ class Objective(nn.Module):
         Raises:
             ValueError: model, gate or objective cannot be computed so.
         """
-        shared.check(self, sequence)
+        shared.check(self.model, self.spec, self.prefill, sequence)
         self.sequence = sequence
 
     def _hidden(self, batch: dict[str, torch.Tensor], past: Cache | None = None, start: int = 0) -> torch.Tensor:
@@ -100,18 +124,16 @@ class Objective(nn.Module):
             use_cache=past is not None,
         ).last_hidden_state  # fmt: skip
 
-    def _prepare(self, batch: dict[str, torch.Tensor], target: float, seed: int | None) -> int | None:
-        """Tell the gated layers what this batch asks of them. Returns its split."""
+    def _prepare(self, batch: dict[str, torch.Tensor], seed: int | None) -> dict[str, Any]:
+        """What this batch asks of the gated layers in each of its passes."""
         self.head.ready()
-        split = int(batch["split"][0]) if self.prefill == "dense" or self.spec.context == "prompt" else None
-        documents = Documents(batch["segments"]) if "segments" in batch else None
-        for w in wrappers(self.model):
-            w.sequence = self.sequence.of(batch["input_ids"].shape[1])
-            w.split, w.threshold, w.documents = split, None, documents
-            w.seed = None if seed is None else seed * 1009 + w.layer_idx
-            w.received = self.oracle_weight > 0
-            w.local = self._local_threshold(target) if self.objective == "attention_mse" else None
-        return split
+        prompt = self.prefill == "dense" or self.spec.context == "prompt"
+        return {
+            "split": int(batch["split"][0]) if prompt else None,
+            "documents": Documents(batch["segments"]) if "segments" in batch else None,
+            "seed": seed,
+            "sequence": self.sequence.of(batch["input_ids"].shape[1]),
+        }
 
     def _local_threshold(self, target: float) -> Callable[[torch.Tensor, torch.Tensor], torch.Tensor | float]:
         def threshold(logits: torch.Tensor, valid: torch.Tensor) -> torch.Tensor | float:
@@ -127,94 +149,80 @@ class Objective(nn.Module):
         cut = budget_cut(every, valid, target, self.spec.sinks, self.spec.window, self.scope)
         return self.sequence.part(cut, 2)
 
-    def _teacher(
-        self, batch: dict[str, torch.Tensor], target: float
-    ) -> tuple[torch.Tensor | None, DynamicCache | None, torch.Tensor]:
-        """(the plain model's hidden states, its cache if the student needs that, oracle loss).
-
-        Its pass also tells where a "budget" threshold must lie.
-        """
-        layers, spec = wrappers(self.model), self.spec
-        suffix = self.prefill == "dense" and self.objective != "attention_mse" and not self.below_learns
-        listen = suffix or self.sparsity == "budget" or self.oracle_weight > 0 or self.objective == "attention_mse"
-        if self.objective == "lm" and not listen and not self.kl_weight:
-            return None, None, torch.zeros((), device=batch["input_ids"].device)
+    def _teacher(self, batch: dict[str, torch.Tensor], target: float, asked: dict[str, Any]) -> Teacher:
+        """The plain model's pass, which also tells where a "budget" threshold must lie."""
+        spec, zero = self.spec, torch.zeros((), device=batch["input_ids"].device)
+        local = self._local_threshold(target) if self.objective == "attention_mse" else None
+        suffix = self.prefill == "dense" and local is None and not self.below_learns
+        observe = suffix or self.sparsity == "budget" or self.oracle_weight > 0 or self.objective in LOCAL
+        if self.objective == "lm" and not observe and not self.kl_weight:
+            return Teacher(None, None, {}, None, zero)
         past = DynamicCache() if suffix else None  # without a config: sliding layers keep the whole prompt too
-        with torch.no_grad(), gates_off(self.model, listen=listen), quiet(self.model, lora=False):
+        context: PassContext = Plain(sequence=asked["sequence"])
+        if observe:
+            context = Observe(**asked, received=self.oracle_weight > 0, local=local)
+        with torch.no_grad(), gated_pass(self.model, context) as said, quiet(self.model, lora=False):
             hidden = self._hidden(batch, past)
-        if past is not None and past.get_seq_length() == 0:
-            raise ValueError(
-                "prefill='dense' trains on the teacher's cache, which gradient checkpointing switches off: call "
-                "gradient_checkpointing_disable() (the pass behind the prompt is short), or use prefill='sparse'."
-            )
-        oracle = torch.zeros((), device=hidden.device)
+        oracle, thresholds = zero, None
         if self.oracle_weight > 0:
-            found = [judged(w) for w in layers]
             losses = [
-                oracle_loss(j.logits, cast(torch.Tensor, j.received), j.valid, spec.sinks, spec.window) for j in found
+                oracle_loss(o.logits, cast(torch.Tensor, o.received), o.valid, spec.sinks, spec.window)
+                for o in said.values()
             ]
             oracle = torch.stack(losses).mean()
         if self.sparsity == "budget":
-            logits = torch.stack([judged(w).logits.detach() for w in layers])
-            for w, cut in zip(layers, self._cut(logits, judged(layers[0]).valid, target)):
-                w.threshold = cut
-        return hidden, past, oracle
+            cut = self._cut(torch.stack([o.logits.detach() for o in said.values()]), _valid(said), target)
+            thresholds = dict(zip(said, cut))
+        return Teacher(hidden, past, said, thresholds, oracle)
 
     def _student(
-        self, batch: dict[str, torch.Tensor], past: DynamicCache | None, split: int | None, form: str
-    ) -> torch.Tensor:
-        """Hidden states under the gates; behind the split only, where a teacher's cache is given."""
-        if past is None:
-            for w in wrappers(self.model):
-                w.form = form
-            try:
-                return self._hidden(batch)
-            finally:
-                for w in wrappers(self.model):
-                    w.form = None
-        assert split is not None  # a teacher's cache is that of a prompt
-        weights = {}
-        for w in wrappers(self.model):
-            said, threshold = judged(w), self._threshold(w)
-            weights[w.layer_idx] = relaxed_flags(
-                said.logits, said.valid, self.spec, form=form, threshold=threshold, split=split, seed=w.seed
+        self, batch: dict[str, torch.Tensor], teacher: Teacher, context: Relaxed
+    ) -> tuple[torch.Tensor, dict[int, GateOutput]]:
+        """(hidden states under the gates, what they said); behind the split only, where the teacher has a cache."""
+        if teacher.past is None:
+            with gated_pass(self.model, context) as said:
+                return self._hidden(batch), said
+        assert context.split is not None  # a teacher's cache is that of a prompt
+        weights = {
+            i: relaxed_flags(
+                o.logits, o.valid, self.spec, form=cast(str, context.form), threshold=self._threshold(teacher, i),
+                split=context.split, seed=context.noise_seed(i),
             )
-        return self._hidden(batch, gated_prompt(past, split, weights, self.spec), split)
+            for i, o in teacher.said.items()
+        }  # fmt: skip
+        past = gated_prompt(teacher.past, context.split, weights, self.spec)
+        return self._hidden(batch, past, context.split), teacher.said
 
-    def _threshold(self, w: GatedAttention) -> torch.Tensor | float:
-        return logit_of(self.spec.threshold) if w.threshold is None else w.threshold
+    def _threshold(self, teacher: Teacher, layer_idx: int) -> torch.Tensor | float:
+        return logit_of(self.spec.threshold) if teacher.thresholds is None else teacher.thresholds[layer_idx]
 
     def _task(
-        self,
-        batch: dict[str, torch.Tensor],
-        teacher: torch.Tensor | None,
-        past: DynamicCache | None,
-        split: int | None,
-        form: str,
-    ) -> torch.Tensor:
+        self, batch: dict[str, torch.Tensor], teacher: Teacher, form: str, asked: dict[str, Any]
+    ) -> tuple[torch.Tensor, dict[int, GateOutput]]:
+        """(the task's loss, what the gates said in the pass that it is taken from)."""
         if self.objective == "none":
-            return torch.zeros((), device=batch["input_ids"].device)
+            return torch.zeros((), device=batch["input_ids"].device), teacher.said
         if self.objective == "attention_mse":
-            return torch.stack([cast(torch.Tensor, judged(w).error) for w in wrappers(self.model)]).mean()
-        student = self._student(batch, past, split, form)
-        head, labels = self.head, batch["input_ids"].roll(-1, 1)
+            return torch.stack([cast(torch.Tensor, o.error) for o in teacher.said.values()]).mean(), teacher.said
+        student, said = self._student(batch, teacher, Relaxed(**asked, form=form, threshold=teacher.thresholds))
+        head, labels, split, hidden = self.head, batch["input_ids"].roll(-1, 1), asked["split"], teacher.hidden
         weights = wide(batch["weights"], student)  # weights[t]: of predicting token t + 1
         if split is not None:  # before it a prompt gate's flags know the future, and a dense prompt is the teacher's
             weights = weights * (torch.arange(weights.shape[1], device=weights.device) >= split)
-        if past is not None:
-            assert teacher is not None
-            weights, labels, teacher = weights[:, split:], labels[:, split:], teacher[:, split:]
+        if teacher.past is not None:
+            assert hidden is not None
+            weights, labels, hidden = weights[:, split:], labels[:, split:], hidden[:, split:]
         labels, shares = self.sequence.part(labels, 1), self.sequence.size * self.sequence.part(row_shares(weights), 1)
         if self.objective == "lm":
             loss = lm_loss(student, labels, head, shares)
             if not self.kl_weight:
-                return loss
-        assert teacher is not None
+                return loss, said
+        assert hidden is not None
         if self.objective == "lm":
-            return loss + self.kl_weight * distillation_loss(student, teacher, head, shares)
+            return loss + self.kl_weight * distillation_loss(student, hidden, head, shares), said
         if self.objective == "hidden_mse":
-            return hidden_loss(student, teacher, shares)
-        return distillation_loss(student, teacher, head, shares, reverse=self.objective == "reverse_kl")
+            return hidden_loss(student, hidden, shares), said
+        return distillation_loss(student, hidden, head, shares, reverse=self.objective == "reverse_kl"), said
 
     def forward(
         self, batch: dict[str, torch.Tensor], target: float, warm: bool = False, seed: int | None = None
@@ -225,25 +233,23 @@ class Objective(nn.Module):
         warm: the oracle alone, without the student's pass (a third of the time); needs oracle_weight > 0.
         Returns {"loss", "task", "oracle", "sparsity", "keep" (hard rate, scalar), "gap" [units] for the multipliers}.
         """
-        try:
-            with quiet(self.model):
-                return self._step(batch, target, warm, seed)
-        finally:
-            self._finish()
+        behind = self.prefill == "dense" and not self.below_learns  # a short pass, which reads a cache
+        with quiet(self.model), whole_layers(self.model) if behind else nullcontext():
+            return self._step(batch, target, warm, seed)
 
     def _step(
         self, batch: dict[str, torch.Tensor], target: float, warm: bool, seed: int | None
     ) -> dict[str, torch.Tensor]:
-        layers, spec = wrappers(self.model), self.spec
-        split = self._prepare(batch, target, seed)
-        teacher, past, oracle = self._teacher(batch, target)
-        task = torch.zeros((), device=oracle.device)
+        spec, asked = self.spec, self._prepare(batch, seed)
+        teacher = self._teacher(batch, target, asked)
+        task, said, oracle = torch.zeros((), device=teacher.oracle.device), teacher.said, teacher.oracle
         if not warm:
-            task = self._task(batch, teacher, past, split, spec.relaxation)
+            task, said = self._task(batch, teacher, spec.relaxation, asked)
         soft, hard, shrugs = [], [], []
-        for w in layers:
-            logits, valid = judged(w).logits, judged(w).valid
-            rule: dict[str, Any] = dict(threshold=self._threshold(w), seed=w.seed)
+        noise = Relaxed(seed=seed)
+        for i, (logits, valid, *_) in said.items():
+            threshold = self._threshold(teacher, i)
+            rule: dict[str, Any] = dict(threshold=threshold, seed=noise.noise_seed(i))
             weight = relaxed_flags(logits, valid, spec, form=spec.relaxation, **rule)
             weight = 1 - (1 - weight).square() if self.sparsity == "concave" else weight
             if self.sparsity == "capacity":
@@ -252,7 +258,7 @@ class Objective(nn.Module):
                 soft.append(keep_rates(weight, valid, spec.sinks, spec.window))
             flags = relaxed_flags(logits, valid, spec, form="hard", **rule)
             hard.append(keep_rates(flags, valid, spec.sinks, spec.window))
-            shrugs.append(undecided(logits - self._threshold(w), valid, spec.sinks, spec.window))
+            shrugs.append(undecided(logits - threshold, valid, spec.sinks, spec.window))
         rates = self.sequence.together(torch.stack(soft), 2)
         gap = sparsity_gap(rates, 0.0 if self.sparsity == "capacity" else target, self.scope)
         penalty = sparsity_loss(gap, self.sparsity, self.multiplier)
@@ -264,12 +270,6 @@ class Objective(nn.Module):
             "keep": torch.stack(hard).detach().mean(), "gap": gap.detach().mean(1),
         }  # fmt: skip
 
-    def _finish(self) -> None:
-        """Nothing that a step asked of the gated layers, and no graph, outlives it, however it ends."""
-        for w in wrappers(self.model):
-            w.recorded = w.threshold = w.split = w.documents = w.seed = w.local = None
-            w.received, w.sequence = True, ALONE
-
     @torch.no_grad()
     def move_multipliers(self, gap: torch.Tensor, rate: float = 0.5) -> None:
         """Gradient ascent on the multipliers, once an optimizer step; gap [units] averaged over the global batch."""
@@ -280,19 +280,16 @@ class Objective(nn.Module):
     def soft_hard(self, batch: dict[str, torch.Tensor], target: float) -> dict[str, float]:
         """Train soft, deploy hard: task loss under both, their gap, and how undecided the gates are (share of .05 < p <
         .95). A layer-local objective has no hard loss of its own: nan."""
-        layers = wrappers(self.model)
         mean = lambda part: float(self.sequence.mean(part))  # noqa: E731
-        try:
-            with as_evaluated(self.model):
-                split = self._prepare(batch, target, None)
-                teacher, past, _ = self._teacher(batch, target)
-                soft = mean(self._task(batch, teacher, past, split, self.spec.relaxation))
-                p = torch.stack([(judged(w).logits - self._threshold(w)).sigmoid() for w in layers])
-                real = judged(layers[0]).valid[:, None].expand(p.shape[1:])
-                local = self.objective == "attention_mse"
-                hard = float("nan") if local else mean(self._task(batch, teacher, past, split, "hard"))
-        finally:
-            self._finish()
+        with as_evaluated(self.model):  # and so without checkpointing
+            asked = self._prepare(batch, None)
+            teacher = self._teacher(batch, target, asked)
+            loss, said = self._task(batch, teacher, self.spec.relaxation, asked)
+            soft = mean(loss)
+            p = torch.stack([(o.logits - self._threshold(teacher, i)).sigmoid() for i, o in said.items()])
+            real = _valid(said)[:, None].expand(p.shape[1:])
+            local = self.objective == "attention_mse"
+            hard = float("nan") if local else mean(self._task(batch, teacher, "hard", asked)[0])
         shrugs = mean(((p > 0.05) & (p < 0.95))[:, real].float().mean())
         return {"soft": soft, "hard": hard, "soft_hard_gap": hard - soft, "undecided": shrugs}
 

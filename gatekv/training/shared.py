@@ -1,18 +1,15 @@
 """Rows that several processes compute together: what they need to agree on, and what cannot be computed so."""
 
-from typing import TYPE_CHECKING
-
 import torch
 import torch.distributed as dist
 from accelerate import Accelerator, DistributedType
+from torch import nn
 
+from gatekv.config import GateSpec
 from gatekv.modules import base_model
 from gatekv.ops.naive import causal_mask
 from gatekv.ops.sequence import ALONE, Sequence
 from gatekv.support import kv_heads, sliding_layers
-
-if TYPE_CHECKING:
-    from gatekv.training.objective import Objective
 
 
 def sequence_of(accelerator: Accelerator) -> Sequence:
@@ -38,9 +35,9 @@ def sequence_of(accelerator: Accelerator) -> Sequence:
     return Sequence(group, dist.get_rank(group), size)
 
 
-def check(objective: "Objective", sequence: Sequence) -> None:
-    """ValueError where rows cannot be shared: says what to change."""
-    inner, spec, size = base_model(objective.model), objective.spec, sequence.size
+def check(model: nn.Module, spec: GateSpec, prefill: str, sequence: Sequence) -> None:
+    """ValueError where rows cannot be shared: says what to change. model: with gates as spec says."""
+    inner, size = base_model(model), sequence.size
     heads = kv_heads(inner.config.get_text_config(decoder=True))
     if heads % size:
         raise ValueError(
@@ -54,7 +51,7 @@ def check(objective: "Objective", sequence: Sequence) -> None:
         raise ValueError(
             "gate='attention' reads other tokens, which other processes have: use another gate, or sp_size 1."
         )
-    if objective.prefill == "dense":
+    if prefill == "dense":
         raise ValueError("prefill='dense' trains behind a cached prompt, which is not shared: use prefill='sparse'.")
 
 

@@ -15,6 +15,7 @@ from transformers import AutoModelForCausalLM
 from gatekv import GateKVConfig
 from gatekv.config import GateSpec
 from gatekv.modules import wrappers
+from gatekv.recompute import recompute_layers
 from gatekv.training import losses, sharding
 from gatekv.training.config import CPTConfig
 from gatekv.training.joint import JointObjective
@@ -22,7 +23,6 @@ from gatekv.training.less_config import LessConfig
 from gatekv.training.lesson import LessObjective, with_maps
 from gatekv.training.objective import Objective
 from gatekv.training.plain import PlainObjective
-from gatekv.training.recompute import recompute_layers
 from gatekv.training.sft_config import SFTConfig
 
 STEPS = 20

@@ -10,7 +10,7 @@ from transformers import DynamicCache
 from gatekv import KVCache
 from gatekv.config import GateSpec
 from gatekv.gates import build_gate
-from gatekv.modules import judged, parallel, wrappers
+from gatekv.modules import parallel, wrappers
 from gatekv.policies import SCORERS
 
 FORMS = [dict(gate="attention"), dict(gate="linear"), dict(gate="mlp"), dict(gate="key_mlp"),
@@ -104,7 +104,7 @@ def test_gradients_under_autocast_point_where_float32_ones_do(form):
         split = 40 if form.get("context") else None
         with autocast(on), parallel(model, "log", split=split):
             logits = model(ids, attention_mask=mask, use_cache=False).logits
-            assert all(judged(w).logits.dtype == torch.float32 for w in wrappers(model))
+            assert all(w.recorded.logits.dtype == torch.float32 for w in wrappers(model))
             torch.nn.functional.cross_entropy(logits[:, 41:-1].flatten(0, 1).float(), ids[:, 42:].flatten()).backward()
         gradients.append(torch.cat([p.grad.flatten() for p in model.parameters() if p.grad is not None]))
     assert all(g.isfinite().all() for g in gradients)

@@ -6,7 +6,6 @@ from peft import get_peft_model
 from test_logit_head import tiny
 
 from gatekv import GateKVConfig
-from gatekv.modules import judged, wrappers
 from gatekv.training.objective import Objective
 from gatekv.training.sparsity import SCOPES, budget_cut, judged_tokens, keep_rates
 
@@ -123,19 +122,17 @@ def test_what_attention_uses_is_what_is_counted(prefill):
     """Layers as they run hold what `keep` says, behind a dense prompt too."""
     objective = Objective(fresh(), objective="kl", prefill=prefill, sparsity="budget")
     batch = batch_of((30, 30)) | {"split": torch.tensor([20, 20])}
-    objective._prepare(batch, 0.5, None)
-    objective._teacher(batch, 0.5)
-    rates = []
-    for w in wrappers(objective.model):
-        said = judged(w)
-        rates.append(keep_rates((said.logits - w.threshold > 0).float(), said.valid, 2, 4))
-    objective._finish()
+    teacher = objective._teacher(batch, 0.5, objective._prepare(batch, None))
+    rates = [
+        keep_rates((said.logits - teacher.thresholds[i] > 0).float(), said.valid, 2, 4)
+        for i, said in teacher.said.items()
+    ]
     n = 20 if prefill == "dense" else 30
     assert abs(float(torch.stack(rates).mean()) - 0.5) <= 0.5 / (4 * n)
 
 
 def test_layers_alone_and_computed_again_hold_it_too():
-    from gatekv.training.recompute import recompute_layers
+    from gatekv.recompute import recompute_layers
 
     for scope in ("layer", "head"):
         objective = Objective(fresh(), objective="attention_mse", sparsity="budget", scope=scope)

@@ -20,7 +20,8 @@ from transformers import AutoConfig, AutoModelForCausalLM, BartConfig, BartForCo
 
 import gatekv
 from gatekv.attention import AttentionCall
-from gatekv.modules import attention_layers, base_model, gates_off, wrappers
+from gatekv.modules import attention_layers, base_model, gated_pass, wrappers
+from gatekv.passes import Observe
 from gatekv.support import UNKNOWN_TO_THE_LAW, check_call
 from gatekv.training.loop import train
 
@@ -230,7 +231,7 @@ def test_dropout_of_the_base_is_refused_in_training_only():
     model.train()
     with pytest.raises(ValueError, match="attention_dropout=0.0"):
         model(ids, use_cache=False)
-    with pytest.raises(ValueError, match="attention_dropout=0.0"), gates_off(model, listen=True):
+    with pytest.raises(ValueError, match="attention_dropout=0.0"), gated_pass(model, Observe()):
         model(ids, use_cache=False)
 
 

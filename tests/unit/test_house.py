@@ -23,6 +23,7 @@ LEVELS = [
     ["generation"],
     ["cache"],
     ["modules", "fingerprint", "adapter_file"],
+    ["passes", "recompute"],
     ["attention"],
     ["policies", "gates", "less", "presets", "prompts", "questions", "fetch", "options"],
     [

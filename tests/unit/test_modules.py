@@ -1,5 +1,7 @@
 """Wrappers: installed once, undone whole, restored after errors, sliding layers left alone."""
 
+import dataclasses
+
 import pytest
 import torch
 from conftest import SHAPE, gated, padded_batch, tiny
@@ -8,7 +10,8 @@ from transformers import MistralConfig, MistralForCausalLM, Qwen3Config, Qwen3Fo
 import gatekv
 from gatekv.attention import AttentionCall, Memory
 from gatekv.cache.layer import KVLayer
-from gatekv.modules import attach, attention_layers, gates_off, parallel, wrappers
+from gatekv.modules import attach, attention_layers, gated_pass, parallel, wrappers
+from gatekv.passes import Observe, Plain, Relaxed
 
 
 def mixed():
@@ -45,11 +48,33 @@ def test_state_dict_of_a_detached_model_is_the_original():
 
 def test_contexts_restore_after_an_error():
     model = gated()
-    for context in (lambda: parallel(model, "hard", threshold=1.0), lambda: gates_off(model, listen=True)):
+    for context in (lambda: parallel(model, "hard", threshold=1.0), lambda: gated_pass(model, Observe())):
         with pytest.raises(RuntimeError), context():
             raise RuntimeError
-        for w in wrappers(model):
-            assert w.form is None and w.threshold is None and w.off is False
+        assert all(w.running is None for w in wrappers(model))
+
+
+def test_the_inner_pass_is_in_force_and_the_outer_one_comes_back():
+    model = gated(window=4)
+    ids, _ = padded_batch([30])
+
+    def logits():
+        with torch.no_grad():
+            return model(ids, use_cache=False).logits
+
+    plain = logits()
+    with gated_pass(model, Relaxed(form="hard")) as outer:
+        gates = logits()
+        with gated_pass(model, Plain()), pytest.raises(RuntimeError), gated_pass(model, Observe()) as inner:
+            assert torch.equal(logits(), plain) and set(inner) == {0, 1}
+            raise RuntimeError
+        assert torch.equal(logits(), gates) and not torch.equal(gates, plain) and set(outer) == {0, 1}
+    assert torch.equal(logits(), plain) and wrappers(model)[0].recorded is None
+
+
+def test_a_context_cannot_be_changed():
+    with pytest.raises(dataclasses.FrozenInstanceError):
+        Relaxed().form = "hard"
 
 
 def test_parallel_needs_gates():

@@ -7,7 +7,7 @@ import torch
 from conftest import VOCAB, tiny
 
 from gatekv.gates.documents import Documents
-from gatekv.modules import wrappers
+from gatekv.passes import Relaxed
 from gatekv.training.data import TrainingData
 from gatekv.training.packing import Row, collate, joined
 
@@ -157,13 +157,12 @@ def test_packed_rows_train_as_unpacked_ones(gate, sparsity, oracle, family):
     seen = []
     for batch in packed_and_apart():
         module = make(sparsity=sparsity, gate=gate, oracle_weight=oracle, family=family, dtype=torch.float64)
-        split = module._prepare(batch, 0.5, None)
-        teacher, past, oracle_value = module._teacher(batch, 0.5)
-        student = module._student(batch, past, split, "log")
-        logits = torch.stack([w.recorded.logits for w in wrappers(module.model)])
-        module._finish()
+        asked = module._prepare(batch, None)
+        teacher = module._teacher(batch, 0.5, asked)
+        student, said = module._student(batch, teacher, Relaxed(**asked, form="log", threshold=teacher.thresholds))
+        logits = torch.stack([o.logits for o in said.values()])
         out = module(batch, 0.5)
-        seen.append((teacher, student, oracle_value, logits, out["keep"], out["gap"]))
+        seen.append((teacher.hidden, student, teacher.oracle, logits, out["keep"], out["gap"]))
     (packed_teacher, packed_student, *a), (teacher, student, *b) = seen
     documents = Documents(packed_and_apart()[0]["segments"])
     real = documents.valid
@@ -181,10 +180,8 @@ def test_a_layers_own_error_counts_every_document():
     errors = []
     for batch in packed_and_apart(((20,), (31,))):
         module = make("attention_mse", "budget", "layer", dtype=torch.float64)
-        module._prepare(batch, 0.5, None)
-        module._teacher(batch, 0.5)
-        errors.append(wrappers(module.model)[0].recorded.error.item())
-        module._finish()
+        teacher = module._teacher(batch, 0.5, module._prepare(batch, None))
+        errors.append(teacher.said[0].error.item())
     assert errors[0] == pytest.approx(errors[1], rel=1e-6)
 
 

@@ -9,16 +9,17 @@ from conftest import tiny
 from peft import get_peft_model
 
 import gatekv
-from gatekv.modules import base_model, gates_off, parallel, wrappers
+from gatekv.modules import base_model, gated_pass, parallel, wrappers
 from gatekv.ops import naive
 from gatekv.ops.gated_attention import received_attention
+from gatekv.passes import Observe, Plain, Relaxed
+from gatekv.recompute import recompute_layers
 from gatekv.training import checkpoint, losses
 from gatekv.training import sparsity as sparse
 from gatekv.training.calibrate import calibrate
 from gatekv.training.config import CPTConfig
 from gatekv.training.loop import train
 from gatekv.training.objective import Objective
-from gatekv.training.recompute import recompute_layers
 from gatekv.training.schedule import learning_rate_factor, sampled_keep, target_keep
 
 
@@ -162,14 +163,13 @@ def test_the_short_pass_over_what_follows_a_prompt_is_the_parallel_form(gate, fo
     """prefill="dense": same loss, same gradient as one pass over the whole row with a split."""
     module = make(prefill="dense", sparsity="budget", gate=gate, dtype=torch.float64)
     batch = ToyData().batch(0, 3, align=True)
-    split = module._prepare(batch, 0.4, None)
-    teacher, past, _ = module._teacher(batch, 0.4)
-    cut = wrappers(module.model)[0].threshold
-    got = module._task(batch, teacher, past, split, form)
-    module._finish()
+    asked = module._prepare(batch, None)
+    split, taught = asked["split"], module._teacher(batch, 0.4, asked)
+    teacher, cut = taught.hidden, taught.thresholds
+    got, _ = module._task(batch, taught, form, asked)
     weights = batch["weights"] * (torch.arange(batch["weights"].shape[1]) >= split)
     positions = (batch["attention_mask"].cumsum(-1) - 1).clamp_min(0)
-    with gatekv.parallel(module.model, form, threshold=cut, split=split):
+    with gated_pass(module.model, Relaxed(form=form, threshold=cut, split=split)):
         inner = base_model(module.model)
         student = inner.base_model(
             input_ids=batch["input_ids"],
@@ -191,26 +191,17 @@ def test_each_layers_own_error_needs_no_backward_through_the_model():
     """The gradient reaches one layer's gate from that layer's own error alone."""
     module = make("attention_mse", "budget", "layer", dtype=torch.float64)
     batch = ToyData().batch(0, 2)
-    module._prepare(batch, 0.5, None)
-    module._teacher(batch, 0.5)
-    errors = [w.recorded.error for w in wrappers(module.model)]
+    errors = [o.error for o in module._teacher(batch, 0.5, module._prepare(batch, None)).said.values()]
     assert all(0 < e < 10 for e in errors)
     errors[1].backward()
     grads = [[p.grad for p in w.gatekv_gate.parameters()] for w in wrappers(module.model)]
     assert all(g is None for g in grads[0]) and all(g is not None for g in grads[1])
-    module._finish()
     flat = make("attention_mse", "abs", initial_logit=60.0, dtype=torch.float64)  # everything kept: no error
     torch.nn.init.zeros_(wrappers(flat.model)[0].gate().out.weight)
-    flat._prepare(batch, 0.5, None)
-    flat._teacher(batch, 0.5)
-    assert wrappers(flat.model)[0].recorded.error < 1e-12
+    assert flat._teacher(batch, 0.5, flat._prepare(batch, None)).said[0].error < 1e-12
 
 
 def test_combinations_that_cannot_be_computed():
-    dense = make(prefill="dense")
-    base_model(dense.model).gradient_checkpointing_enable({"use_reentrant": False})
-    with pytest.raises(ValueError, match="gradient_checkpointing_disable"):
-        dense(ToyData().batch(0, 2, align=True), 0.5)
     with pytest.raises(ValueError, match="scope='layer'"):
         make("attention_mse", "budget", "global")
     with pytest.raises(ValueError, match="prefill='sparse'"):
@@ -314,6 +305,7 @@ RECOMPUTED = [
     dict(sparsity="abs", scope="layer", relaxation="log"),
     dict(sparsity="budget", oracle_weight=0.3, relaxation="ste", polarise_weight=0.1),
     dict(sparsity="budget", gate="attention", context="prompt", relaxation="log"),
+    dict(sparsity="budget", prefill="dense", oracle_weight=0.3),  # a short pass behind a cache: nothing is repeated
     dict(objective="lm", sparsity="linear", relaxation="gumbel"),
 ]
 
@@ -332,20 +324,22 @@ def test_gradient_checkpointing_gives_the_same_loss_and_gradient(run):
         sum(losses_).backward()
         found.append(torch.stack(losses_).detach())
         grads.append(torch.cat([p.grad.flatten() for p in checkpoint.trained(module).values()]))
-        assert all(w.recorded is w.threshold is w.split is w.form is None for w in wrappers(module.model))
+        assert all(w.running is None for w in wrappers(module.model))
     torch.testing.assert_close(*found)
     torch.testing.assert_close(*grads)
-    assert len(calls) == 2 * (2 + (run["sparsity"] == "budget" or run.get("objective", "kl") != "lm")), "really twice"
+    repeated = run.get("prefill") != "dense"
+    teacher = run["sparsity"] == "budget" or run.get("objective", "kl") != "lm"
+    assert len(calls) == 2 * (1 + repeated + teacher), "really twice"
 
 
 def test_teacher_is_the_plain_model_while_training():
     module = make()
     ids = ToyData().batch(0, 1)["input_ids"]
     plain = tiny(dtype=torch.float32)(ids, use_cache=False).logits
-    for listen in (False, True):
-        with torch.no_grad(), gates_off(module.model, listen=listen):
+    for context in (Plain(), Observe()):
+        with torch.no_grad(), gated_pass(module.model, context) as said:
             assert torch.equal(module.model(ids, use_cache=False).logits, plain)
-    assert wrappers(module.model)[0].recorded.logits.requires_grad, "the oracle trains the gates through what they said"
+    assert said[0].logits.requires_grad, "the oracle trains the gates through what they said"
 
 
 def test_soft_hard_gap_is_zero_for_straight_through_and_not_for_log():
@@ -364,10 +358,11 @@ def test_calibration_lands_on_the_ratio(tmp_path):
     assert model.peft_config["default"].calibration["ratios"] == list(calibration.ratios)
     for row in calibration.table:
         assert all(a >= b for a, b in zip(row, row[1:])), "more tokens, lower threshold"
-    with torch.no_grad(), parallel(model, threshold=calibration.table[0][calibration.levels.index(0.5)]) as layers:
+    threshold = calibration.table[0][calibration.levels.index(0.5)]
+    with torch.no_grad(), parallel(model, threshold=threshold) as layers:
         kept = []
         for i in range(12):
             model(data[10**6 + i][None], use_cache=False)
-            kept += [(w.recorded.logits[..., 2:-4] > w.threshold).float().mean() for w in layers]
+            kept += [(w.recorded.logits[..., 2:-4] > threshold).float().mean() for w in layers]
     assert torch.stack(kept).mean().item() == pytest.approx(0.5, abs=0.12)
     copy.deepcopy(calibration)

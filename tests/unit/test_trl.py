@@ -4,13 +4,13 @@ import pytest
 import torch
 from conftest import tiny
 from datasets import Dataset
+from letters import letters
 from peft import PeftModel, get_peft_model
-from test_sft import letters
 from trl import SFTConfig
 
 import gatekv
 from gatekv.integrations.trl import GatedSFTTrainer, row_of
-from gatekv.training.recompute import recompute_layers
+from gatekv.recompute import recompute_layers
 
 LORA = {"r": 2, "target_modules": ["q_proj", "v_proj"]}
 GATE = {"window": 4, "sinks": 2, "relaxation": "ste", "initial_logit": 0.5}
@@ -32,7 +32,7 @@ def data(kind="prompt"):
 def trainer_of(folder, model=None, kind="prompt", spec=None, options=None, **more):
     torch.manual_seed(0)
     args = dict(output_dir=str(folder), per_device_train_batch_size=2, max_steps=3, report_to="none", use_cpu=True,
-                bf16=False, gradient_checkpointing=False, save_strategy="no", disable_tqdm=True)  # fmt: skip
+                bf16=False, save_strategy="no", disable_tqdm=True)  # fmt: skip
     more = {"peft_config": gatekv.GateKVConfig(**GATE | (spec or {})), "keep": 0.4} | more
     tokenizer = letters(None)
     tokenizer.pad_token = " "
@@ -108,8 +108,31 @@ def test_accumulated_steps_are_one_large_step(tmp_path):
             torch.testing.assert_close(other[name], step, rtol=1e-3, atol=1e-4 * step.abs().max().item())
 
 
+@pytest.mark.parametrize("objective", [{"prefill": "dense"}, {"sparsity": "budget"}], ids=["behind", "inside"])
+@pytest.mark.parametrize("lora", [None, LORA], ids=["gate alone", "with LoRA"])
+def test_layers_may_be_computed_again_as_trl_has_it(lora, objective, tmp_path):
+    """TRL's default is to checkpoint; in either form the step is the step without."""
+    moved = []
+    for i, more in enumerate(
+        ({"gradient_checkpointing": False}, {}, {"use_reentrant": True}, {"use_reentrant": False})
+    ):
+        options = {"gradient_checkpointing_kwargs": more} if "use_reentrant" in more else more
+        options |= dict(max_steps=1, optim="sgd", max_grad_norm=0.0, learning_rate=1.0)
+        spec = {"lora": lora} if lora else {}
+        trainer = trainer_of(tmp_path / str(i), spec=spec, objective=objective, options=options)
+        before = {n: p.detach().clone() for n, p in trainer.model.named_parameters() if p.requires_grad}
+        trainer.train()
+        moved.append({n: p.detach() - before[n] for n, p in trainer.model.named_parameters() if n in before})
+    assert any(step.abs().sum() > 0 for step in moved[0].values())
+    for other in moved[1:]:
+        for name, step in moved[0].items():
+            torch.testing.assert_close(other[name], step, rtol=1e-5, atol=1e-6 * step.abs().max().item())
+
+
 def test_pads_and_recomputed_layers_change_nothing(tmp_path):
-    trainer = trainer_of(tmp_path, spec={"lora": LORA}, objective={"prefill": "dense"})
+    trainer = trainer_of(
+        tmp_path, spec={"lora": LORA}, objective={"prefill": "dense"}, options={"gradient_checkpointing": False}
+    )
     (batch,) = [b for b, _ in zip(trainer.get_train_dataloader(), range(1))]
     wide = {k: torch.nn.functional.pad(v, (0, 5), value=-100 if k == "labels" else 0) for k, v in batch.items()}
     plain = gradients(trainer, [batch])
@@ -140,7 +163,6 @@ def test_what_would_train_wrongly_is_refused(tmp_path):
         with pytest.raises(ValueError, match=said):
             trainer_of(tmp_path, **more).train()
 
-    refused("set SFTConfig\\(gradient_checkpointing=False\\)", options={"gradient_checkpointing": True})
     refused("padding_free", options={"padding_free": True, "max_length": None})
     refused("keep is the share", keep=0.0)
     refused("lagrange", objective={"sparsity": "lagrange"})

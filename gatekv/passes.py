@@ -9,6 +9,7 @@ from dataclasses import dataclass
 from typing import TYPE_CHECKING, NamedTuple
 
 import torch
+from torch.utils.checkpoint import checkpoint
 from transformers import Cache
 
 from gatekv.attention import AttentionCall, PassContext, relaxed_flags, valid_tokens
@@ -271,9 +272,14 @@ class Remainder(PassContext):
         prompt, n = flags.shape[-1], k.shape[2]
         flags = torch.nn.functional.pad(flags, (0, n - prompt), value=True)
         seen = causal_mask(q.shape[2], n, q.device)[None, None] if mask is None else mask
-        segment = dense_segment if q.requires_grad else segments.dense_segment  # the fast one writes in place
+        learns = torch.is_grad_enabled() and any(t.requires_grad for t in (q, k, v))
+        segment = dense_segment if learns else segments.dense_segment  # the fast one writes in place
         blocks = [slice(a, a + BLOCK) for a in range(0, q.shape[2], BLOCK)]  # never all queries by all keys at once
-        answers = [segment(q[:, :, i], k, v, flags[:, :, None] & seen[:, :, i], scaling) for i in blocks]
+
+        def block(i: slice) -> tuple[torch.Tensor, torch.Tensor]:
+            return segment(q[:, :, i], k, v, flags[:, :, None] & seen[:, :, i], scaling)
+
+        answers = [checkpoint(block, i, use_reentrant=False) if learns else block(i) for i in blocks]
         kept = torch.cat([out for out, _ in answers], 2), torch.cat([lse for _, lse in answers], 2)
         waiting = Waiting(call.less.psi(k), k, v, left_of(flags, 0, prompt), mask)
         return [kept, *call.less.answer(q, scaling, None, waiting)]

@@ -7,11 +7,14 @@ class Documents:
     """The documents of packed rows, each a row of its own, left to right, pads behind.
 
     Attributes:
-        valid: [documents, longest] bool. real: [rows, tokens] bool, the same for the packed rows.
+        valid: [documents, longest] bool; on_host: the same where segments lie. real: [rows, tokens] bool, the same for
+            the packed rows.
     """
 
-    def __init__(self, segments: torch.Tensor) -> None:
-        """segments: [rows, tokens] int, the document's number in its row, contiguous and from 0; -1 for pads."""
+    def __init__(self, segments: torch.Tensor, device: torch.device | None = None) -> None:
+        """segments: [rows, tokens] int, the document's number in its row, contiguous and from 0; -1 for pads. device:
+        of what is taken apart, where that is another one: counting waits for no accelerator then."""
+        device = segments.device if device is None else device
         rows, tokens = segments.shape
         counts = segments.amax(-1) + 1
         first = counts.cumsum(0) - counts
@@ -20,10 +23,11 @@ class Documents:
         lengths = torch.bincount(document, minlength=int(counts.sum()))
         starts = lengths.cumsum(0) - lengths
         place = torch.arange(len(document), device=segments.device) - starts[document]
-        self.shape, self.real = (rows, tokens), real
-        self.at = real.flatten().nonzero()[:, 0]  # of every real token in the packed rows …
-        self.to = document * int(lengths.max()) + place  # … and among the documents
-        self.valid = torch.arange(int(lengths.max()), device=segments.device) < lengths[:, None]
+        self.shape, self.real = (rows, tokens), real.to(device)
+        self.at = real.flatten().nonzero()[:, 0].to(device)  # of every real token in the packed rows …
+        self.to = (document * int(lengths.max()) + place).to(device)  # … and among the documents
+        self.on_host = torch.arange(int(lengths.max()), device=segments.device) < lengths[:, None]
+        self.valid = self.on_host.to(device)
 
     def apart(self, x: torch.Tensor, dim: int = 1) -> torch.Tensor:
         """Packed [rows, ..., tokens at dim, ...] -> [documents, ..., longest, ...], zeros at pads."""

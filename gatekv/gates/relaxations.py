@@ -22,14 +22,25 @@ def log(margin: torch.Tensor) -> torch.Tensor:
     return torch.sigmoid(margin.clamp_min(-30.0))
 
 
+def _uniform(shape: torch.Size, device: torch.device, seed: int) -> torch.Tensor:
+    """Numbers in (0, 1) drawn where they are used, in float64 where that exists."""
+    kind = torch.float32 if device.type in ("mps", "xpu") else torch.float64
+    try:
+        generator = torch.Generator(device)
+    except RuntimeError:  # a device without a generator of its own
+        generator = torch.Generator()
+    edge = max(1e-9, torch.finfo(kind).eps / 2)
+    drawn = torch.rand(shape, generator=generator.manual_seed(seed), dtype=kind, device=generator.device)
+    return drawn.clamp(edge, 1 - edge).to(device)
+
+
 def gumbel(margin: torch.Tensor, temperature: float, seed: int | None) -> torch.Tensor:
     """Binary Gumbel-softmax: sigmoid((margin + logistic noise) / temperature), never below e^-30 (DMS, 2506.05345).
 
     The noise is a pure function of `seed`, so that a resumed run and a recomputed layer see the same; None: no noise.
     """
     if seed is not None:
-        u = torch.rand(margin.shape, generator=torch.Generator().manual_seed(seed), dtype=torch.float64)
-        u = u.clamp(1e-9, 1 - 1e-9)
+        u = _uniform(margin.shape, margin.device, seed)
         margin = margin + (u.log() - (-u).log1p()).to(margin)
     return log(margin / temperature)
 

@@ -12,6 +12,7 @@ from transformers.utils import logging
 from gatekv.training import rotation, sharding
 from gatekv.training.options import RunConfig
 from gatekv.training.packing import RowSource
+from gatekv.training.rows import Batch
 
 logger = logging.get_logger(__name__)
 
@@ -53,7 +54,7 @@ def restore(
     sharding.put_moments(accelerator, optimizer, named, part("adam."))
 
 
-def batch_sha256(batch: dict[str, torch.Tensor]) -> str:
+def batch_sha256(batch: Batch) -> str:
     """The first half of the sha256 of a batch's input_ids [rows, tokens]."""
     return hashlib.sha256(batch["input_ids"].cpu().contiguous().numpy().tobytes()).hexdigest()[:32]
 

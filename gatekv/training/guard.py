@@ -4,7 +4,7 @@ import math
 from collections import deque
 from collections.abc import Iterator
 from contextlib import contextmanager
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from statistics import median
 
 import torch
@@ -16,12 +16,12 @@ FLOOR = 1.0  # a median below this counts as this: next to nothing, twenty times
 
 @dataclass
 class Fingerprint:
-    """One micro-batch: its first row and number of rows, the hash of its input_ids, its loss."""
+    """One micro-batch: its first row and number of rows, the hash of its input_ids, its loss, a scalar or a number."""
 
     first: int
     rows: int
     sha256: str
-    loss: float
+    loss: torch.Tensor | float
 
     def __str__(self) -> str:
         return f"rows {self.first}…{self.first + self.rows - 1} (input_ids sha256 {self.sha256}), loss {self.loss:.6g}"
@@ -60,7 +60,8 @@ def failure(verdict: str, step: int, batches: list[Fingerprint], last: str) -> F
 
     batches: this process's micro-batches of the step. last: name of the newest checkpoint, or "".
     """
-    worst = max(gather_object(batches), key=lambda b: math.inf if math.isnan(b.loss) else b.loss)
+    read = [replace(b, loss=float(b.loss)) for b in batches]
+    worst = max(gather_object(read), key=lambda b: math.inf if math.isnan(b.loss) else b.loss)
     exploded = "; if that is how it should be, go on with --resume --max_loss_ratio 0" if "exploded" in verdict else ""
     kept = f"{last} is untouched" if last else "no checkpoint was saved yet"
     return FloatingPointError(

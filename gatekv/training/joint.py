@@ -6,6 +6,7 @@ from torch import nn
 
 from gatekv.training.lesson import LessObjective
 from gatekv.training.objective import Objective
+from gatekv.training.rows import Batch
 
 
 class JointObjective(nn.Module):
@@ -30,9 +31,7 @@ class JointObjective(nn.Module):
         )
         self.model, self.multiplier = model, self.gate.multiplier
 
-    def forward(
-        self, batch: dict[str, torch.Tensor], target: float, warm: bool = False, seed: int | None = None
-    ) -> dict:
+    def forward(self, batch: Batch, target: float, warm: bool = False, seed: int | None = None) -> dict:
         """As `LessObjective.forward` and `Objective.forward`; target: the budget of both."""
         gate = self.gate(batch, target, warm=warm, seed=seed)
         if not warm:
@@ -43,6 +42,6 @@ class JointObjective(nn.Module):
     def move_multipliers(self, gap: torch.Tensor) -> None:
         """Nothing to move: budgets are held exactly."""
 
-    def soft_hard(self, batch: dict[str, torch.Tensor], target: float) -> dict[str, float]:
+    def soft_hard(self, batch: Batch, target: float) -> dict[str, float]:
         """What `LessObjective.soft_hard` finds of the layers, and the divergence with hard flags and a state."""
         return self.maps.soft_hard(batch, target) | {"kl": self.gate.soft_hard(batch, target)["hard"]}

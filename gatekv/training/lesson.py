@@ -26,6 +26,7 @@ from gatekv.recompute import whole_layers
 from gatekv.training.head import LogitHead
 from gatekv.training.losses import distillation_loss, row_shares, wide
 from gatekv.training.noise import announce, as_evaluated, quiet
+from gatekv.training.rows import Batch
 from gatekv.training.start import check_form, rebuilt
 
 KINDS = ("attention_mse", "kl")
@@ -59,9 +60,10 @@ class LessObjective(nn.Module):
         self.register_buffer("multiplier", torch.zeros(1))  # part of every objective's checkpoint
 
     @torch.no_grad()
-    def _prompt(self, batch: dict[str, torch.Tensor], split: int, budget: float) -> tuple[KVCache, list[torch.Tensor]]:
+    def _prompt(self, batch: Batch, split: int, budget: float) -> tuple[KVCache, list[torch.Tensor]]:
         """(the whole prompt's cache, what the policy keeps of it per layer [batch, kv_heads, split])."""
-        ids, mask = batch["input_ids"][:, :split], batch["attention_mask"][:, :split]
+        ids = batch["input_ids"][:, :split]
+        mask = batch["attention_mask"][:, :split].to(ids.device)
         cache = KVCache.undecided(self.model, queries=resolve(self.policy, budget).queries)
         positions = (mask.cumsum(-1) - 1).clamp_min(0)
         base_model(self.model)(
@@ -70,7 +72,7 @@ class LessObjective(nn.Module):
         kept = cache.decide(self.policy, budget, decode="keep", strict=True).flags()
         return cache, kept
 
-    def _behind(self, batch: dict[str, torch.Tensor], split: int, prompt: KVCache) -> torch.Tensor:
+    def _behind(self, batch: Batch, split: int, prompt: KVCache) -> torch.Tensor:
         """Last hidden states of the tokens behind the prompt, given its cache, which stays as it is."""
         past = DynamicCache(config=base_model(self.model).config.get_text_config(decoder=True))
         for i, layer in enumerate(prompt.layers):
@@ -78,15 +80,14 @@ class LessObjective(nn.Module):
                 past.update(layer.tail.keys, layer.tail.values, i)
             else:  # a sliding layer holds what its window sees
                 past.layers[i] = copy.copy(layer)
-        positions = (batch["attention_mask"].cumsum(-1) - 1).clamp_min(0)
+        ids = batch["input_ids"][:, split:]
+        mask = batch["attention_mask"].to(ids.device)
         return self.head.decoder(
-            input_ids=batch["input_ids"][:, split:], attention_mask=batch["attention_mask"], past_key_values=past,
-            position_ids=positions[:, split:], use_cache=True,
+            input_ids=ids, attention_mask=mask, past_key_values=past, use_cache=True,
+            position_ids=(mask.cumsum(-1) - 1).clamp_min(0)[:, split:],
         ).last_hidden_state  # fmt: skip
 
-    def forward(
-        self, batch: dict[str, torch.Tensor], target: float, warm: bool = False, seed: int | None = None
-    ) -> dict:
+    def forward(self, batch: Batch, target: float, warm: bool = False, seed: int | None = None) -> dict:
         """batch: input_ids, attention_mask [batch, tokens], split [batch], one value for all rows; target: the budget.
 
         Returns {"loss", "task", "alone" (the policy's own error), "sparsity", "keep", "gap"} as the loop takes it.
@@ -95,10 +96,11 @@ class LessObjective(nn.Module):
         with quiet(self.model, lora=False), whole_layers(self.model):  # LoRA beside the maps is as frozen as the base
             return self._step(batch, target, warm)
 
-    def _step(self, batch: dict[str, torch.Tensor], target: float, warm: bool) -> dict:
+    def _step(self, batch: Batch, target: float, warm: bool) -> dict:
         split = int(batch["split"][0])
         prompt, kept = self._prompt(batch, split, target)
-        mask, flags = batch["attention_mask"], {w.layer_idx: f for w, f in zip(wrappers(self.model), kept)}
+        mask = batch["attention_mask"].to(batch["input_ids"].device)
+        flags = {w.layer_idx: f for w, f in zip(wrappers(self.model), kept)}
         with torch.no_grad(), gated_pass(self.model, RemainderError(kept=flags)) as found:
             teacher = self._behind(batch, split, prompt)
         lessons = list(found.values())
@@ -117,7 +119,7 @@ class LessObjective(nn.Module):
         """Nothing to move."""
 
     @torch.no_grad()
-    def soft_hard(self, batch: dict[str, torch.Tensor], target: float) -> dict[str, float]:
+    def soft_hard(self, batch: Batch, target: float) -> dict[str, float]:
         """The layers' error on a row kept apart, beside the policy's own, and the share of that which is closed; end to
         end, the divergence too."""
         with as_evaluated(self.model):

@@ -2,22 +2,26 @@
 
 import math
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 from contextlib import ExitStack
+from itertools import islice
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, TypeVar, cast
 
 import torch
 from accelerate import Accelerator
 from accelerate.utils import broadcast_object_list
+from torch.distributed.tensor import DTensor
 from tqdm import tqdm
 
 from gatekv.ops.sequence import Sequence
 from gatekv.training import checkpoint, rotation, sharding, shared
 from gatekv.training.eta import Remaining
 from gatekv.training.guard import Fingerprint, LossGuard, failure, peers_named
+from gatekv.training.loading import micro_batches, workers_for
 from gatekv.training.objective import Objective
 from gatekv.training.packing import RowSource
+from gatekv.training.rows import Batch, on_device
 from gatekv.training.schedule import learning_rate_at, target_at
 from gatekv.training.signals import Stopped, StopSignals
 from gatekv.training.streams import RESERVED
@@ -34,11 +38,6 @@ if TYPE_CHECKING:
 
 Made = TypeVar("Made")
 PROBE_ROW = RESERVED[0]  # far behind any run: a row on which soft and hard gates are compared
-
-
-def global_mean(accelerator: Accelerator, tensor: torch.Tensor) -> torch.Tensor:
-    """Mean over processes."""
-    return accelerator.reduce(tensor, reduction="mean")
 
 
 def train(objective: "AnyObjective", data: RowSource, config: "AnyConfig", accelerator: Accelerator) -> list[dict]:
@@ -69,7 +68,8 @@ def train(objective: "AnyObjective", data: RowSource, config: "AnyConfig", accel
     guard = LossGuard(config.max_loss_ratio, [r["loss"] for r in records])
     start = len(records)
     saved, saved_at, gap = start, time.monotonic(), float("nan")
-    probe = {k: v.to(accelerator.device) for k, v in data.batch(PROBE_ROW, 1, align=True).items()}
+    probe = on_device(data.batch(PROBE_ROW, 1, align=True), accelerator.device)
+    batches = _batches(data, config, accelerator, start, sequence)
 
     def save() -> None:
         nonlocal saved, saved_at
@@ -90,16 +90,22 @@ def train(objective: "AnyObjective", data: RowSource, config: "AnyConfig", accel
         bar_format="{l_bar}{bar}| {n_fmt}/{total_fmt} [{elapsed}{postfix}]",
     )  # fmt: skip
     with StopSignals() as signals, peers_named(), ExitStack() as ending:
+
+        def wishes() -> list[bool]:
+            late = 0 < config.save_minutes * 60 <= time.monotonic() - saved_at and accelerator.is_main_process
+            return [signals.wanted, late]
+
         if upload is not None:
             ending.callback(upload.wait)  # however this ends: a process of a group leaves without waiting for threads
         for step in bar:
             lr, target = learning_rate_at(step, config), target_at(step, config)
             for group in optimizer.param_groups:
                 group["lr"] = lr
-            record, norm, batches = _step(module, optimizer, data, config, accelerator, sequence, step, target)
+            record, norm, (stop, late), found = _step(module, optimizer, batches, config, accelerator, sequence,
+                                                      step, target, wishes)  # fmt: skip
             if verdict := guard.verdict(record["loss"], norm):
                 last = next((str(rotation.folder_of(output, s)) for s in rotation.steps(output)[::-1]), "")
-                raise failure(verdict, step, batches, last)
+                raise failure(verdict, step, found, last)
             records.append(record | {"step": step, "target": target, "lr": lr})
             regular = config.save_every > 0 and len(records) % config.save_every == 0
             if regular:
@@ -110,8 +116,6 @@ def train(objective: "AnyObjective", data: RowSource, config: "AnyConfig", accel
             remaining.step()
             bar.set_postfix({"left": remaining} | {k: f"{v:.3f}" for k, v in state.items()})
             accelerator.log(records[-1], step=step)
-            late = 0 < config.save_minutes * 60 <= time.monotonic() - saved_at and accelerator.is_main_process
-            stop, late = _any(accelerator, signals.wanted, late)
             if regular or late or stop:
                 save()
             if stop:
@@ -139,12 +143,6 @@ def _by_main(accelerator: Accelerator, make: Callable[[], Made]) -> Made | None:
     return made
 
 
-def _any(accelerator: Accelerator, *flags: bool) -> list[bool]:
-    """Which of the flags are up in any process."""
-    up = torch.tensor(flags, dtype=torch.float32, device=accelerator.device)
-    return (accelerator.reduce(up, reduction="sum") > 0).tolist()
-
-
 def _resume(
     config: "AnyConfig",
     objective: "AnyObjective",
@@ -168,31 +166,41 @@ def _resume(
     return state["records"]
 
 
+def _batches(
+    data: RowSource, config: "AnyConfig", accelerator: Accelerator, start: int, sequence: Sequence
+) -> Iterator[tuple[int, Batch]]:
+    """(first row, batch) of every micro-batch that this process computes from step `start` on. Readers are the
+    processes, or groups of them that share rows."""
+    reader, readers = accelerator.process_index // sequence.size, accelerator.num_processes // sequence.size
+    micro = range(start * config.accumulation, config.max_steps * config.accumulation)
+    firsts = [(m * readers + reader) * config.batch_size for m in micro]
+    # All rows of a batch share a split.
+    aligned = config.prefill == "dense" or cast("CPTConfig", config).spec.context == "prompt"
+    workers = workers_for(config.dataloader_num_workers, accelerator.device)
+    return zip(firsts, micro_batches(data, firsts, config.batch_size, aligned, workers, accelerator.device))
+
+
 def _step(
     module: torch.nn.Module,
     optimizer: torch.optim.Optimizer,
-    data: RowSource,
+    batches: Iterator[tuple[int, Batch]],
     config: "AnyConfig",
     accelerator: Accelerator,
     sequence: Sequence,
     step: int,
     target: float,
-) -> tuple[dict[str, float], float | None, list[Fingerprint]]:
-    """One optimizer step over accumulation · readers · batch_size rows, whichever way they are split. Readers are the
-    processes, or groups of them that share rows.
+    wishes: Callable[[], list[bool]],
+) -> tuple[dict[str, float], float | None, list[bool], list[Fingerprint]]:
+    """One optimizer step over accumulation · readers · batch_size rows, whichever way they are split.
 
-    Returns (means over all processes, the gradient's norm or None, fingerprints of this process's micro-batches).
+    wishes: asked at the step's end. Returns (means over all processes, the gradient's norm or None, which wishes any
+    process has, fingerprints of this process's micro-batches).
     """
-    sums: dict[str, Any] = {}
-    batches: list[Fingerprint] = []
-    norm = None
-    reader, readers = accelerator.process_index // sequence.size, accelerator.num_processes // sequence.size
-    rows = config.batch_size * config.accumulation * readers
-    # All rows of a batch share a split.
-    aligned = config.prefill == "dense" or cast("CPTConfig", config).spec.context == "prompt"
-    for micro in range(config.accumulation):
-        first = step * rows + (micro * readers + reader) * config.batch_size
-        batch = {k: v.to(accelerator.device) for k, v in data.batch(first, config.batch_size, align=aligned).items()}
+    sums: dict[str, torch.Tensor] = {}
+    found: list[Fingerprint] = []
+    norm: Any = None
+    for first, read in islice(batches, config.accumulation):
+        batch = on_device(read, accelerator.device)
         seed = (config.seed + first) * sequence.size + sequence.rank
         torch.manual_seed(seed)  # dropout too is a function of the row, or a resumed run would draw other numbers
         with accelerator.accumulate(module):
@@ -202,11 +210,20 @@ def _step(
                 norm = accelerator.clip_grad_norm_(module.parameters(), config.max_grad_norm)
             optimizer.step()
             optimizer.zero_grad()
-        batches.append(
-            Fingerprint(first, config.batch_size, checkpoint.batch_sha256(batch), float(out["loss"].detach()))
-        )
+        found.append(Fingerprint(first, config.batch_size, checkpoint.batch_sha256(read), out["loss"].detach()))
         for key, value in out.items():
             sums[key] = sums.get(key, 0) + value.detach() / config.accumulation
-    sums = {k: global_mean(accelerator, v) for k, v in sums.items()}
-    accelerator.unwrap_model(module).move_multipliers(sums.pop("gap"))
-    return {k: float(v) for k, v in sums.items()}, None if norm is None else float(norm), batches
+    gap = sums.pop("gap")
+    told = [*sums.values(), *([] if norm is None else [_whole(norm, gap)])]
+    told += [gap.new_tensor(wish, dtype=torch.float32) for wish in wishes()]
+    means = accelerator.reduce(torch.cat([gap, *(t.reshape(1) for t in told)]), reduction="mean")
+    accelerator.unwrap_model(module).move_multipliers(means[: len(gap)])
+    record, rest = (values := means[len(gap) :].tolist())[: len(sums)], values[len(sums) :]  # the step's only look
+    return dict(zip(sums, record)), rest[0] if norm is not None else None, [w > 0 for w in rest[-2:]], found
+
+
+def _whole(norm: torch.Tensor | float, like: torch.Tensor) -> torch.Tensor:
+    """A gradient's norm as a scalar beside `like`, as each backend gives it."""
+    if isinstance(norm, DTensor):
+        norm = norm.full_tensor()
+    return torch.as_tensor(norm, dtype=torch.float32, device=like.device)

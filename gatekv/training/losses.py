@@ -61,16 +61,25 @@ def row_shares(weights: torch.Tensor) -> torch.Tensor:
     return weights / weights.sum(-1, keepdim=True).clamp_min(1e-9) / len(weights)
 
 
+def _used(shares: torch.Tensor, beside: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
+    """(which of all tokens have a share, their shares), on the hidden states' device.
+
+    Which they are decides shapes, so it is read where `shares` lies: from the CPU, no device is waited for.
+    """
+    used = shares.flatten().nonzero()[:, 0]
+    return used.to(beside.device), shares.flatten()[used].to(beside.device)
+
+
 def distillation_loss(
     student: torch.Tensor, teacher: torch.Tensor, head: Head, shares: torch.Tensor, reverse: bool = False
 ) -> torch.Tensor:
     """KL(teacher || student) over the vocabulary, weighted mean per row, then the mean over rows, in nats.
 
     student, teacher: last hidden states [batch, tokens, hidden_size]; shares: [batch, tokens] of `row_shares`, 0 where
-    no prediction counts. reverse: KL(student || teacher). The logits never exist in full: chunks of tokens, both side
-    by side.
+    no prediction counts, on their device or on the CPU. reverse: KL(student || teacher). The logits never exist in
+    full: chunks of tokens, both side by side.
     """
-    used = shares > 0
+    used, shares = _used(shares, student)
 
     def token_loss(logits: torch.Tensor, teacher_hidden: torch.Tensor, share: torch.Tensor) -> torch.Tensor:
         with torch.no_grad():
@@ -79,13 +88,13 @@ def distillation_loss(
         p, q = (mine, target) if reverse else (target, mine)
         return ((p.exp() * (p - q)).sum(-1) * share).sum()
 
-    return _FusedHead.apply(student[used], head, token_loss, teacher[used], shares[used])
+    return _FusedHead.apply(student.flatten(0, 1)[used], head, token_loss, teacher.flatten(0, 1)[used], shares)
 
 
 def hidden_loss(student: torch.Tensor, teacher: torch.Tensor, shares: torch.Tensor) -> torch.Tensor:
     """Squared error of the last hidden states as a share of the teacher's square (WG-KV), weighted as above."""
     error = wide(student - teacher).square().mean(-1) / wide(teacher).square().mean(-1).clamp_min(1e-6)
-    return (error * shares).sum()
+    return (error * shares.to(error.device)).sum()
 
 
 def lm_loss(student: torch.Tensor, labels: torch.Tensor, head: Head, shares: torch.Tensor) -> torch.Tensor:
@@ -93,12 +102,12 @@ def lm_loss(student: torch.Tensor, labels: torch.Tensor, head: Head, shares: tor
 
     student: [batch, tokens, hidden_size]; labels: [batch, tokens] the token that follows; shares as above.
     """
-    used = shares > 0
+    used, shares = _used(shares, student)
 
     def token_loss(logits: torch.Tensor, label: torch.Tensor, share: torch.Tensor) -> torch.Tensor:
         return (nn.functional.cross_entropy(logits, label, reduction="none") * share).sum()
 
-    return _FusedHead.apply(student[used], head, token_loss, labels[used], shares[used])
+    return _FusedHead.apply(student.flatten(0, 1)[used], head, token_loss, labels.flatten()[used], shares)
 
 
 def oracle_loss(

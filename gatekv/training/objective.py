@@ -7,11 +7,10 @@ from typing import Any, NamedTuple, cast
 import torch
 from peft import PeftModel
 from torch import nn
-from transformers import Cache, DynamicCache
+from transformers import DynamicCache
 
 from gatekv.attention import relaxed_flags
 from gatekv.config import GateSpec
-from gatekv.gates.documents import Documents
 from gatekv.gates.relaxations import logit_of
 from gatekv.modules import base_model, gate_spec, gated_pass, wrappers
 from gatekv.ops.sequence import ALONE, Sequence
@@ -23,6 +22,7 @@ from gatekv.training.head import LogitHead
 from gatekv.training.losses import distillation_loss, hidden_loss, lm_loss, oracle_loss, row_shares, wide
 from gatekv.training.noise import announce, as_evaluated, quiet
 from gatekv.training.prompt import gated_prompt
+from gatekv.training.rows import Batch, Rows
 from gatekv.training.sparsity import budget_cut, keep_rates, overfull, sparsity_gap, sparsity_loss, undecided
 
 KINDS = ("kl", "reverse_kl", "lm", "hidden_mse", "attention_mse", "none")
@@ -45,8 +45,9 @@ class Teacher(NamedTuple):
     oracle: torch.Tensor
 
 
-def _valid(said: dict[int, GateOutput]) -> torch.Tensor:
-    return next(iter(said.values())).valid
+def _counted(rows: Rows, asked: dict[str, Any]) -> torch.Tensor:
+    """[batch, tokens] bool: the real tokens that gates judge, by prompt or document, where the batch was read."""
+    return rows.valid[:, : asked["split"]] if rows.documents is None else rows.documents.on_host
 
 
 class Objective(nn.Module):
@@ -109,37 +110,21 @@ class Objective(nn.Module):
         shared.check(self.model, self.spec, self.prefill, sequence)
         self.sequence = sequence
 
-    def _hidden(self, batch: dict[str, torch.Tensor], past: Cache | None = None, start: int = 0) -> torch.Tensor:
-        """Last hidden states of the tokens from `start` on; those before are in `past`. Of a shared row, of the tokens
-        of this process."""
-        mask: torch.Tensor | None = batch["attention_mask"]
-        positions = (batch["attention_mask"].cumsum(-1) - 1).clamp_min(0)
-        if "segments" in batch:  # transformers reads the borders off positions that start anew, for sliding layers too
-            mask, positions = None, batch["position_ids"]
-        if self.sequence.size > 1:
-            mask = shared.visible(batch)
-        ids, positions = (self.sequence.part(t[:, start:], 1) for t in (batch["input_ids"], positions))
-        return self.head.decoder(
-            input_ids=ids, attention_mask=mask, position_ids=positions, past_key_values=past,
-            use_cache=past is not None,
-        ).last_hidden_state  # fmt: skip
-
-    def _prepare(self, batch: dict[str, torch.Tensor], seed: int | None) -> dict[str, Any]:
-        """What this batch asks of the gated layers in each of its passes."""
+    def _prepare(self, batch: Batch, seed: int | None) -> tuple[Rows, dict[str, Any]]:
+        """(the rows, what they ask of the gated layers in each of their passes)."""
         self.head.ready()
+        rows = Rows.of(batch, self.model, self.sequence)
         prompt = self.prefill == "dense" or self.spec.context == "prompt"
-        return {
-            "split": int(batch["split"][0]) if prompt else None,
-            "documents": Documents(batch["segments"]) if "segments" in batch else None,
-            "seed": seed,
-            "sequence": self.sequence.of(batch["input_ids"].shape[1]),
-        }
+        split = int(batch["split"][0]) if prompt else None
+        return rows, {"split": split, "documents": rows.documents, "seed": seed, "sequence": rows.sequence}
 
-    def _local_threshold(self, target: float) -> Callable[[torch.Tensor, torch.Tensor], torch.Tensor | float]:
+    def _local_threshold(
+        self, counted: torch.Tensor, target: float
+    ) -> Callable[[torch.Tensor, torch.Tensor], torch.Tensor | float]:
         def threshold(logits: torch.Tensor, valid: torch.Tensor) -> torch.Tensor | float:
             if self.sparsity != "budget":
                 return logit_of(self.spec.threshold)
-            return self._cut(logits[None], valid, target)[0]
+            return self._cut(logits[None], counted, target)[0]
 
         return threshold
 
@@ -149,10 +134,10 @@ class Objective(nn.Module):
         cut = budget_cut(every, valid, target, self.spec.sinks, self.spec.window, self.scope)
         return self.sequence.part(cut, 2)
 
-    def _teacher(self, batch: dict[str, torch.Tensor], target: float, asked: dict[str, Any]) -> Teacher:
+    def _teacher(self, rows: Rows, target: float, asked: dict[str, Any]) -> Teacher:
         """The plain model's pass, which also tells where a "budget" threshold must lie."""
-        spec, zero = self.spec, torch.zeros((), device=batch["input_ids"].device)
-        local = self._local_threshold(target) if self.objective == "attention_mse" else None
+        spec, zero = self.spec, torch.zeros((), device=rows.ids.device)
+        local = self._local_threshold(_counted(rows, asked), target) if self.objective == "attention_mse" else None
         suffix = self.prefill == "dense" and local is None and not self.below_learns
         observe = suffix or self.sparsity == "budget" or self.oracle_weight > 0 or self.objective in LOCAL
         if self.objective == "lm" and not observe and not self.kl_weight:
@@ -162,7 +147,7 @@ class Objective(nn.Module):
         if observe:
             context = Observe(**asked, received=self.oracle_weight > 0, local=local)
         with torch.no_grad(), gated_pass(self.model, context) as said, quiet(self.model, lora=False):
-            hidden = self._hidden(batch, past)
+            hidden = rows.hidden(self.head.decoder, past)
         oracle, thresholds = zero, None
         if self.oracle_weight > 0:
             losses = [
@@ -171,17 +156,15 @@ class Objective(nn.Module):
             ]
             oracle = torch.stack(losses).mean()
         if self.sparsity == "budget":
-            cut = self._cut(torch.stack([o.logits.detach() for o in said.values()]), _valid(said), target)
+            cut = self._cut(torch.stack([o.logits.detach() for o in said.values()]), _counted(rows, asked), target)
             thresholds = dict(zip(said, cut))
         return Teacher(hidden, past, said, thresholds, oracle)
 
-    def _student(
-        self, batch: dict[str, torch.Tensor], teacher: Teacher, context: Relaxed
-    ) -> tuple[torch.Tensor, dict[int, GateOutput]]:
+    def _student(self, rows: Rows, teacher: Teacher, context: Relaxed) -> tuple[torch.Tensor, dict[int, GateOutput]]:
         """(hidden states under the gates, what they said); behind the split only, where the teacher has a cache."""
         if teacher.past is None:
             with gated_pass(self.model, context) as said:
-                return self._hidden(batch), said
+                return rows.hidden(self.head.decoder), said
         assert context.split is not None  # a teacher's cache is that of a prompt
         weights = {
             i: relaxed_flags(
@@ -191,22 +174,22 @@ class Objective(nn.Module):
             for i, o in teacher.said.items()
         }  # fmt: skip
         past = gated_prompt(teacher.past, context.split, weights, self.spec)
-        return self._hidden(batch, past, context.split), teacher.said
+        return rows.hidden(self.head.decoder, past, context.split), teacher.said
 
     def _threshold(self, teacher: Teacher, layer_idx: int) -> torch.Tensor | float:
         return logit_of(self.spec.threshold) if teacher.thresholds is None else teacher.thresholds[layer_idx]
 
     def _task(
-        self, batch: dict[str, torch.Tensor], teacher: Teacher, form: str, asked: dict[str, Any]
+        self, rows: Rows, teacher: Teacher, form: str, asked: dict[str, Any]
     ) -> tuple[torch.Tensor, dict[int, GateOutput]]:
         """(the task's loss, what the gates said in the pass that it is taken from)."""
         if self.objective == "none":
-            return torch.zeros((), device=batch["input_ids"].device), teacher.said
+            return torch.zeros((), device=rows.ids.device), teacher.said
         if self.objective == "attention_mse":
             return torch.stack([cast(torch.Tensor, o.error) for o in teacher.said.values()]).mean(), teacher.said
-        student, said = self._student(batch, teacher, Relaxed(**asked, form=form, threshold=teacher.thresholds))
-        head, labels, split, hidden = self.head, batch["input_ids"].roll(-1, 1), asked["split"], teacher.hidden
-        weights = wide(batch["weights"], student)  # weights[t]: of predicting token t + 1
+        student, said = self._student(rows, teacher, Relaxed(**asked, form=form, threshold=teacher.thresholds))
+        head, labels, split, hidden = self.head, rows.ids.roll(-1, 1), asked["split"], teacher.hidden
+        weights = wide(cast(torch.Tensor, rows.weights), student)  # weights[t]: of predicting token t + 1
         if split is not None:  # before it a prompt gate's flags know the future, and a dense prompt is the teacher's
             weights = weights * (torch.arange(weights.shape[1], device=weights.device) >= split)
         if teacher.past is not None:
@@ -225,7 +208,7 @@ class Objective(nn.Module):
         return distillation_loss(student, hidden, head, shares, reverse=self.objective == "reverse_kl"), said
 
     def forward(
-        self, batch: dict[str, torch.Tensor], target: float, warm: bool = False, seed: int | None = None
+        self, batch: Batch, target: float, warm: bool = False, seed: int | None = None
     ) -> dict[str, torch.Tensor]:
         """batch: input_ids, attention_mask, weights [batch, tokens], split [batch], one value for all rows; target:
         keep rate aimed at ("budget": held); seed: of the gumbel noise.
@@ -237,14 +220,12 @@ class Objective(nn.Module):
         with quiet(self.model), whole_layers(self.model) if behind else nullcontext():
             return self._step(batch, target, warm, seed)
 
-    def _step(
-        self, batch: dict[str, torch.Tensor], target: float, warm: bool, seed: int | None
-    ) -> dict[str, torch.Tensor]:
-        spec, asked = self.spec, self._prepare(batch, seed)
-        teacher = self._teacher(batch, target, asked)
+    def _step(self, batch: Batch, target: float, warm: bool, seed: int | None) -> dict[str, torch.Tensor]:
+        spec, (rows, asked) = self.spec, self._prepare(batch, seed)
+        teacher = self._teacher(rows, target, asked)
         task, said, oracle = torch.zeros((), device=teacher.oracle.device), teacher.said, teacher.oracle
         if not warm:
-            task, said = self._task(batch, teacher, spec.relaxation, asked)
+            task, said = self._task(rows, teacher, spec.relaxation, asked)
         soft, hard, shrugs = [], [], []
         noise = Relaxed(seed=seed)
         for i, (logits, valid, *_) in said.items():
@@ -277,19 +258,19 @@ class Objective(nn.Module):
             self.multiplier += rate * gap
 
     @torch.no_grad()
-    def soft_hard(self, batch: dict[str, torch.Tensor], target: float) -> dict[str, float]:
+    def soft_hard(self, batch: Batch, target: float) -> dict[str, float]:
         """Train soft, deploy hard: task loss under both, their gap, and how undecided the gates are (share of .05 < p <
         .95). A layer-local objective has no hard loss of its own: nan."""
         mean = lambda part: float(self.sequence.mean(part))  # noqa: E731
         with as_evaluated(self.model):  # and so without checkpointing
-            asked = self._prepare(batch, None)
-            teacher = self._teacher(batch, target, asked)
-            loss, said = self._task(batch, teacher, self.spec.relaxation, asked)
+            rows, asked = self._prepare(batch, None)
+            teacher = self._teacher(rows, target, asked)
+            loss, said = self._task(rows, teacher, self.spec.relaxation, asked)
             soft = mean(loss)
             p = torch.stack([(o.logits - self._threshold(teacher, i)).sigmoid() for i, o in said.items()])
-            real = _valid(said)[:, None].expand(p.shape[1:])
+            real = next(iter(said.values())).valid[:, None].expand(p.shape[1:])
             local = self.objective == "attention_mse"
-            hard = float("nan") if local else mean(self._task(batch, teacher, "hard", asked)[0])
+            hard = float("nan") if local else mean(self._task(rows, teacher, "hard", asked)[0])
         shrugs = mean(((p > 0.05) & (p < 0.95))[:, real].float().mean())
         return {"soft": soft, "hard": hard, "soft_hard_gap": hard - soft, "undecided": shrugs}
 

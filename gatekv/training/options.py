@@ -14,7 +14,7 @@ GATE_OPTIONS = {f.name for f in dataclasses.fields(GateSpec)}
 # A run may go on with other values of these; batch_size and accumulation as long as a step has as many rows.
 FREE = {"output_dir", "log_with", "push_to", "save_every", "save_minutes", "keep_checkpoints", "resume", "dry_run",
         "preset", "max_loss_ratio", "batch_size", "accumulation", "gradient_checkpointing", "device",
-        "threads"}  # fmt: skip
+        "threads", "dataloader_num_workers"}  # fmt: skip
 Config = TypeVar("Config", bound="RunConfig")
 
 
@@ -28,6 +28,7 @@ class TextOptions(HardwareOptions):
     data: list[str] = option([], "Files, folders or Hub sets, each as name or name=weight; left out: the bundled text.")
     sequence_length: int = option(640, "Tokens of a row, at most.")
     seed: int = option(0, "Of everything that is drawn.")
+    dataloader_num_workers: int = option(-1, "Processes that read rows ahead; -1: two beside an accelerator.")
 
 
 @dataclass
@@ -85,6 +86,11 @@ class RunConfig(OutputOptions, StepOptions, TextOptions):
         for name in ("save_every", "save_minutes", "max_loss_ratio"):
             if getattr(self, name) < 0:
                 raise ValueError(f"{name} must be at least 0, which switches it off, not {getattr(self, name)}.")
+        if self.dataloader_num_workers < -1:
+            raise ValueError(
+                f"dataloader_num_workers={self.dataloader_num_workers} is no number of processes: give 0 or more, "
+                "or -1 to leave it to the machine."
+            )
         if self.push_to and self.model and Path(self.model).is_dir():
             raise ValueError(
                 f"push_to shares the adapter, but nobody else finds its base in the folder {self.model}: give --model "

@@ -6,6 +6,7 @@ from torch import nn
 from gatekv.training.head import LogitHead
 from gatekv.training.losses import lm_loss, row_shares, wide
 from gatekv.training.noise import announce, as_evaluated, quiet
+from gatekv.training.rows import Batch, Rows
 
 
 class PlainObjective(nn.Module):
@@ -24,17 +25,14 @@ class PlainObjective(nn.Module):
         self.register_buffer("multiplier", torch.zeros(1))  # part of every objective's checkpoint
 
     def forward(
-        self, batch: dict[str, torch.Tensor], target: float, warm: bool = False, seed: int | None = None
+        self, batch: Batch, target: float, warm: bool = False, seed: int | None = None
     ) -> dict[str, torch.Tensor]:
         """batch: as `gatekv.training.objective.Objective.forward`, whose keys it returns; nothing is evicted."""
         self.head.ready()
-        mask = batch["attention_mask"]
+        rows = Rows.of(batch, self.model)
         with quiet(self.model):
-            hidden = self.head.decoder(
-                input_ids=batch["input_ids"], attention_mask=mask, use_cache=False,
-                position_ids=(mask.cumsum(-1) - 1).clamp_min(0),
-            ).last_hidden_state  # fmt: skip
-            labels, shares = batch["input_ids"].roll(-1, 1), row_shares(wide(batch["weights"], hidden))
+            hidden = rows.hidden(self.head.decoder)
+            labels, shares = rows.ids.roll(-1, 1), row_shares(wide(batch["weights"], hidden))
             loss = lm_loss(hidden, labels, self.head, shares)
         zero = torch.zeros((), device=loss.device)
         return {"loss": loss, "task": loss.detach(), "sparsity": zero, "keep": zero + 1, "gap": zero[None]}
@@ -43,7 +41,7 @@ class PlainObjective(nn.Module):
         """Nothing to move."""
 
     @torch.no_grad()
-    def soft_hard(self, batch: dict[str, torch.Tensor], target: float) -> dict[str, float]:
+    def soft_hard(self, batch: Batch, target: float) -> dict[str, float]:
         """The loss on a row kept apart; without flags, soft is hard."""
         with as_evaluated(self.model):
             loss = float(self(batch, target)["loss"])

@@ -7,6 +7,7 @@ runs over what follows alone. A step costs little more than one forward over the
 from typing import Any, cast
 
 import torch
+from torch.utils.checkpoint import checkpoint
 from transformers import Cache, DynamicCache
 from transformers.cache_utils import CacheLayerMixin, DynamicLayer
 
@@ -65,7 +66,10 @@ class GatedPrompt(Memory, CacheLayerMixin):
         prompt, n = self.keys.shape[2], k.shape[2]
         seen = causal_mask(q.shape[2], n, q.device)[None, None] if mask is None else mask
         blocks = [slice(a, a + BLOCK) for a in range(0, q.shape[2], BLOCK)]
-        answers = [gated_segment(q[:, :, i], k, v, weight[:, :, None], seen[:, :, i], scaling) for i in blocks]
+        answers = [  # each block's scores are computed again in the backward pass, never held
+            checkpoint(gated_segment, q[:, :, i], k, v, weight[:, :, None], seen[:, :, i], scaling, use_reentrant=False)
+            for i in blocks
+        ]
         kept = torch.cat([out for out, _ in answers], 2), torch.cat([lse for _, lse in answers], 2)
         psi = call.less.psi(k) * (1 - weight)[..., None]
         left = torch.full(k.shape[:3], n, device=k.device).index_fill_(2, torch.arange(prompt, device=k.device), prompt)

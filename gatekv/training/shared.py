@@ -1,13 +1,11 @@
 """Rows that several processes compute together: what they need to agree on, and what cannot be computed so."""
 
-import torch
 import torch.distributed as dist
 from accelerate import Accelerator, DistributedType
 from torch import nn
 
 from gatekv.config import GateSpec
 from gatekv.modules import base_model
-from gatekv.ops.naive import causal_mask
 from gatekv.ops.sequence import ALONE, Sequence
 from gatekv.support import kv_heads, sliding_layers
 
@@ -53,13 +51,3 @@ def check(model: nn.Module, spec: GateSpec, prefill: str, sequence: Sequence) ->
         )
     if prefill == "dense":
         raise ValueError("prefill='dense' trains behind a cached prompt, which is not shared: use prefill='sparse'.")
-
-
-def visible(batch: dict[str, torch.Tensor]) -> torch.Tensor | None:
-    """Which keys [batch, 1, tokens, tokens] each token of whole rows sees; None: all up to itself."""
-    real = batch["attention_mask"].bool()
-    documents = batch.get("segments")
-    if bool(real.all()) and (documents is None or int(documents.max()) == 0):
-        return None
-    seen = causal_mask(real.shape[1], real.shape[1], real.device) & real[:, None, None]
-    return seen if documents is None else seen & (documents[:, None, :, None] == documents[:, None, None])

@@ -1,6 +1,7 @@
 """How training asks for a smaller cache: keep rates, penalties on them, and thresholds that hold a budget exactly."""
 
 import torch
+from torch.utils.checkpoint import checkpoint
 
 KINDS = ("budget", "abs", "square", "hinge", "linear", "lagrange", "concave", "capacity")
 SCOPES = ("global", "layer", "head")
@@ -28,36 +29,24 @@ def overfull(retention: torch.Tensor, valid: torch.Tensor, ratio: float, block: 
     retention: beta [batch, kv_heads, tokens]; at step t token i counts beta_i^(t - i). Returns [batch, kv_heads]: the
     mean over steps of relu(sum_i beta_i^(t - i) - M) / n, n the row's real tokens.
     """
-    b, kv, n = retention.shape
+    n = retention.shape[-1]
     log, total = retention.clamp_min(1e-9).log(), valid.sum(-1).clamp_min(1)
-    steps = torch.arange(n, device=valid.device)
-    excess = retention.new_zeros(b, kv)
-    for start in range(0, n, block):
-        part = steps[start : start + block, None]
-        end = min(start + block, n)
-        held = torch.exp(log[:, :, None, :end] * (part - steps[:end]).clamp_min(0))
-        seen = (part >= steps[:end]) & valid[:, None, None, :end]
-        over = (held.masked_fill(~seen, 0).sum(-1) - ratio * total[:, None, None]).relu()
-        excess = excess + (over * valid[:, None, start:end]).sum(-1)
+    excess = retention.new_zeros(retention.shape[:2])
+    for start in range(0, n, block):  # each computed again in the backward pass: [steps, tokens] is never held
+        excess = excess + checkpoint(
+            _excess, log, valid, ratio * total, start, min(start + block, n), use_reentrant=False
+        )
     return excess / total[:, None].square()
 
 
-def _cut(scores: torch.Tensor, ratio: float, total: int, protected: int) -> torch.Tensor:
-    """[groups, n] scores, newer tokens last -> thresholds of the same shape, which the right share of each group is
-    above.
-
-    One threshold a group: the highest score that goes. Scores equal to it could only stay or go together, so those that
-    are to stay, the newest, get a threshold just below.
-    """
-    n = scores.shape[1]
-    if not n:
-        return scores
-    keep = round(min(1.0, max(0.0, ratio * total - protected) / max(1, total - protected)) * n)
-    cut = scores.sort(descending=True).values[:, min(keep, n - 1), None]
-    tied = scores == cut
-    room = keep - (scores > cut).sum(-1, keepdim=True)
-    stay = tied & (tied.flip(-1).long().cumsum(-1).flip(-1) <= room)
-    return torch.where(stay, cut - cut.abs().clamp_min(1.0) * 2.0**-20, cut)
+def _excess(log: torch.Tensor, valid: torch.Tensor, room: torch.Tensor, start: int, end: int) -> torch.Tensor:
+    """[batch, kv_heads]: how much more than room [batch] is held, summed over the steps from start to end."""
+    steps = torch.arange(end, device=valid.device)
+    part = steps[start:, None]
+    held = torch.exp(log[:, :, None, :end] * (part - steps).clamp_min(0))
+    seen = (part >= steps) & valid[:, None, None, :end]
+    over = (held.masked_fill(~seen, 0).sum(-1) - room[:, None, None]).relu()
+    return (over * valid[:, None, start:end]).sum(-1)
 
 
 def budget_cut(
@@ -65,25 +54,37 @@ def budget_cut(
 ) -> torch.Tensor:
     """The thresholds at which a sequence would hold exactly `ratio` of its tokens.
 
-    logits: [layers, batch, kv_heads, tokens]; valid: [batch, tokens]. Sinks and the last `window` tokens are inside the
-    ratio. scope: who competes for it: "global" all layers and heads, "layer" the heads of a layer, "head" nobody. Of
-    equal logits, as fresh gates have them, newer tokens stay, in all layers and heads alike.
+    logits: [layers, batch, kv_heads, tokens]; valid: [batch, tokens], on the CPU where the device shall not be waited
+    for. Sinks and the last `window` tokens are inside the ratio. scope: who competes for it: "global" all layers and
+    heads, "layer" the heads of a layer, "head" nobody. Of equal logits, as fresh gates have them, newer tokens stay, in
+    all layers and heads alike.
     Returns [layers, batch, kv_heads, tokens] without gradient: one number for all who compete, but for ties at it.
     """
-    layers, _, heads, _ = logits.shape
-    open_tokens = judged_tokens(valid, sinks, window)
+    layers, batch, heads, tokens = logits.shape
     groups = {"global": 1, "layer": layers, "head": layers * heads}[scope]
-    rows = []
-    for row, total in enumerate(valid.sum(-1).tolist()):
-        scores = logits[:, row].detach()
-        scores = scores.to(torch.promote_types(scores.dtype, torch.float32))
-        judged = scores[..., open_tokens[row]].reshape(groups, layers * heads // groups, -1)
-        cuts = _cut(judged.mT.flatten(1), ratio, total, min(total, sinks + window))  # by age, then layer and head
-        found = (cuts.amax(1) if cuts.numel() else cuts.new_zeros(groups)).repeat_interleave(scores.numel() // groups)
-        found = found.view_as(scores)
-        found[..., open_tokens[row]] = cuts.view(groups, -1, judged.shape[1]).mT.reshape(layers, heads, -1)
-        rows.append(found)
-    return torch.stack(rows, 1)
+    members, device = layers * heads // groups, logits.device
+    open_tokens = judged_tokens(valid, sinks, window)
+    total, count = valid.sum(-1), open_tokens.sum(-1) * members
+    protected = total.clamp_max(sinks + window)
+    # In float64, which not every device has, and rounded as Python does.
+    share = (ratio * total.double() - protected) / (total - protected).clamp_min(1).double()
+    keep = (share.clamp(0, 1) * count).round().long()
+    place = keep.clamp_max(count - 1).clamp_min(0)
+    scores = logits.detach().to(torch.promote_types(logits.dtype, torch.float32))
+    # [batch, groups, tokens x members]: by age, then layer and head
+    scores = scores.transpose(0, 1).reshape(batch, groups, members, tokens).transpose(2, 3).flatten(2)
+    asks = open_tokens.repeat_interleave(members, 1)[:, None].to(device)
+    keep, place = keep.to(device)[:, None, None], place.to(device)[:, None, None]
+    ranked = scores.masked_fill(~asks, -torch.inf).sort(descending=True).values
+    cut = ranked.gather(-1, place.expand(-1, groups, -1))  # the highest score that goes
+    # Scores equal to it could only stay or go together: those that are to stay, the newest, get one just below.
+    tied, room = (scores == cut) & asks, keep - ((scores > cut) & asks).sum(-1, keepdim=True)
+    stay = tied & (tied.flip(-1).long().cumsum(-1).flip(-1) <= room)
+    cuts = torch.where(stay, cut - cut.abs().clamp_min(1.0) * 2.0**-20, cut)
+    rest = cuts.masked_fill(~asks, -torch.inf).amax(-1, keepdim=True)  # of tokens that are not asked
+    cuts = torch.where(asks, cuts, rest)
+    cuts = cuts.masked_fill((count == 0).to(device)[:, None, None], 0)
+    return cuts.unflatten(2, (tokens, members)).transpose(2, 3).reshape(batch, layers, heads, tokens).transpose(0, 1)
 
 
 def sparsity_gap(rates: torch.Tensor, target: float, scope: str) -> torch.Tensor:

@@ -9,6 +9,7 @@ import pytest
 import torch
 from accelerate import DistributedType, ParallelismConfig
 from backends import HERE, SHARING, chosen_of, end, launch, save_base, start, to_run
+from conftest import tiny
 from sharer import CASES, build
 from test_training import ToyData
 from test_two_processes import adapters_agree, compare
@@ -17,6 +18,7 @@ from gatekv.attention import valid_tokens
 from gatekv.ops.sequence import ALONE, Sequence
 from gatekv.training import shared
 from gatekv.training.plain import PlainObjective
+from gatekv.training.rows import Rows
 
 RUNS = [(backend, "gate") for backend in SHARING] + [("sequence_ddp", "accumulated"), ("sequence_ddp", "recomputed")]
 TWENTY, RESUMED = "test_twenty_steps_are_those_of_one_process", "test_resumed_is_uninterrupted"
@@ -145,14 +147,14 @@ def test_a_process_alone_exchanges_nothing():
 
 
 def test_a_mask_is_made_only_where_one_is_needed():
-    whole = {"attention_mask": torch.ones(2, 5).long()}
-    assert shared.visible(whole) is None
-    assert shared.visible(whole | {"segments": torch.zeros(2, 5).long()}) is None
-    two = torch.tensor([[0, 0, 1, 1, 1], [0, 0, 0, 0, 0]])
-    seen = shared.visible(whole | {"segments": two})
+    model, ones = tiny(), torch.ones(2, 5).long()
+    whole = {"input_ids": ones, "attention_mask": ones, "position_ids": ones.cumsum(-1) - 1}
+    one, two = torch.zeros(2, 5).long(), torch.tensor([[0, 0, 1, 1, 1], [0, 0, 0, 0, 0]])
+    assert Rows.of(whole, model).mask is None and Rows.of(whole | {"segments": one}, model).mask is None
+    seen = Rows.of(whole | {"segments": two}, model).mask
     assert seen.shape == (2, 1, 5, 5) and seen[0, 0, 3].tolist() == [False, False, True, True, False]
-    padded = torch.tensor([[0, 1, 1]])
-    assert valid_tokens(shared.visible({"attention_mask": padded}), 1, 3, None).tolist() == [[False, True, True]]
+    padded = {"input_ids": torch.ones(1, 3).long(), "attention_mask": torch.tensor([[0, 1, 1]])}
+    assert valid_tokens(Rows.of(padded, model).mask, 1, 3, None).tolist() == [[False, True, True]]
 
 
 def test_only_gates_share_rows(monkeypatch, tmp_path):

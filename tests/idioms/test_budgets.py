@@ -122,7 +122,8 @@ def test_what_attention_uses_is_what_is_counted(prefill):
     """Layers as they run hold what `keep` says, behind a dense prompt too."""
     objective = Objective(fresh(), objective="kl", prefill=prefill, sparsity="budget")
     batch = batch_of((30, 30)) | {"split": torch.tensor([20, 20])}
-    teacher = objective._teacher(batch, 0.5, objective._prepare(batch, None))
+    rows, asked = objective._prepare(batch, None)
+    teacher = objective._teacher(rows, 0.5, asked)
     rates = [
         keep_rates((said.logits - teacher.thresholds[i] > 0).float(), said.valid, 2, 4)
         for i, said in teacher.said.items()

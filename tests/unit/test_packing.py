@@ -157,9 +157,9 @@ def test_packed_rows_train_as_unpacked_ones(gate, sparsity, oracle, family):
     seen = []
     for batch in packed_and_apart():
         module = make(sparsity=sparsity, gate=gate, oracle_weight=oracle, family=family, dtype=torch.float64)
-        asked = module._prepare(batch, None)
-        teacher = module._teacher(batch, 0.5, asked)
-        student, said = module._student(batch, teacher, Relaxed(**asked, form="log", threshold=teacher.thresholds))
+        rows, asked = module._prepare(batch, None)
+        teacher = module._teacher(rows, 0.5, asked)
+        student, said = module._student(rows, teacher, Relaxed(**asked, form="log", threshold=teacher.thresholds))
         logits = torch.stack([o.logits for o in said.values()])
         out = module(batch, 0.5)
         seen.append((teacher.hidden, student, teacher.oracle, logits, out["keep"], out["gap"]))
@@ -180,7 +180,8 @@ def test_a_layers_own_error_counts_every_document():
     errors = []
     for batch in packed_and_apart(((20,), (31,))):
         module = make("attention_mse", "budget", "layer", dtype=torch.float64)
-        teacher = module._teacher(batch, 0.5, module._prepare(batch, None))
+        rows, asked = module._prepare(batch, None)
+        teacher = module._teacher(rows, 0.5, asked)
         errors.append(teacher.said[0].error.item())
     assert errors[0] == pytest.approx(errors[1], rel=1e-6)
 

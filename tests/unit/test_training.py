@@ -163,10 +163,10 @@ def test_the_short_pass_over_what_follows_a_prompt_is_the_parallel_form(gate, fo
     """prefill="dense": same loss, same gradient as one pass over the whole row with a split."""
     module = make(prefill="dense", sparsity="budget", gate=gate, dtype=torch.float64)
     batch = ToyData().batch(0, 3, align=True)
-    asked = module._prepare(batch, None)
-    split, taught = asked["split"], module._teacher(batch, 0.4, asked)
+    rows, asked = module._prepare(batch, None)
+    split, taught = asked["split"], module._teacher(rows, 0.4, asked)
     teacher, cut = taught.hidden, taught.thresholds
-    got, _ = module._task(batch, taught, form, asked)
+    got, _ = module._task(rows, taught, form, asked)
     weights = batch["weights"] * (torch.arange(batch["weights"].shape[1]) >= split)
     positions = (batch["attention_mask"].cumsum(-1) - 1).clamp_min(0)
     with gated_pass(module.model, Relaxed(form=form, threshold=cut, split=split)):
@@ -191,14 +191,16 @@ def test_each_layers_own_error_needs_no_backward_through_the_model():
     """The gradient reaches one layer's gate from that layer's own error alone."""
     module = make("attention_mse", "budget", "layer", dtype=torch.float64)
     batch = ToyData().batch(0, 2)
-    errors = [o.error for o in module._teacher(batch, 0.5, module._prepare(batch, None)).said.values()]
+    rows, asked = module._prepare(batch, None)
+    errors = [o.error for o in module._teacher(rows, 0.5, asked).said.values()]
     assert all(0 < e < 10 for e in errors)
     errors[1].backward()
     grads = [[p.grad for p in w.gatekv_gate.parameters()] for w in wrappers(module.model)]
     assert all(g is None for g in grads[0]) and all(g is not None for g in grads[1])
     flat = make("attention_mse", "abs", initial_logit=60.0, dtype=torch.float64)  # everything kept: no error
     torch.nn.init.zeros_(wrappers(flat.model)[0].gate().out.weight)
-    assert flat._teacher(batch, 0.5, flat._prepare(batch, None)).said[0].error < 1e-12
+    rows, asked = flat._prepare(batch, None)
+    assert flat._teacher(rows, 0.5, asked).said[0].error < 1e-12
 
 
 def test_combinations_that_cannot_be_computed():

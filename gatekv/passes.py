@@ -87,9 +87,9 @@ class _Judging(PassContext):
         if self.sequence.size > 1:  # each process judges its own tokens; the gate looks at no others
             logits = self.sequence.into(call.gate(call.hidden, self.sequence.part(valid, 1))[0])
             apart = self.documents
-            return (logits, valid) if apart is None else (apart.apart(logits, 2), apart.valid)
+            return (logits, valid) if apart is None else (apart.apart(logits, 2), apart.valid.to(logits.device))
         if self.documents is not None:
-            valid = self.documents.valid
+            valid = self.documents.valid.to(call.hidden.device)
             return call.gate(self.documents.apart(call.hidden), valid)[0], valid
         valid = valid[:, : self.split]
         return call.gate(call.hidden[:, : self.split], valid)[0], valid
@@ -151,7 +151,7 @@ class Observe(_Judging):
                     q[:, :, asking], k, v, weight, window=call.spec.window, scale=scaling,
                     mask=None if mask is None else mask[:, :, asking], decay=call.spec.relaxation == "decay",
                 ).transpose(1, 2)  # fmt: skip
-                real = valid if self.documents is None else self.documents.real
+                real = valid if self.documents is None else self.documents.real.to(q.device)
                 error = output_error(module, out, plain[:, asking], real[:, asking], self.sequence)
             said = said._replace(error=error)
         call.record(said)

@@ -132,7 +132,22 @@ class _Functions(TorchFunctionMode):
         if tensor.device == device:
             return tensor if tensor.dtype == dtype and not kwargs.get("copy") else tensor.to(dtype, copy=True)
         self.devices.count_write(f"{tensor.device} -> {device}")
-        return self.devices.tensor(host(tensor).to(dtype, copy=True), device)
+        return _Move.apply(tensor, device, dtype, self.devices)
+
+
+class _Move(torch.autograd.Function):
+    """A copy on another device, whose gradient comes back to where it was copied from."""
+
+    @staticmethod
+    def forward(ctx, tensor, device, dtype, devices):
+        ctx.back = tensor.device, tensor.dtype, devices
+        return devices.tensor(host(tensor).to(dtype, copy=True), device)
+
+    @staticmethod
+    def backward(ctx, grad):
+        device, dtype, devices = ctx.back
+        data = host(grad).to(dtype, copy=True)
+        return devices.tensor(data, device) if device.type == TYPE else data, None, None, None
 
 
 class MockDevices:

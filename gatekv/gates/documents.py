@@ -32,12 +32,16 @@ class Documents:
     def apart(self, x: torch.Tensor, dim: int = 1) -> torch.Tensor:
         """Packed [rows, ..., tokens at dim, ...] -> [documents, ..., longest, ...], zeros at pads."""
         x = x.movedim(dim, 1)
-        out = x.new_zeros(self.valid.numel(), *x.shape[2:]).index_copy(0, self.to, x.flatten(0, 1)[self.at])
+        out = x.new_zeros(self.valid.numel(), *x.shape[2:]).index_copy(
+            0, self.to.to(x.device), x.flatten(0, 1)[self.at.to(x.device)]
+        )
         return out.unflatten(0, self.valid.shape).movedim(1, dim)
 
     def together(self, x: torch.Tensor, dim: int = 1) -> torch.Tensor:
         """The way back; pads are zero."""
         x = x.movedim(dim, 1)
         rows, tokens = self.shape
-        out = x.new_zeros(rows * tokens, *x.shape[2:]).index_copy(0, self.at, x.flatten(0, 1)[self.to])
+        out = x.new_zeros(rows * tokens, *x.shape[2:]).index_copy(
+            0, self.at.to(x.device), x.flatten(0, 1)[self.to.to(x.device)]
+        )
         return out.unflatten(0, self.shape).movedim(1, dim)

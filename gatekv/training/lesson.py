@@ -24,7 +24,7 @@ from gatekv.passes import Remainder, RemainderError
 from gatekv.policies import resolve
 from gatekv.recompute import whole_layers
 from gatekv.training.head import LogitHead
-from gatekv.training.losses import distillation_loss, row_shares, wide
+from gatekv.training.losses import distillation_loss, row_shares, stacked, wide
 from gatekv.training.noise import announce, as_evaluated, quiet
 from gatekv.training.rows import Batch
 from gatekv.training.start import check_form, rebuilt
@@ -104,13 +104,13 @@ class LessObjective(nn.Module):
         with torch.no_grad(), gated_pass(self.model, RemainderError(kept=flags)) as found:
             teacher = self._behind(batch, split, prompt)
         lessons = list(found.values())
-        loss = torch.stack([lesson.error for lesson in lessons]).mean()
+        loss = stacked(lesson.error for lesson in lessons).mean()
         if self.objective == "kl" and not warm:
             shares = row_shares(wide(batch["weights"][:, split:], teacher))
             with gated_pass(self.model, Remainder(kept=flags)):
                 student = self._behind(batch, split, prompt)
             loss = distillation_loss(student, teacher, self.head, shares)
-        alone, real = torch.stack([lesson.alone for lesson in lessons]).mean(), mask[:, None, :split].bool()
+        alone, real = stacked(lesson.alone for lesson in lessons).mean(), mask[:, None, :split].bool()
         keep = torch.stack([(f & real).sum() / (real.sum() * f.shape[1]) for f in kept]).mean()
         zero = torch.zeros((), device=loss.device)
         return {"loss": loss, "task": loss.detach(), "alone": alone, "sparsity": zero, "keep": keep, "gap": zero[None]}

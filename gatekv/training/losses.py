@@ -1,7 +1,7 @@
 """Task losses as pure functions. Every loss is per sequence first and averaged over sequences after, so that gradient
 accumulation and data parallelism change nothing."""
 
-from collections.abc import Callable
+from collections.abc import Callable, Iterable
 from typing import Any, Protocol
 
 import torch
@@ -31,6 +31,12 @@ def wide(numbers: torch.Tensor, beside: torch.Tensor | None = None) -> torch.Ten
     return numbers.to(kind if beside is None else torch.promote_types(kind, beside.dtype))
 
 
+def stacked(tensors: Iterable[torch.Tensor]) -> torch.Tensor:
+    """One tensor of those of all layers, which may lie on several devices, on the first one's."""
+    found = list(tensors)
+    return torch.stack([t.to(found[0].device) for t in found])
+
+
 class _FusedHead(torch.autograd.Function):
     """Sum of weighted token losses, its gradient computed chunk by chunk in the forward; the head itself is frozen."""
 
@@ -46,7 +52,7 @@ class _FusedHead(torch.autograd.Function):
                 piece = hidden[start : start + step].detach().requires_grad_()
                 loss = token_loss(wide(head(piece)), *(e[start : start + step] for e in extra))
                 (grad[start : start + step],) = torch.autograd.grad(loss, piece)
-                total += loss.detach()
+                total += loss.detach().to(total.device)
         ctx.save_for_backward(grad)
         return total
 
@@ -70,6 +76,11 @@ def _used(shares: torch.Tensor, beside: torch.Tensor) -> tuple[torch.Tensor, tor
     return used.to(beside.device), shares.flatten()[used].to(beside.device)
 
 
+def _at(x: torch.Tensor, used: torch.Tensor) -> torch.Tensor:
+    """The used ones of [batch, tokens, ...], on their device."""
+    return x.to(used.device).flatten(0, 1)[used]
+
+
 def distillation_loss(
     student: torch.Tensor, teacher: torch.Tensor, head: Head, shares: torch.Tensor, reverse: bool = False
 ) -> torch.Tensor:
@@ -86,13 +97,14 @@ def distillation_loss(
             target = wide(head(teacher_hidden)).log_softmax(-1)
         mine = logits.log_softmax(-1)
         p, q = (mine, target) if reverse else (target, mine)
-        return ((p.exp() * (p - q)).sum(-1) * share).sum()
+        return ((p.exp() * (p - q)).sum(-1) * share.to(p.device)).sum()
 
-    return _FusedHead.apply(student.flatten(0, 1)[used], head, token_loss, teacher.flatten(0, 1)[used], shares)
+    return _FusedHead.apply(student.flatten(0, 1)[used], head, token_loss, _at(teacher, used), shares)
 
 
 def hidden_loss(student: torch.Tensor, teacher: torch.Tensor, shares: torch.Tensor) -> torch.Tensor:
     """Squared error of the last hidden states as a share of the teacher's square (WG-KV), weighted as above."""
+    teacher = teacher.to(student.device)
     error = wide(student - teacher).square().mean(-1) / wide(teacher).square().mean(-1).clamp_min(1e-6)
     return (error * shares.to(error.device)).sum()
 
@@ -105,9 +117,10 @@ def lm_loss(student: torch.Tensor, labels: torch.Tensor, head: Head, shares: tor
     used, shares = _used(shares, student)
 
     def token_loss(logits: torch.Tensor, label: torch.Tensor, share: torch.Tensor) -> torch.Tensor:
+        label, share = label.to(logits.device), share.to(logits.device)  # the head may lie on another device
         return (nn.functional.cross_entropy(logits, label, reduction="none") * share).sum()
 
-    return _FusedHead.apply(student.flatten(0, 1)[used], head, token_loss, labels.flatten()[used], shares)
+    return _FusedHead.apply(student.flatten(0, 1)[used], head, token_loss, _at(labels, used), shares)
 
 
 def oracle_loss(

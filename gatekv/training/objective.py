@@ -19,7 +19,7 @@ from gatekv.recompute import whole_layers
 from gatekv.support import kv_heads
 from gatekv.training import shared
 from gatekv.training.head import LogitHead
-from gatekv.training.losses import distillation_loss, hidden_loss, lm_loss, oracle_loss, row_shares, wide
+from gatekv.training.losses import distillation_loss, hidden_loss, lm_loss, oracle_loss, row_shares, stacked, wide
 from gatekv.training.noise import announce, as_evaluated, quiet
 from gatekv.training.prompt import gated_prompt
 from gatekv.training.rows import Batch, Rows
@@ -154,10 +154,10 @@ class Objective(nn.Module):
                 oracle_loss(o.logits, cast(torch.Tensor, o.received), o.valid, spec.sinks, spec.window)
                 for o in said.values()
             ]
-            oracle = torch.stack(losses).mean()
+            oracle = stacked(losses).mean()
         if self.sparsity == "budget":
-            cut = self._cut(torch.stack([o.logits.detach() for o in said.values()]), _counted(rows, asked), target)
-            thresholds = dict(zip(said, cut))
+            cut = self._cut(stacked(o.logits.detach() for o in said.values()), _counted(rows, asked), target)
+            thresholds = {i: c.to(o.logits.device) for (i, o), c in zip(said.items(), cut)}
         return Teacher(hidden, past, said, thresholds, oracle)
 
     def _student(self, rows: Rows, teacher: Teacher, context: Relaxed) -> tuple[torch.Tensor, dict[int, GateOutput]]:
@@ -186,7 +186,7 @@ class Objective(nn.Module):
         if self.objective == "none":
             return torch.zeros((), device=rows.ids.device), teacher.said
         if self.objective == "attention_mse":
-            return torch.stack([cast(torch.Tensor, o.error) for o in teacher.said.values()]).mean(), teacher.said
+            return stacked(cast(torch.Tensor, o.error) for o in teacher.said.values()).mean(), teacher.said
         student, said = self._student(rows, teacher, Relaxed(**asked, form=form, threshold=teacher.thresholds))
         head, labels, split, hidden = self.head, rows.ids.roll(-1, 1), asked["split"], teacher.hidden
         weights = wide(cast(torch.Tensor, rows.weights), student)  # weights[t]: of predicting token t + 1
@@ -226,6 +226,7 @@ class Objective(nn.Module):
         task, said, oracle = torch.zeros((), device=teacher.oracle.device), teacher.said, teacher.oracle
         if not warm:
             task, said = self._task(rows, teacher, spec.relaxation, asked)
+            task = task.to(oracle.device)  # where layers lie on several devices, it is of the last
         soft, hard, shrugs = [], [], []
         noise = Relaxed(seed=seed)
         for i, (logits, valid, *_) in said.items():
@@ -240,15 +241,15 @@ class Objective(nn.Module):
             flags = relaxed_flags(logits, valid, spec, form="hard", **rule)
             hard.append(keep_rates(flags, valid, spec.sinks, spec.window))
             shrugs.append(undecided(logits - threshold, valid, spec.sinks, spec.window))
-        rates = self.sequence.together(torch.stack(soft), 2)
+        rates = self.sequence.together(stacked(soft), 2)
         gap = sparsity_gap(rates, 0.0 if self.sparsity == "capacity" else target, self.scope)
         penalty = sparsity_loss(gap, self.sparsity, self.multiplier)
-        loss = task + self.oracle_weight * oracle + self.polarise_weight * torch.stack(shrugs).mean()
+        loss = task + self.oracle_weight * oracle + self.polarise_weight * stacked(shrugs).mean()
         if self.sparsity != "budget":
             loss = loss + self.sparsity_weight * penalty
         return {
             "loss": loss, "task": task.detach(), "oracle": oracle.detach(), "sparsity": penalty.detach(),
-            "keep": torch.stack(hard).detach().mean(), "gap": gap.detach().mean(1),
+            "keep": stacked(hard).detach().mean(), "gap": gap.detach().mean(1),
         }  # fmt: skip
 
     @torch.no_grad()
@@ -267,7 +268,7 @@ class Objective(nn.Module):
             teacher = self._teacher(rows, target, asked)
             loss, said = self._task(rows, teacher, self.spec.relaxation, asked)
             soft = mean(loss)
-            p = torch.stack([(o.logits - self._threshold(teacher, i)).sigmoid() for i, o in said.items()])
+            p = stacked((o.logits - self._threshold(teacher, i)).sigmoid() for i, o in said.items())
             real = next(iter(said.values())).valid[:, None].expand(p.shape[1:])
             local = self.objective == "attention_mse"
             hard = float("nan") if local else mean(self._task(rows, teacher, "hard", asked)[0])

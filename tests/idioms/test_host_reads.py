@@ -1,4 +1,4 @@
-"""A training step waits for its device once, at its end."""
+"""A training step waits for its devices once, at its end."""
 
 import contextlib
 import copy
@@ -8,6 +8,7 @@ from types import SimpleNamespace
 
 import pytest
 import torch
+from accelerate.hooks import AlignDevicesHook, add_hook_to_module
 from conftest import gated, tiny
 from peft import LoraConfig, get_peft_model
 
@@ -15,6 +16,7 @@ sys.path[:0] = [str(Path(__file__).resolve().parents[1])]
 from mock_device import MockDevices, host
 
 from gatekv.config import GateSpec
+from gatekv.modules import base_model
 from gatekv.ops.sequence import ALONE
 from gatekv.training import loop
 from gatekv.training.objective import Objective
@@ -81,16 +83,32 @@ STEPS = {
 }
 
 
+def spread(objective, devices):
+    """The second layer and the norm on a second device, as accelerate's device_map has it."""
+    inner = base_model(objective.model)
+    devices.move(objective, lambda name: "meta:1" if ".layers.1." in name or ".model.norm." in name else "meta:0")
+    for part, device in (
+        (inner.model.layers[0], 0),
+        (inner.model.layers[1], 1),
+        (inner.model.norm, 1),
+        (inner.lm_head, 0),
+    ):
+        add_hook_to_module(part, AlignDevicesHook(execution_device=torch.device("meta", device)))
+    return objective
+
+
+@pytest.mark.parametrize("place", [lambda objective, devices: devices.move(objective), spread], ids=["one", "two"])
 @pytest.mark.parametrize("rows", ["whole", "padded", "packed"])
 @pytest.mark.parametrize("name", STEPS)
-def test_a_step_looks_at_the_device_once(name, rows):
+def test_a_step_looks_at_the_device_once(name, rows, place):
+    """On one device and on two; and what comes out is what the CPU makes."""
     if rows == "packed" and (name == "behind the prompt" or name == "LoRA alone"):
         pytest.skip("packed rows are for gates that act as tokens leave the window")
     objective = objective_of(**STEPS[name])
     wanted, learned = two_steps(copy.deepcopy(objective), Data(rows), "cpu", lambda: None)
     devices = MockDevices()
     with devices:
-        moved = devices.move(objective)
+        moved = place(objective, devices)
         found, learns = two_steps(moved, Data(rows), "meta:0", devices.reads.clear)
     assert sum(devices.reads.values()) == 1, dict(devices.reads)
     for record, same in zip(found, wanted):

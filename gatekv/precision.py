@@ -24,3 +24,12 @@ def attended(x: Tensor) -> Tensor:
     if x.dtype is torch.float64 or not torch.amp.is_autocast_available(kind) or not torch.is_autocast_enabled(kind):
         return x
     return x.to(torch.get_autocast_dtype(kind))
+
+
+def wide(numbers: torch.Tensor, beside: torch.Tensor | None = None) -> torch.Tensor:
+    """In at least float32, in float64 if that is what they, or those beside them, are in: no loss is of half precision.
+
+    numbers: of any shape, which they keep.
+    """
+    kind = torch.promote_types(numbers.dtype, torch.float32)
+    return numbers.to(kind if beside is None else torch.promote_types(kind, beside.dtype))

@@ -22,9 +22,10 @@ from gatekv.config import GateSpec, LessSpec, check_choice
 from gatekv.modules import base_model, gated_pass, wrappers
 from gatekv.passes import Remainder, RemainderError
 from gatekv.policies import resolve
+from gatekv.precision import wide
 from gatekv.recompute import whole_layers
 from gatekv.training.head import LogitHead
-from gatekv.training.losses import distillation_loss, row_shares, stacked, wide
+from gatekv.training.losses import distillation_loss, row_shares, stacked
 from gatekv.training.noise import announce, as_evaluated, quiet
 from gatekv.training.rows import Batch
 from gatekv.training.start import check_form, rebuilt

@@ -7,6 +7,7 @@ from typing import Any, Protocol
 import torch
 from torch import nn
 
+from gatekv.precision import wide
 from gatekv.training.sharding import most
 from gatekv.training.sparsity import judged_tokens
 
@@ -20,15 +21,6 @@ class Head(Protocol):
     out_features: int
 
     def __call__(self, hidden: torch.Tensor, /) -> torch.Tensor: ...
-
-
-def wide(numbers: torch.Tensor, beside: torch.Tensor | None = None) -> torch.Tensor:
-    """In at least float32, in float64 if that is what they, or those beside them, are in: no loss is of half precision.
-
-    numbers: of any shape, which they keep.
-    """
-    kind = torch.promote_types(numbers.dtype, torch.float32)
-    return numbers.to(kind if beside is None else torch.promote_types(kind, beside.dtype))
 
 
 def stacked(tensors: Iterable[torch.Tensor]) -> torch.Tensor:

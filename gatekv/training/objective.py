@@ -15,11 +15,12 @@ from gatekv.gates.relaxations import logit_of
 from gatekv.modules import base_model, gate_spec, gated_pass, wrappers
 from gatekv.ops.sequence import ALONE, Sequence
 from gatekv.passes import GateOutput, Observe, PassContext, Plain, Relaxed
+from gatekv.precision import wide
 from gatekv.recompute import whole_layers
 from gatekv.support import kv_heads
 from gatekv.training import shared
 from gatekv.training.head import LogitHead
-from gatekv.training.losses import distillation_loss, hidden_loss, lm_loss, oracle_loss, row_shares, stacked, wide
+from gatekv.training.losses import distillation_loss, hidden_loss, lm_loss, oracle_loss, row_shares, stacked
 from gatekv.training.noise import announce, as_evaluated, quiet
 from gatekv.training.prompt import gated_prompt
 from gatekv.training.rows import Batch, Rows

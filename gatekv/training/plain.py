@@ -3,8 +3,9 @@
 import torch
 from torch import nn
 
+from gatekv.precision import wide
 from gatekv.training.head import LogitHead
-from gatekv.training.losses import lm_loss, row_shares, wide
+from gatekv.training.losses import lm_loss, row_shares
 from gatekv.training.noise import announce, as_evaluated, quiet
 from gatekv.training.rows import Batch, Rows
 

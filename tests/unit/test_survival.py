@@ -1,7 +1,10 @@
 """Training survives: killed anywhere and resumed it ends where the uninterrupted run ends, bit for bit."""
 
+import contextlib
+import multiprocessing
 import os
 import signal
+import threading
 
 import pytest
 import torch
@@ -134,6 +137,23 @@ def test_options_without_a_say_in_the_result_may_change(tmp_path, whole):
     for name, tensor in state_of(module).items():  # the same rows in other portions: other rounding
         torch.testing.assert_close(tensor, whole[0][name], rtol=1e-4, atol=1e-5)
     assert rotation.steps(tmp_path / "b") == [6] and rotation.steps(tmp_path / "a") == [4, 6]
+
+
+@pytest.mark.skipif("fork" not in multiprocessing.get_all_start_methods(), reason="processes cannot be forked")
+def test_rows_read_ahead_are_asked_for_again(tmp_path, whole):
+    """What workers had read when a run ended is read by the run that goes on, whoever reads there."""
+
+    def later():
+        os.kill(os.getpid(), signal.SIGTERM)  # while workers read the rows of steps to come
+
+    timer = threading.Timer(0.3, later)
+    timer.start()
+    with contextlib.suppress(Stopped):
+        run(tmp_path, dataloader_num_workers=2, resume="auto")
+    timer.join()
+    for _ in range(2):
+        module, records = run(tmp_path, dataloader_num_workers=2, resume="auto")
+        assert same(state_of(module), whole[0]) and [r["loss"] for r in records] == [r["loss"] for r in whole[1]]
 
 
 def test_another_text_is_refused(tmp_path):

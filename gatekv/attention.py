@@ -38,6 +38,13 @@ class Memory:
     is_sliding = False
     dense = False
 
+    def expect(self, new: int) -> None:
+        """A self_attn that will ask for `attend` says so, before it hands `new` tokens through `update`.
+
+        Raises:
+            ValueError: the memory cannot go on.
+        """
+
     def get_max_length(self) -> int:
         """No bound, as transformers says it."""
         return -1

@@ -128,6 +128,7 @@ class GatedAttention:
         gate, spec = (self.gatekv_gate[name], self.specs[name]) if name else (None, LATER)
         call = AttentionCall(hidden, self.layer_idx, rotary, gate, spec, self.less(), memory)
         if memory is not None:
+            memory.expect(hidden.shape[1])
             return call
         assert context is not None
         for asked in (context, Plain(sequence=context.sequence)):
@@ -312,6 +313,11 @@ def _in_cache(module: nn.Module, config: "PretrainedConfig") -> bool:
 
 def base_model(model: nn.Module) -> PreTrainedModel:
     """The transformers model inside a PEFT model, or the model itself; ValueError when there is none."""
+    if not isinstance(model, nn.Module):
+        raise ValueError(
+            f"a model is wanted, not {model!r}: load it with transformers' AutoModelForCausalLM.from_pretrained, or an "
+            "adapter's with peft's AutoPeftModelForCausalLM."
+        )
     found = next((m for m in model.modules() if isinstance(m, PreTrainedModel)), None)
     if found is None:
         raise ValueError(f"{type(model).__name__} is no transformers model, and holds none.")

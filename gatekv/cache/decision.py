@@ -1,6 +1,8 @@
 """The end of a prompt or turn: scores become flags, per layer or over all layers at once."""
 
-from typing import cast
+import weakref
+from collections.abc import Iterator
+from typing import Any, cast
 
 import torch
 from transformers.utils import logging
@@ -76,8 +78,25 @@ def admit(plan: Plan, layers: int, length: int, before: int = 0, row: int = 0) -
 class Decision:
     """Called by each layer when its prompt has ended; acts at once, or when the last layer reports."""
 
-    def __init__(self, plan: Plan, layers: list[KVLayer]) -> None:
-        self.plan, self.layers = plan, layers
+    def __init__(self, layers: list[Any]) -> None:
+        """layers: all of the cache's, those with a sliding window too."""
+        # The cache holds its layers and they the plan, which holds this: without a cycle all goes with the cache.
+        self._layers = [weakref.ref(layer) for layer in layers if isinstance(layer, KVLayer)]
+        self._others = [(i, weakref.ref(layer)) for i, layer in enumerate(layers) if not isinstance(layer, KVLayer)]
+
+    @property
+    def layers(self) -> list[KVLayer]:
+        """The cache's, by depth."""
+        return [cast(KVLayer, layer()) for layer in self._layers]
+
+    def others(self) -> Iterator[tuple[int, Any]]:
+        """(place, layer) of the cache's layers that transformers bounds itself."""
+        return ((i, layer()) for i, layer in self._others)
+
+    @property
+    def plan(self) -> Plan:
+        """What they share."""
+        return self.layers[0].plan
 
     def __call__(self, layer: KVLayer) -> None:
         if self.plan.policy.rule.scope == "token":
@@ -96,14 +115,18 @@ class Decision:
         """Whether a prompt of `length` real tokens is too short for the budget."""
         return rooms(self.plan, len(self.layers), length)[1] is not None
 
+    def admit(self, lengths: torch.Tensor, before: torch.Tensor | None = None) -> list[tuple[list[int], bool]]:
+        """`admit` for every row, of so many real tokens [batch], behind `before` [batch]; BudgetError in a strict
+        cache."""
+        earlier = [0] * len(lengths) if before is None else before.tolist()
+        rows = enumerate(zip(lengths.tolist(), earlier))
+        return [admit(self.plan, len(self._layers), n, b, row) for row, (n, b) in rows]
+
     def _admit(self, layer: KVLayer, valid: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
         """(counts [all layers, batch], which rows hold what is not their budget [batch] bool), for what `layer` read
         since its base, valid [batch, n]."""
         lengths = valid.sum(-1)
-        before = (layer.real[:, 0] - lengths).tolist()
-        found = [
-            admit(self.plan, len(self.layers), n, b, row) for row, (n, b) in enumerate(zip(lengths.tolist(), before))
-        ]
+        found = self.admit(lengths, layer.real[:, 0] - lengths)
         counts = torch.tensor([counts for counts, _ in found], device=valid.device).T
         return counts, torch.tensor([not kept for _, kept in found], device=valid.device)
 

@@ -8,7 +8,7 @@ import torch
 from torch import nn
 
 from gatekv.cache.tail import Tail
-from gatekv.support import LATER
+from gatekv.support import LATER, shallow
 
 FOLD = 16  # tokens that leave the tail, and that a gate reads, together
 ROLLBACK = 256  # while recording, how many of the last tokens can be taken back
@@ -53,6 +53,12 @@ class Judge:
         self.pending: torch.Tensor | None = None
         self.recording = False
         self.history: list[Reading] = []
+
+    __copy__ = shallow
+
+    def __getstate__(self) -> dict:
+        """Without the gate, which is the model's; every call brings it."""
+        return vars(self) | {"gate": LATER}
 
     def postpone(self, hidden: torch.Tensor, grace: int) -> bool:
         """Whether new tokens [batch, n, width] can wait unread: a flag acts when its token leaves the window."""

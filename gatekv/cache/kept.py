@@ -20,7 +20,7 @@ from gatekv.ops.paged_attention import paged_mass
 from gatekv.policies.merging import Tokens
 from gatekv.policies.qaq import Bits
 from gatekv.policies.think import Channels
-from gatekv.support import LATER
+from gatekv.support import LATER, shallow
 
 Tensor = torch.Tensor
 STORAGE: dict[type, Any] = {Channels: Thin, Bits: Quantised}  # of old tokens, by the policy's width
@@ -52,6 +52,12 @@ class Kept:
         self.merge = merge
         self.backend = backends.choose(backend, block_size, like.device, like.dtype)
         self.paged_segment = backends.load(self.backend)
+
+    __copy__ = shallow
+
+    def __getstate__(self) -> dict:
+        """Without the maps, which are the model's; every call brings them."""
+        return vars(self) | {"maps": LATER}
 
     def apart(self) -> list[Thin | Quantised | Slots]:
         """The parts beside the pages, where there are any."""

@@ -7,7 +7,7 @@ import torch
 from torch import nn
 from transformers import Cache, DynamicCache
 
-from gatekv.cache import storage
+from gatekv.cache import guard, storage
 from gatekv.cache.decision import Decision
 from gatekv.cache.layer import KVLayer, Phase
 from gatekv.cache.plan import Plan
@@ -15,6 +15,7 @@ from gatekv.cache.settings import plan_of
 from gatekv.modules import attach, base_model, wrappers
 from gatekv.policies import Full, Policy, Scorer
 from gatekv.policies.scorer import ALL
+from gatekv.support import shallow
 
 
 def distinct_bytes(tensors: list[torch.Tensor]) -> int:
@@ -87,7 +88,7 @@ class KVCache(Cache):
         for w in wrappers(self.model):
             layers[w.layer_idx] = KVLayer(plan, w.layer_idx)
         super().__init__(layers=layers)
-        plan.decide = Decision(plan, self.evicting())
+        plan.decide = Decision(layers)
 
     @classmethod
     def undecided(cls, model: nn.Module, queries: int = ALL) -> "KVCache":
@@ -118,6 +119,7 @@ class KVCache(Cache):
         for i, layer in enumerate(self.layers):
             if not isinstance(layer, KVLayer):
                 cache.layers[i] = copy.copy(layer)
+        cache.plan.decide = Decision(cache.layers)
         for layer in cache.evicting():
             layer.end_prompt()
         for layer in cache.evicting():
@@ -143,10 +145,26 @@ class KVCache(Cache):
         twin = copy.copy(self)
         twin.plan = copy.copy(self.plan)
         twin.layers = [layer.twin() if isinstance(layer, KVLayer) else copy.copy(layer) for layer in self.layers]
-        twin.plan.decide = Decision(twin.plan, twin.evicting())
+        twin.plan.decide = Decision(twin.layers)
         for layer in twin.evicting():
             layer.plan = twin.plan
         return twin
+
+    __copy__ = shallow
+
+    def __deepcopy__(self, memo: dict) -> "KVCache":
+        """A snapshot: the model is shared, as by every cache of it."""
+        return self.snapshot()
+
+    def __getstate__(self) -> dict:
+        """What pickle takes: no model, gate or map. Give what is read back its model: `cache.model = model`."""
+        for layer in self.evicting():
+            guard.check_whole(layer)
+        return vars(self.snapshot()) | {"model": None}
+
+    def __setstate__(self, state: dict) -> None:
+        vars(self).update(state)
+        self.plan.decide = Decision(self.layers)
 
     def restore(self, snapshot: "KVCache") -> None:
         """Become again what `snapshot` holds; the snapshot stays usable."""
@@ -170,7 +188,13 @@ class KVCache(Cache):
         return [layer for layer in self.layers if isinstance(layer, KVLayer)]
 
     def flags(self) -> list[torch.Tensor]:
-        """What is still held: per evicting layer [batch, kv_heads, tokens seen] bool."""
+        """What is still held: per evicting layer [batch, kv_heads, tokens seen] bool.
+
+        Raises:
+            ValueError: nothing has been fed yet.
+        """
+        if not all(layer.is_initialized for layer in self.evicting()):
+            raise ValueError("this cache has seen no token yet, so it holds none: feed the prompt first.")
         return [layer.held() for layer in self.evicting()]
 
     def memory(self) -> dict[str, float]:

@@ -13,6 +13,7 @@ import torch
 from transformers.cache_utils import CacheLayerMixin
 
 from gatekv.attention import AttentionCall, Memory, live_mask, sink_tokens, valid_tokens
+from gatekv.cache import guard
 from gatekv.cache.buffer import Buffer
 from gatekv.cache.judge import FOLD, ROLLBACK, Judge
 from gatekv.cache.kept import Kept
@@ -70,6 +71,7 @@ class KVLayer(Memory, CacheLayerMixin):
         self.rotary: Rotary | None = None
         self.known: dict | None = None  # of an undecided prompt: scores that some policy asked for already
         self.is_initialized = False
+        self.calls, self.open, self.expected = 0, False, False  # see gatekv.cache.guard
 
     # -- what transformers asks of a cache layer
 
@@ -84,6 +86,8 @@ class KVLayer(Memory, CacheLayerMixin):
 
     def update(self, key_states: Tensor, value_states: Tensor, *args: Any, **kwargs: Any) -> tuple[Tensor, Tensor]:
         """Hands the new tokens through; `attend` stores them, because only there flags and mask are known."""
+        guard.check_owner(self)
+        self.expected = False
         if not self.is_initialized:
             self.lazy_initialization(attended(key_states), value_states)
         return key_states, value_states
@@ -94,6 +98,10 @@ class KVLayer(Memory, CacheLayerMixin):
 
     def get_mask_sizes(self, query_length: int) -> tuple[int, int]:
         return self.seen + query_length, 0
+
+    def expect(self, new: int) -> None:
+        guard.check_whole(self, new)
+        self.expected = True
 
     @property
     def dense(self) -> bool:  # type: ignore[override]
@@ -181,16 +189,20 @@ class KVLayer(Memory, CacheLayerMixin):
         """
         given, n = q.dtype, q.shape[2]
         q, k, v = (t.to(self.tail.keys.dtype) for t in (q, k, v))  # autocast may be on in one call, off in the next
-        self._check_calls(n)
+        guard.check_call(self, n, valid_tokens(mask, len(k), n, q.device))
         end = self.plan.prompt_tokens
         if self.phase is not Phase.PROMPT or not self.plan.waits or end is None or not self.seen < end < self.seen + n:
-            return self._attend(call, q, k, v, mask, scaling).to(given)
+            return self._done(self._attend(call, q, k, v, mask, scaling).to(given))
         outs, start = [], self.seen
         for a, c in ((0, end - start), (end - start, n)):  # what follows the prompt sees it compressed
             part = replace(call, hidden=call.hidden[:, a:c])
             seen_by = None if mask is None else mask[:, :, a:c, : start + c]
             outs.append(self._attend(part, q[:, :, a:c], k[:, :, a:c], v[:, :, a:c], seen_by, scaling))
-        return torch.cat(outs, 2).to(given)
+        return self._done(torch.cat(outs, 2).to(given))
+
+    def _done(self, out: Tensor) -> Tensor:
+        self.calls, self.open = self.calls + 1, False
+        return out
 
     def _attend(self, call: AttentionCall, q: Tensor, k: Tensor, v: Tensor, mask: Mask, scaling: float) -> Tensor:
         b, _, n, _ = q.shape
@@ -200,6 +212,7 @@ class KVLayer(Memory, CacheLayerMixin):
         if self.plan.streams and self.phase is Phase.LATER:
             return self._stream(call, q, k, v, valid, scaling)
         flags, logits = self._judge(call, k, valid)
+        self.open = True
         whole = self.phase is Phase.PROMPT and self.plan.dense
         leaves = self.plan.remembers and (self.phase is not Phase.LATER or self.plan.later_leave)
         psi, outs = self.kept.maps.psi(k) if leaves else None, []
@@ -228,7 +241,7 @@ class KVLayer(Memory, CacheLayerMixin):
                 f"assisted decoding takes tokens back, and {name} cannot bring back what they evicted: "
                 "use KVCache(…, decode='keep') with it."
             )
-        scorer, outs = self.plan.policy.scorer, []
+        self.open, scorer, outs = True, self.plan.policy.scorer, []
         index = self.real + valid.long().cumsum(-1) - 1
         entering = scorer.enter(k, index)
         if self.kept.slots is None:  # a prompt shorter than the sinks leaves the rest of them to come
@@ -249,30 +262,6 @@ class KVLayer(Memory, CacheLayerMixin):
         self.real = self.real + valid.sum(-1, keepdim=True)
         return torch.cat(outs, 2)
 
-    def _check_calls(self, n: int) -> None:
-        if not self.plan.waits:
-            return
-        end = self.plan.prompt_tokens
-        if self.judge.recording and self.phase is Phase.PROMPT and end is None:
-            raise ValueError(
-                "assisted decoding feeds its first draft together with the prompt, and this policy decides where the "
-                "prompt ends: pass KVCache(…, prompt_tokens=N), the prompt's length, or use a threshold gate."
-            )
-        crosses = self.phase is Phase.PROMPT and end is not None and self.seen < end < self.seen + n
-        if crosses and self.plan.policy.scope == "model":
-            raise ValueError(
-                f"this call runs past the prompt's end (prompt_tokens={end}), and heads that compete over all layers, "
-                "or layers that share by their variance, are decided between calls: feed the prompt in a call of its "
-                "own (assisted decoding never does: use uniform, ada or a threshold gate, and even layers, there)."
-            )
-        if self.first_call is None:
-            self.first_call = n
-        elif n > 1 and n == self.first_call == self.seen and self.plan.prompt_tokens is None and not self.plan.turns:
-            raise ValueError(
-                f"two calls of {n} tokens look like a prompt prefilled in chunks, and this policy decides at the "
-                "prompt's end, which a cache cannot see: pass KVCache(…, prompt_tokens=N), or use a threshold gate."
-            )
-
     def _judge(self, call: AttentionCall, k: Tensor, valid: Tensor) -> tuple[Tensor, Tensor | None]:
         """(flags that new tokens will have once they leave the window, logits to keep), both [B, K, n] or None."""
         flags = valid[:, None].expand(k.shape[:3])
@@ -286,7 +275,7 @@ class KVLayer(Memory, CacheLayerMixin):
                 "this gate reads the whole prompt before it judges any of it: feed the prompt in one call, without "
                 "prefill_chunk_size, or train a gate with context='causal'."
             )
-        scored = self.tail.scores is not None
+        self.open, scored = True, self.tail.scores is not None
         if later and self.judge.postpone(call.hidden, self.plan.grace):
             return flags, flags.float() if scored else None  # what it will say is written over them
         self.judge.gate = call.gate
@@ -416,6 +405,11 @@ class KVLayer(Memory, CacheLayerMixin):
         if self.plan.remembers:
             self._remember(maps)
             self.tail.psi = cast(LessMaps, maps).psi(self.tail.keys)
+
+    @property
+    def decided(self) -> bool:
+        """Whether the prompt has ended."""
+        return self.phase is not Phase.PROMPT
 
     def end_prompt(self) -> None:
         """The prompt or turn is whole: let the plan's rule decide what stays."""

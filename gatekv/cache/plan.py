@@ -10,7 +10,7 @@ from gatekv.policies import Gate, Policy
 from gatekv.policies.budgets import Decay, Threshold
 from gatekv.policies.less import Less
 from gatekv.policies.merging import MergeNear, MergeSimilar
-from gatekv.support import LATER
+from gatekv.support import LATER, shallow
 
 if TYPE_CHECKING:
     from gatekv.cache.decision import Decision
@@ -51,6 +51,12 @@ class Plan:
     kinds: torch.Tensor | None = None
     defer: bool = False
     decide: "Decision" = LATER
+
+    __copy__ = shallow
+
+    def __getstate__(self) -> dict:
+        """Without `decide`, which knows a cache's own layers."""
+        return vars(self) | {"decide": LATER}
 
     @property
     def learned(self) -> bool:

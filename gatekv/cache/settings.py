@@ -50,8 +50,8 @@ def plan_of(
     prefill = prefill or ("sparse" if streaming else "dense")
     decode = decode or policy.scorer.decode
     _check_modes(policy, learned, streaming, whole, prefill, decode, turns)
-    if block_size < 1:
-        raise ValueError(f"block_size is the number of tokens in a page, at least 1; got {block_size}.")
+    _check_counts(0, sinks=sinks, window=window)
+    _check_counts(1, prompt_tokens=prompt_tokens, block_size=block_size)
     if backend is not None:
         check_choice("backend", backend, BACKENDS)
     _check_gates(policy, learned, spec, turns)
@@ -84,6 +84,14 @@ def plan_of(
     if calibration is not None:
         plan.thresholds = calibration.thresholds(plan.sinks, plan.window)
     return plan
+
+
+def _check_counts(least: int, **counts: object) -> None:
+    """Numbers of tokens that were given."""
+    for name, count in counts.items():
+        if count is None or isinstance(count, int) and not isinstance(count, bool) and count >= least:
+            continue
+        raise ValueError(f"{name} is a number of tokens, a whole one of at least {least}; got {count!r}.")
 
 
 def _check_modes(

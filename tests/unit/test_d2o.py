@@ -118,12 +118,13 @@ class Head:
 def fed(policy, ratio):
     """One layer of a cache, and random queries, keys, values of it."""
     generator = torch.Generator().manual_seed(3)
-    layer = gatekv.KVCache(
-        tiny(num_attention_heads=2, num_key_value_heads=2), policy, ratio, decode="evict"
-    ).evicting()[0]
+    cache = gatekv.KVCache(tiny(num_attention_heads=2, num_key_value_heads=2), policy, ratio, decode="evict")
+    layer = cache.evicting()[0]
     q, k, v = (torch.randn(1, 2, PROMPT + STEPS, DIM, generator=generator, dtype=torch.float64) for _ in range(3))
     call = AttentionCall(hidden=torch.zeros(1, PROMPT, 1), layer_idx=0)
+    layer.expect(0)
     layer.update(k[:, :, :0], v[:, :, :0])
+    layer.cache = cache  # which lives as long as its layer is asked
     return layer, q, k, v, lambda a, c: layer.attend(call, q[:, :, a:c], k[:, :, a:c], v[:, :, a:c], None, DIM**-0.5)
 
 

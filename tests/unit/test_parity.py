@@ -38,6 +38,7 @@ def compressed(policy, ratio):
     cache = gatekv.KVCache(tiny(dtype=torch.float32, **shape), policy, ratio)
     for i, layer in enumerate(cache.evicting()):
         q, k = (torch.from_numpy(x) for x in peer.tensors(i))
+        layer.expect(0)
         layer.update(k[:, :, :0], k[:, :, :0])
         call = AttentionCall(hidden=torch.zeros(1, peer.TOKENS, 1), layer_idx=i)
         layer.attend(call, q, k, torch.zeros_like(k), None, peer.HEAD_DIM**-0.5)

@@ -86,6 +86,7 @@ def test_every_step_is_the_naive_loops(name, chunk):
     ]
     evict(heads)
     call = AttentionCall(hidden=torch.zeros(1, PROMPT, 1), layer_idx=0)
+    layer.expect(0)
     layer.update(k[:, :, :0], v[:, :, :0])
     layer.attend(call, q[:, :, :PROMPT], k[:, :, :PROMPT], v[:, :, :PROMPT], None, D**-0.5)
     assert [layer.held()[0, h].nonzero().flatten().tolist() for h in range(KV)] == [sorted(h.held) for h in heads]
@@ -114,6 +115,7 @@ def test_slot_positions_are_places_in_the_cache(ratio):
     everywhere = list(range(PROMPT + STEPS))
     cache = gatekv.KVCache(tiny(dtype=torch.float64), StreamingLLM(sinks=sinks, positions="slot"), ratio)
     layer, room = cache.evicting()[0], int(ratio * PROMPT)
+    layer.expect(0)
     layer.update(k[:, :, :0], v[:, :, :0])
     for a, c in ((0, PROMPT), (PROMPT, PROMPT + 1), (PROMPT + 1, PROMPT + STEPS)):
         rotary = (1.5 * angles[:, a:c].cos(), 1.5 * angles[:, a:c].sin())

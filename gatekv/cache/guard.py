@@ -1,0 +1,73 @@
+"""What a cache refuses before anything in it changes, and how it notices what would make it answer wrongly."""
+
+from typing import TYPE_CHECKING
+
+import torch
+
+if TYPE_CHECKING:
+    from gatekv.cache.layer import KVLayer
+
+
+def check_owner(layer: "KVLayer") -> None:
+    """ValueError when nothing will ask `layer` to answer for the tokens that it is given."""
+    if not layer.expected:
+        raise ValueError(
+            "this KVCache belongs to another model, or gatekv.detach was called since: the model at hand would answer "
+            "without it, and forget its context. Make the cache for the model that runs: gatekv.KVCache(model, …)."
+        )
+
+
+def check_whole(layer: "KVLayer", new: int = 0) -> None:
+    """ValueError when an earlier call ended in the middle, so that some layers have its tokens and others have not.
+
+    new: tokens of the call at hand, which layers with a sliding window before `layer` have taken in already.
+    """
+    decide = layer.plan.decide
+    if decide is None or layer is not (layers := decide.layers)[0]:
+        return
+    uneven = any(other.open or other.calls != layer.calls for other in layers)
+    for place, other in decide.others():
+        uneven |= other.get_seq_length() != layer.seen + (new if place < layer.layer_idx else 0)
+    if uneven:
+        raise ValueError(
+            "an earlier call with this cache was interrupted (by an error, or Ctrl-C), and some of its layers hold "
+            "tokens that others do not: call cache.reset() and feed the text anew, or go on from a "
+            "cache.snapshot() that was taken before."
+        )
+
+
+def check_call(layer: "KVLayer", new: int, valid: torch.Tensor) -> None:
+    """Refuse a call of `new` tokens, valid [batch, new], that this cache cannot take.
+
+    Raises:
+        ValueError: a prompt whose end cannot be seen or is passed. BudgetError: a strict cache, and a prompt whose
+            budget is below what the policy protects.
+    """
+    plan, prompt = layer.plan, not layer.decided
+    if not plan.waits:
+        return
+    end = plan.prompt_tokens
+    if layer.judge.recording and prompt and end is None:
+        raise ValueError(
+            "assisted decoding feeds its first draft together with the prompt, and this policy decides where the "
+            "prompt ends: pass KVCache(…, prompt_tokens=N), the prompt's length, or use a threshold gate."
+        )
+    crosses = prompt and end is not None and layer.seen < end < layer.seen + new
+    if crosses and plan.policy.scope == "model":
+        raise ValueError(
+            f"this call runs past the prompt's end (prompt_tokens={end}), and heads that compete over all layers, "
+            "or layers that share by their variance, are decided between calls: feed the prompt in a call of its "
+            "own (assisted decoding never does: use uniform, ada or a threshold gate, and even layers, there)."
+        )
+    if layer.first_call is None:
+        layer.first_call = new
+    elif new > 1 and new == layer.first_call == layer.seen and end is None and not plan.turns:
+        raise ValueError(
+            f"two calls of {new} tokens look like a prompt prefilled in chunks, and this policy decides at the "
+            "prompt's end, which a cache cannot see: pass KVCache(…, prompt_tokens=N), or use a threshold gate."
+        )
+    if prompt and plan.strict and not plan.defer and plan.decide is not None and layer is plan.decide.layers[0]:
+        ends = layer.seen + new if end is None else end
+        if layer.seen + new >= ends:
+            told = valid[:, : ends - layer.seen].sum(-1) + layer.real[:, 0]
+            plan.decide.admit(told)

@@ -1,0 +1,176 @@
+"""A cache as people use it: with the wrong model, after an error, copied, pickled, dropped, with arguments of all kinds."""
+
+import copy
+import gc
+import pickle
+import weakref
+
+import pytest
+import torch
+from conftest import gated, tiny
+from transformers import DynamicCache
+
+import gatekv
+from gatekv.policies.budgets import BudgetError
+
+IDS = torch.randint(1, 90, (2, 60), generator=torch.Generator().manual_seed(3))
+NEXT = torch.randint(1, 90, (2, 5), generator=torch.Generator().manual_seed(4))
+POLICIES = [
+    "full",
+    "snapkv",
+    "gate+global",
+    "gate",
+    "h2o",
+    "streaming_llm",
+    "snapkv+think",
+    "qaq",
+    "d2o",
+    "snapkv+global",
+]
+KINDS = ["llama", "ministral"]  # all layers are ours; every other has a sliding window
+
+
+def cache_of(model, policy, **options):
+    options = {"decode": "keep"} | options if policy in ("qaq",) else options
+    return gatekv.KVCache(model, policy, None if policy in ("full", "gate") else 0.5, **options)
+
+
+def model_of(kind="llama"):
+    return gated(kind, window=4, sinks=2)
+
+
+@torch.no_grad()
+def after(model, cache, ids=NEXT):
+    return model(ids, past_key_values=cache).logits
+
+
+@torch.no_grad()
+def fed(model, policy, **options):
+    cache = cache_of(model, policy, **options)
+    model(IDS, past_key_values=cache)
+    return cache
+
+
+@pytest.mark.parametrize("policy", POLICIES)
+@pytest.mark.parametrize("kind", KINDS)
+def test_a_deep_copy_is_a_snapshot(policy, kind):
+    model = model_of(kind)
+    cache = fed(model, policy)
+    twin = copy.deepcopy(cache)
+    assert twin.model is model
+    wanted = after(model, cache)
+    assert torch.equal(after(model, twin), wanted), "and what the first one read since did not reach it"
+
+
+@pytest.mark.parametrize("policy", POLICIES)
+def test_pickle_holds_no_model(policy):
+    model = model_of()
+    cache = fed(model, policy)
+    data = pickle.dumps(cache)
+    again = pickle.loads(data)
+    assert again.model is None and len(data) < 2 * sum(t.nbytes for w in cache.evicting() for t in w.tensors()) + 60_000
+    again.model = model
+    assert torch.equal(after(model, again), after(model, cache)) and again.memory()["bytes"] > 0
+
+
+@pytest.mark.parametrize("policy", [None, *POLICIES])
+def test_a_cache_goes_with_its_last_reference(policy):
+    model = model_of()
+    gc.collect()
+    gc.disable()
+    try:
+        cache = DynamicCache(config=model.config) if policy is None else cache_of(model, policy)
+        model.generate(IDS, past_key_values=cache, max_new_tokens=3, do_sample=False)
+        held = weakref.ref(cache.layers[0])
+        twin = None if policy is None else cache.snapshot()
+        del cache, twin
+        assert held() is None
+    finally:
+        gc.enable()
+
+
+@pytest.mark.parametrize("kind", KINDS)
+@pytest.mark.parametrize("policy", ["full", "snapkv", "gate"])
+def test_a_model_that_does_not_carry_the_cache_is_refused(policy, kind):
+    model, stranger = model_of(kind), tiny(kind)
+    with pytest.raises(ValueError, match="belongs to another model, or gatekv.detach"):
+        after(stranger, cache_of(model, policy), IDS)
+    cache = fed(model, policy)
+    kept, wanted = cache.snapshot(), after(model, cache.snapshot())
+    with pytest.raises(ValueError, match="belongs to another model"):
+        stranger.generate(IDS, past_key_values=cache, max_new_tokens=2)
+    if kind == "llama":
+        assert torch.equal(after(model, cache.snapshot()), wanted), "a refusal changes nothing"
+    else:  # a layer with a sliding window, before ours, had taken the tokens
+        with pytest.raises(ValueError, match="was interrupted"):
+            after(model, cache)
+        cache.restore(kept)
+        assert torch.equal(after(model, cache.snapshot()), wanted)
+    with pytest.raises(ValueError, match="gatekv.detach was called"):
+        after(gatekv.detach(model), cache)
+
+
+@pytest.mark.parametrize("where", ["between layers", "inside attention"])
+@pytest.mark.parametrize("policy", POLICIES)
+def test_a_call_that_ends_in_the_middle_is_noticed(policy, where, monkeypatch):
+    model = model_of()
+    cache, layers = fed(model, policy), gatekv.modules.base_model(model).model.layers
+    kept, wanted = cache.snapshot(), after(model, cache.snapshot())
+
+    def stop(*args, **kwargs):
+        raise KeyboardInterrupt
+
+    if where == "between layers":
+        hook = layers[1].register_forward_pre_hook(stop)
+        with pytest.raises(KeyboardInterrupt):
+            after(model, cache)
+        hook.remove()
+    else:
+        with monkeypatch.context() as patch, pytest.raises(KeyboardInterrupt):
+            patch.setattr(type(cache.evicting()[0].kept), "segments", stop)
+            patch.setattr(torch.nn.functional, "scaled_dot_product_attention", stop)
+            after(model, cache)
+    for use in (lambda: after(model, cache), lambda: pickle.dumps(cache)):
+        with pytest.raises(ValueError, match=r"was interrupted .* cache.reset\(\) .* cache.snapshot\(\)"):
+            use()
+    cache.restore(kept)
+    assert torch.equal(after(model, cache), wanted)
+    cache.reset()
+    with torch.no_grad():
+        model(IDS, past_key_values=cache)
+    assert torch.equal(after(model, cache), wanted)
+
+
+@pytest.mark.parametrize("policy", ["snapkv", "gate+global", "h2o", "keydiff+ada"])
+def test_a_refused_prompt_leaves_the_cache_as_it_was(policy):
+    """Too short for a strict budget: the same cache takes a longer one."""
+    model = model_of()
+    cache = cache_of(model, policy, strict=True, window=10)
+    for _ in range(2):
+        with pytest.raises(BudgetError, match="budget"):
+            after(model, cache, IDS[:, :12])
+        assert cache.get_seq_length() == 0
+    with torch.no_grad():
+        model(IDS, past_key_values=cache)
+    assert torch.equal(after(model, cache), after(model, fed(model, policy, strict=True, window=10)))
+
+
+@pytest.mark.parametrize(
+    "wrong",
+    [dict(window=-1), dict(window=2.5), dict(window=True), dict(sinks=-3), dict(sinks="4"), dict(prompt_tokens=0),
+     dict(prompt_tokens=-5), dict(prompt_tokens=8.0), dict(block_size=0), dict(block_size=16.0)],
+    ids=str,
+)  # fmt: skip
+def test_numbers_of_tokens_are_whole_numbers(wrong):
+    (name,) = wrong
+    with pytest.raises(ValueError, match=f"{name} is a number of tokens, a whole one of at least [01]; got"):
+        gatekv.KVCache(tiny(), "snapkv", 0.5, **wrong)
+
+
+def test_what_is_no_model_and_what_was_never_fed():
+    with pytest.raises(ValueError, match="a model is wanted, not 'gpt2': load it with"):
+        gatekv.KVCache("gpt2", "snapkv", 0.5)
+    cache = gatekv.KVCache(tiny(), "snapkv", 0.5)
+    with pytest.raises(ValueError, match="has seen no token yet"):
+        cache.flags()
+    assert cache.memory()["bytes"] == 0 and "seen=0" in repr(cache)

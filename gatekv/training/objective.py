@@ -211,7 +211,8 @@ class Objective(nn.Module):
     def forward(
         self, batch: Batch, target: float, warm: bool = False, seed: int | None = None
     ) -> dict[str, torch.Tensor]:
-        """batch: input_ids, attention_mask, weights [batch, tokens], split [batch], one value for all rows; target:
+        """batch: input_ids, attention_mask, weights [batch, tokens], split [batch], one value for all rows; input_ids
+        on the model's device, the rest best on the CPU (`gatekv.training.rows`), where to look at it is free; target:
         keep rate aimed at ("budget": held); seed: of the gumbel noise.
 
         warm: the oracle alone, without the student's pass (a third of the time); needs oracle_weight > 0.

@@ -110,7 +110,7 @@ def loading(dtype: torch.dtype) -> Iterator[None]:
 def _units(module: torch.nn.Module) -> list[str]:
     """Class names that FSDP2 gathers and frees as one: decoder layers, and in them what learns.
 
-    A gate's loss may leave its layer beside the layer's output ("listen"), so the gate needs a unit, and hooks on its
+    A gate's loss may leave its layer beside the layer's output (`Observe`), so the gate needs a unit, and hooks on its
     own output, for its weights to be there in the backward pass.
     """
     found = {type(parent).__name__ for parent, _ in attention_layers(module)}

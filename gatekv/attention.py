@@ -7,7 +7,7 @@ max(window, 1), or flag[j] = keep (sinks are flagged). Training applies it as a 
 import sys
 from collections.abc import Callable
 from dataclasses import dataclass
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING, Any, NamedTuple
 
 import torch
 from transformers import AttentionInterface, AttentionMaskInterface, Cache
@@ -62,6 +62,25 @@ class Memory:
         raise NotImplementedError
 
 
+class Inputs(NamedTuple):
+    """What attention computes with.
+
+    Attributes:
+        q: [batch, heads, queries, head_dim]. k, v: [batch, kv_heads, tokens, head_dim].
+        mask: [batch, 1, queries, tokens] bool, or None = causal. scaling: of the scores.
+    """
+
+    q: torch.Tensor
+    k: torch.Tensor
+    v: torch.Tensor
+    mask: torch.Tensor | None
+    scaling: float
+
+    def valid(self) -> torch.Tensor:
+        """[batch, queries] bool: which of the new tokens are real."""
+        return valid_tokens(self.mask, self.q.shape[0], self.q.shape[2], self.q.device)
+
+
 @dataclass(frozen=True, kw_only=True)
 class PassContext:
     """What a pass over whole sequences asks of every gated layer; its kinds are in `gatekv.passes`.
@@ -85,31 +104,12 @@ class PassContext:
         """
         return self.sequence.size > 1  # its heads and tokens have to change places
 
-    def attend(
-        self,
-        call: "AttentionCall",
-        module: "SelfAttention",
-        q: torch.Tensor,
-        k: torch.Tensor,
-        v: torch.Tensor,
-        mask: torch.Tensor | None,
-        scaling: float,
-    ) -> torch.Tensor:
-        """[B, H, Q, D]: the layer's output, where the context `replaces` it. q: [B, H, Q, D]; k, v: [B, K, T, D]."""
+    def attend(self, call: "AttentionCall", x: Inputs) -> torch.Tensor:
+        """[batch, heads, queries, head_dim]: the layer's output, where the context `replaces` it."""
         raise NotImplementedError
 
-    def observe(
-        self,
-        call: "AttentionCall",
-        module: "SelfAttention",
-        q: torch.Tensor,
-        k: torch.Tensor,
-        v: torch.Tensor,
-        mask: torch.Tensor | None,
-        scaling: float,
-        plain: torch.Tensor,
-    ) -> None:
-        """Record something beside the layer's own output, plain [B, Q, H, D], which stays as it is."""
+    def observe(self, call: "AttentionCall", module: "SelfAttention", x: Inputs, plain: torch.Tensor) -> None:
+        """Record something beside the layer's own output, plain [batch, queries, heads, head_dim], which stays."""
 
 
 @dataclass
@@ -235,12 +235,12 @@ def _forward(base: str) -> Callable[..., tuple[torch.Tensor, torch.Tensor | None
         q, k, v = map(attended, (q, k, v))
         with without_autocast(q.device):
             if not call.replaces:
-                call.context.observe(call, module, q, k, v, mask, scaling, out)
+                call.context.observe(call, module, Inputs(q, k, v, mask, scaling), out)
                 return sequence.out_of(out), weights
             if call.memory is not None:
                 out = call.memory.attend(call, q, k, v, mask, scaling)
             else:
-                out = call.context.attend(call, module, q, k, v, mask, scaling)
+                out = call.context.attend(call, Inputs(q, k, v, mask, scaling))
         return sequence.out_of(out.transpose(1, 2)).contiguous(), weights
 
     return attention

@@ -12,7 +12,7 @@ import torch
 from torch.utils.checkpoint import checkpoint
 from transformers import Cache
 
-from gatekv.attention import AttentionCall, PassContext, relaxed_flags, valid_tokens
+from gatekv.attention import AttentionCall, Inputs, PassContext, relaxed_flags
 from gatekv.gates.documents import Documents
 from gatekv.gates.relaxations import logit_of
 from gatekv.less.maps import Waiting
@@ -124,19 +124,9 @@ class Observe(_Judging):
         """Every layer with a gate."""
         return call.gate is not None
 
-    def observe(
-        self,
-        call: AttentionCall,
-        module: "SelfAttention",
-        q: torch.Tensor,
-        k: torch.Tensor,
-        v: torch.Tensor,
-        mask: torch.Tensor | None,
-        scaling: float,
-        plain: torch.Tensor,
-    ) -> None:
+    def observe(self, call: AttentionCall, module: "SelfAttention", x: Inputs, plain: torch.Tensor) -> None:
         """Record what the gate says, and what attention each token really receives."""
-        valid = valid_tokens(mask, q.shape[0], q.shape[2], q.device)
+        (q, k, v, mask, scaling), valid = x, x.valid()
         call.hidden = call.hidden.detach()
         with torch.enable_grad():
             said = GateOutput(*self.judge(call, valid))
@@ -188,18 +178,9 @@ class Relaxed(_Judging):
             )
         return call.gate is not None
 
-    def attend(
-        self,
-        call: AttentionCall,
-        module: "SelfAttention",
-        q: torch.Tensor,
-        k: torch.Tensor,
-        v: torch.Tensor,
-        mask: torch.Tensor | None,
-        scaling: float,
-    ) -> torch.Tensor:
+    def attend(self, call: AttentionCall, x: Inputs) -> torch.Tensor:
         """One pass over whole sequences with the gates as weights."""
-        valid = valid_tokens(mask, q.shape[0], q.shape[2], q.device)
+        (q, k, v, mask, scaling), valid = x, x.valid()
         said = GateOutput(*self.judge(call, valid))
         call.record(said)
         weight = self.weigh(call, said, self.form or call.spec.relaxation, self.threshold_of(call), valid.shape[1])
@@ -241,34 +222,14 @@ class Remainder(PassContext):
         """Every layer that keeps a part of the prompt."""
         return call.layer_idx in self.kept
 
-    def attend(
-        self,
-        call: AttentionCall,
-        module: "SelfAttention",
-        q: torch.Tensor,
-        k: torch.Tensor,
-        v: torch.Tensor,
-        mask: torch.Tensor | None,
-        scaling: float,
-    ) -> torch.Tensor:
+    def attend(self, call: AttentionCall, x: Inputs) -> torch.Tensor:
         """What is kept and the state, merged."""
-        return segments.merge(self.answers(call, q, k, v, mask, scaling))[0].to(q.dtype)
+        return segments.merge(self.answers(call, x))[0].to(x.q.dtype)
 
-    def answers(
-        self,
-        call: AttentionCall,
-        q: torch.Tensor,
-        k: torch.Tensor,
-        v: torch.Tensor,
-        mask: torch.Tensor | None,
-        scaling: float,
-    ) -> list[tuple[torch.Tensor, torch.Tensor]]:
-        """[what is kept, the remainder], each (output, log-sum-exp).
-
-        q: [B, H, Q, D] of the tokens behind the prompt; k, v: [B, K, prompt + Q, D]; mask: [B, 1, Q, prompt + Q] or
-        None = causal.
-        """
+    def answers(self, call: AttentionCall, x: Inputs) -> list[tuple[torch.Tensor, torch.Tensor]]:
+        """[what is kept, the remainder], each (output, log-sum-exp), for the queries behind the prompt."""
         assert call.less is not None
+        q, k, v, mask, scaling = x
         flags = self.kept[call.layer_idx]
         prompt, n = flags.shape[-1], k.shape[2]
         flags = torch.nn.functional.pad(flags, (0, n - prompt), value=True)
@@ -295,21 +256,11 @@ class RemainderError(Remainder):
         """It does not."""
         return False
 
-    def observe(
-        self,
-        call: AttentionCall,
-        module: "SelfAttention",
-        q: torch.Tensor,
-        k: torch.Tensor,
-        v: torch.Tensor,
-        mask: torch.Tensor | None,
-        scaling: float,
-        plain: torch.Tensor,
-    ) -> None:
+    def observe(self, call: AttentionCall, module: "SelfAttention", x: Inputs, plain: torch.Tensor) -> None:
         """Record the layer's own error; gradients reach the low-rank maps and nothing else."""
-        valid = valid_tokens(mask, q.shape[0], q.shape[2], q.device)
+        valid, alone = x.valid(), x._replace(q=x.q.detach(), k=x.k.detach(), v=x.v.detach())
         with torch.enable_grad():
-            kept, far = self.answers(call, q.detach(), k.detach(), v.detach(), mask, scaling)
+            kept, far = self.answers(call, alone)
             error = output_error(module, segments.merge([kept, far])[0].transpose(1, 2), plain, valid)
         call.record(LayerError(error, output_error(module, kept[0].transpose(1, 2), plain, valid)))
 

@@ -20,7 +20,7 @@ except ImportError as error:
         "gatekv.integrations.kvpress is for use with kvpress, which cannot be imported: pip install 'gatekv[interop]'."
     ) from error
 
-from gatekv.attention import AttentionCall, sink_tokens, valid_tokens
+from gatekv.attention import AttentionCall, Inputs, sink_tokens
 from gatekv.cache.kvcache import KVCache
 from gatekv.modules import attention_layers, base_model, wrappers
 from gatekv.passes import Observe
@@ -39,19 +39,9 @@ if TYPE_CHECKING:
 class Prefill(Observe):
     """One layer's prefill under a press: the plain answer, and, recorded beside it, the `View` that a scorer reads."""
 
-    def observe(
-        self,
-        call: AttentionCall,
-        module: "SelfAttention",
-        q: torch.Tensor,
-        k: torch.Tensor,
-        v: torch.Tensor,
-        mask: torch.Tensor | None,
-        scaling: float,
-        plain: torch.Tensor,
-    ) -> None:
+    def observe(self, call: AttentionCall, module: "SelfAttention", x: Inputs, plain: torch.Tensor) -> None:
         """Shapes as in `Observe.observe`."""
-        valid = valid_tokens(mask, q.shape[0], q.shape[2], q.device)
+        (q, k, v, _, scaling), valid = x, x.valid()
         if not valid.all():
             raise ValueError(
                 "kvpress prunes all rows of a batch alike, real tokens and pads: feed rows of one length, or use "

@@ -104,6 +104,15 @@ def sliding_layers(model: PreTrainedModel) -> list[bool]:
     return [layer.is_sliding for layer in cast("list[DynamicLayer]", layers)]
 
 
+def rotates_until(config: "PretrainedConfig") -> int | None:
+    """Positions behind which a model rotates all its keys otherwise (longrope), as its text config says, or None."""
+    rope = getattr(config, "rope_parameters", None) or {}
+    for part in (rope, *(p for p in rope.values() if isinstance(p, dict))):
+        if part.get("rope_type") == "longrope":
+            return part.get("original_max_position_embeddings") or config.original_max_position_embeddings
+    return None
+
+
 def kv_heads(config: "PretrainedConfig") -> int:
     """KV heads of a text config; models without grouped queries do not name them."""
     return getattr(config, "num_key_value_heads", None) or config.num_attention_heads

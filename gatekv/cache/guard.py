@@ -36,6 +36,17 @@ def check_whole(layer: "KVLayer", new: int = 0) -> None:
         )
 
 
+def check_positions(layer: "KVLayer", new: int) -> None:
+    """ValueError when the model begins to rotate keys otherwise, so that it could not use those that are cached."""
+    limit = layer.plan.rotates_until
+    if limit is not None and 0 < layer.seen <= limit < layer.seen + new:
+        raise ValueError(
+            f"this model (longrope) rotates keys otherwise beyond {limit} positions, and {layer.seen} are cached from "
+            "before: transformers would read the text again, which an evicting cache cannot. Keep the prompt and what "
+            f"follows within {limit} tokens, or feed a prompt that is longer, in one call."
+        )
+
+
 def check_call(layer: "KVLayer", new: int, valid: torch.Tensor) -> None:
     """Refuse a call of `new` tokens, valid [batch, new], that this cache cannot take.
 

@@ -15,7 +15,7 @@ from gatekv.cache.settings import plan_of
 from gatekv.modules import attach, base_model, wrappers
 from gatekv.policies import Full, Policy, Scorer
 from gatekv.policies.scorer import ALL
-from gatekv.support import shallow
+from gatekv.support import rotates_until, shallow
 
 
 def distinct_bytes(tensors: list[torch.Tensor]) -> int:
@@ -83,8 +83,11 @@ class KVCache(Cache):
 
     def _build(self, plan: Plan) -> None:
         """Our layers where the model has full attention; transformers' own where a sliding window bounds them."""
-        self.plan = plan
-        layers = DynamicCache(config=base_model(self.model).config.get_text_config(decoder=True)).layers
+        self.plan, config = plan, base_model(self.model).config.get_text_config(decoder=True)
+        plan.rotates_until = rotates_until(config)
+        # Up to here Phi-3's generate would put another cache in our place, whatever its rotation.
+        self._replaced_until = getattr(config, "original_max_position_embeddings", 0) or 0
+        layers = DynamicCache(config=config).layers
         for w in wrappers(self.model):
             layers[w.layer_idx] = KVLayer(plan, w.layer_idx)
         super().__init__(layers=layers)
@@ -149,6 +152,11 @@ class KVCache(Cache):
         for layer in twin.evicting():
             layer.plan = twin.plan
         return twin
+
+    def __bool__(self) -> bool:
+        """False where a model asks whether there is a cache in order to drop it: Phi-3's, while what was seen is within
+        `original_max_position_embeddings`. What it does so for, another rotation of keys, is refused in the call."""
+        return not self._replaced_until or self.get_seq_length() > self._replaced_until
 
     __copy__ = shallow
 

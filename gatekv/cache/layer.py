@@ -101,6 +101,7 @@ class KVLayer(Memory, CacheLayerMixin):
 
     def expect(self, new: int) -> None:
         guard.check_whole(self, new)
+        guard.check_positions(self, new)
         self.expected = True
 
     @property

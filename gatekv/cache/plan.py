@@ -32,6 +32,7 @@ class Plan:
         whole: the gate reads the whole prompt at once.
         kinds: [batch, prompt] integers for scorers that go by what a token is, or None.
         defer: keep what scorers need, decide when asked to.
+        rotates_until: positions behind which the model's keys are rotated otherwise (longrope), or None.
         decide: called by a layer whose prompt has ended.
     """
 
@@ -50,6 +51,7 @@ class Plan:
     thresholds: Thresholds = LATER
     kinds: torch.Tensor | None = None
     defer: bool = False
+    rotates_until: int | None = None
     decide: "Decision" = LATER
 
     __copy__ = shallow

@@ -174,3 +174,34 @@ def test_what_is_no_model_and_what_was_never_fed():
     with pytest.raises(ValueError, match="has seen no token yet"):
         cache.flags()
     assert cache.memory()["bytes"] == 0 and "seen=0" in repr(cache)
+
+
+def phi3(rope, limit=64):
+    """Phi-3 as it comes in 128k (longrope), and one whose rotation never changes."""
+    parameters = {"rope_type": rope, "rope_theta": 1e4}
+    if rope == "longrope":
+        more = dict(short_factor=[1.0] * 4, long_factor=[2.0] * 4, original_max_position_embeddings=limit, factor=8.0)
+        parameters |= more
+    return tiny("phi3", rope_parameters=parameters, original_max_position_embeddings=limit, sliding_window=None)
+
+
+@pytest.mark.parametrize("rope", ["longrope", "default"])
+@pytest.mark.parametrize("prompt", [48, 64, 80])
+def test_a_model_does_not_put_another_cache_in_our_place(prompt, rope):
+    """transformers drops the cache of Phi-3 where a text grows beyond a length, for a prompt beyond it at once."""
+    model, ids = phi3(rope), torch.randint(1, 90, (2, prompt), generator=torch.Generator().manual_seed(5))
+    options = dict(max_new_tokens=24, do_sample=False)
+    full, small = gatekv.KVCache(model, "full"), gatekv.KVCache(model, "streaming_llm", 0.5)
+    if rope == "longrope" and prompt <= 64:
+        for cache in (full, small):
+            with pytest.raises(ValueError, match=r"longrope\) rotates keys otherwise beyond 64 positions"):
+                model.generate(ids, past_key_values=cache, **options)
+        short = gatekv.KVCache(model, "full")
+        wanted = model.generate(ids[:, :40], **options)
+        assert torch.equal(model.generate(ids[:, :40], past_key_values=short, **options), wanted)
+        return
+    wanted = model.generate(ids, use_cache=False, **options)
+    assert torch.equal(model.generate(ids, past_key_values=full, **options), wanted)
+    model.generate(ids, past_key_values=small, **options)
+    assert full.get_seq_length() == small.get_seq_length() == prompt + 23
+    assert torch.stack(small.flags()).float().mean() < 0.6, "and it evicts to the end"

@@ -3,9 +3,12 @@
 from typing import TYPE_CHECKING
 
 import torch
+from transformers.utils import logging
 
 if TYPE_CHECKING:
     from gatekv.cache.layer import KVLayer
+
+logger = logging.get_logger(__name__)
 
 
 def check_owner(layer: "KVLayer") -> None:
@@ -69,6 +72,17 @@ def check_call(layer: "KVLayer", new: int, valid: torch.Tensor) -> None:
             f"this call runs past the prompt's end (prompt_tokens={end}), and heads that compete over all layers, "
             "or layers that share by their variance, are decided between calls: feed the prompt in a call of its "
             "own (assisted decoding never does: use uniform, ada or a threshold gate, and even layers, there)."
+        )
+    if prompt and end is not None and new == 1 < (layer.first_call or 1) and layer.seen + new < end:
+        logger.warning_once(
+            f"gatekv: prompt_tokens={end}, and a single token comes after {layer.seen}. If it is decoded, the prompt "
+            "was shorter, and nothing is compressed yet: pass its length as fed, pads included."
+        )
+    second = not prompt and layer.seen == layer.first_call and end is None
+    if second and 1 < new != layer.first_call and not (plan.turns or layer.judge.recording):
+        logger.warning_once(
+            "gatekv: a second call of several tokens is taken for a question, which stays whole. If the prompt came in "
+            "chunks (prefill_chunk_size), its first one alone was compressed: pass KVCache(…, prompt_tokens=N)."
         )
     if layer.first_call is None:
         layer.first_call = new

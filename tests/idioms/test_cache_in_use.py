@@ -1,5 +1,6 @@
 """A cache as people use it: with the wrong model, after an error, copied, pickled, dropped, with arguments of all kinds."""
 
+import contextlib
 import copy
 import gc
 import pickle
@@ -9,6 +10,7 @@ import pytest
 import torch
 from conftest import gated, tiny
 from transformers import DynamicCache
+from transformers.utils import logging
 
 import gatekv
 from gatekv.policies.budgets import BudgetError
@@ -205,3 +207,30 @@ def test_a_model_does_not_put_another_cache_in_our_place(prompt, rope):
     model.generate(ids, past_key_values=small, **options)
     assert full.get_seq_length() == small.get_seq_length() == prompt + 23
     assert torch.stack(small.flags()).float().mean() < 0.6, "and it evicts to the end"
+
+
+@pytest.mark.parametrize("policy", ["snapkv", "h2o", "gate+global"])
+def test_where_the_prompt_ends_is_said_where_it_is_guessed(policy, caplog):
+    """A second call of several tokens is a question; a prompt that is told to be longer than it is has not ended."""
+    logger = logging.get_logger("gatekv.cache.guard")
+    logger.warning_once.cache_clear() if hasattr(logger.warning_once, "cache_clear") else None
+    model = model_of()
+    with caplog.at_level("WARNING"), _heard(logger, caplog):
+        after(model, fed(model, policy), NEXT)
+        assert "is taken for a question" in caplog.text
+        caplog.clear()
+        told = fed(model, policy, prompt_tokens=IDS.shape[1])
+        after(model, told, NEXT)
+        assert not caplog.text, "who says where it ends hears nothing"
+        longer = fed(model, policy, prompt_tokens=IDS.shape[1] + 8)
+        after(model, longer, NEXT[:, :1])
+        assert "a single token comes after 60" in caplog.text
+
+
+@contextlib.contextmanager
+def _heard(logger, caplog):
+    logger.addHandler(caplog.handler)
+    try:
+        yield
+    finally:
+        logger.removeHandler(caplog.handler)

@@ -5,6 +5,8 @@ from typing import TYPE_CHECKING
 import torch
 from transformers.utils import logging
 
+from gatekv.attention import valid_tokens
+
 if TYPE_CHECKING:
     from gatekv.cache.layer import KVLayer
 
@@ -50,8 +52,8 @@ def check_positions(layer: "KVLayer", new: int) -> None:
         )
 
 
-def check_call(layer: "KVLayer", new: int, valid: torch.Tensor) -> None:
-    """Refuse a call of `new` tokens, valid [batch, new], that this cache cannot take.
+def check_call(layer: "KVLayer", new: int, mask: torch.Tensor | None) -> None:
+    """Refuse a call of `new` tokens that this cache cannot take; mask: [batch, 1, new, seen + new] bool, or None.
 
     Raises:
         ValueError: a prompt whose end cannot be seen or is passed. BudgetError: a strict cache, and a prompt whose
@@ -94,5 +96,5 @@ def check_call(layer: "KVLayer", new: int, valid: torch.Tensor) -> None:
     if prompt and plan.strict and not plan.defer and plan.decide is not None and layer is plan.decide.layers[0]:
         ends = layer.seen + new if end is None else end
         if layer.seen + new >= ends:
-            told = valid[:, : ends - layer.seen].sum(-1) + layer.real[:, 0]
-            plan.decide.admit(told)
+            valid = valid_tokens(mask, len(layer.real), new, layer.real.device)[:, : ends - layer.seen]
+            plan.decide.admit(valid.sum(-1) + layer.real[:, 0])

@@ -190,7 +190,7 @@ class KVLayer(Memory, CacheLayerMixin):
         """
         given, n = q.dtype, q.shape[2]
         q, k, v = (t.to(self.tail.keys.dtype) for t in (q, k, v))  # autocast may be on in one call, off in the next
-        guard.check_call(self, n, valid_tokens(mask, len(k), n, q.device))
+        guard.check_call(self, n, mask)
         end = self.plan.prompt_tokens
         if self.phase is not Phase.PROMPT or not self.plan.waits or end is None or not self.seen < end < self.seen + n:
             return self._done(self._attend(call, q, k, v, mask, scaling).to(given))

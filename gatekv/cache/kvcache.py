@@ -7,7 +7,7 @@ import torch
 from torch import nn
 from transformers import Cache, DynamicCache
 
-from gatekv.cache import guard, storage
+from gatekv.cache import refusals, storage
 from gatekv.cache.decision import Decision
 from gatekv.cache.layer import KVLayer, Phase
 from gatekv.cache.plan import Plan
@@ -167,7 +167,7 @@ class KVCache(Cache):
     def __getstate__(self) -> dict:
         """What pickle takes: no model, gate or map. Give what is read back its model: `cache.model = model`."""
         for layer in self.evicting():
-            guard.check_whole(layer)
+            refusals.check_whole(layer)
         return vars(self.snapshot()) | {"model": None}
 
     def __setstate__(self, state: dict) -> None:

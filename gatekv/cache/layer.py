@@ -13,7 +13,7 @@ import torch
 from transformers.cache_utils import CacheLayerMixin
 
 from gatekv.attention import AttentionCall, Memory, live_mask, sink_tokens, valid_tokens
-from gatekv.cache import guard
+from gatekv.cache import refusals
 from gatekv.cache.buffer import Buffer
 from gatekv.cache.judge import FOLD, ROLLBACK, Judge
 from gatekv.cache.kept import Kept
@@ -71,7 +71,7 @@ class KVLayer(Memory, CacheLayerMixin):
         self.rotary: Rotary | None = None
         self.known: dict | None = None  # of an undecided prompt: scores that some policy asked for already
         self.is_initialized = False
-        self.calls, self.open, self.expected = 0, False, False  # see gatekv.cache.guard
+        self.calls, self.open, self.expected = 0, False, False  # see gatekv.cache.refusals
 
     # -- what transformers asks of a cache layer
 
@@ -86,7 +86,7 @@ class KVLayer(Memory, CacheLayerMixin):
 
     def update(self, key_states: Tensor, value_states: Tensor, *args: Any, **kwargs: Any) -> tuple[Tensor, Tensor]:
         """Hands the new tokens through; `attend` stores them, because only there flags and mask are known."""
-        guard.check_owner(self)
+        refusals.check_owner(self)
         self.expected = False
         if not self.is_initialized:
             self.lazy_initialization(attended(key_states), value_states)
@@ -100,8 +100,8 @@ class KVLayer(Memory, CacheLayerMixin):
         return self.seen + query_length, 0
 
     def expect(self, new: int) -> None:
-        guard.check_whole(self, new)
-        guard.check_positions(self, new)
+        refusals.check_whole(self, new)
+        refusals.check_positions(self, new)
         self.expected = True
 
     @property
@@ -190,7 +190,7 @@ class KVLayer(Memory, CacheLayerMixin):
         """
         given, n = q.dtype, q.shape[2]
         q, k, v = (t.to(self.tail.keys.dtype) for t in (q, k, v))  # autocast may be on in one call, off in the next
-        guard.check_call(self, n, mask)
+        refusals.check_call(self, n, mask)
         end = self.plan.prompt_tokens
         if self.phase is not Phase.PROMPT or not self.plan.waits or end is None or not self.seen < end < self.seen + n:
             return self._done(self._attend(call, q, k, v, mask, scaling).to(given))

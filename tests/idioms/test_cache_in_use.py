@@ -212,7 +212,7 @@ def test_a_model_does_not_put_another_cache_in_our_place(prompt, rope):
 @pytest.mark.parametrize("policy", ["snapkv", "h2o", "gate+global"])
 def test_where_the_prompt_ends_is_said_where_it_is_guessed(policy, caplog):
     """A second call of several tokens is a question; a prompt that is told to be longer than it is has not ended."""
-    logger = logging.get_logger("gatekv.cache.guard")
+    logger = logging.get_logger("gatekv.cache.refusals")
     logger.warning_once.cache_clear() if hasattr(logger.warning_once, "cache_clear") else None
     model = model_of()
     with caplog.at_level("WARNING"), _heard(logger, caplog):

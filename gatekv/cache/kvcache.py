@@ -166,8 +166,7 @@ class KVCache(Cache):
 
     def __getstate__(self) -> dict:
         """What pickle takes: no model, gate or map. Give what is read back its model: `cache.model = model`."""
-        for layer in self.evicting():
-            refusals.check_whole(layer)
+        refusals.check_whole(self.evicting()[0])
         return vars(self.snapshot()) | {"model": None}
 
     def __setstate__(self, state: dict) -> None:

@@ -86,6 +86,11 @@ def check_call(layer: "KVLayer", new: int, mask: torch.Tensor | None) -> None:
             "gatekv: a second call of several tokens is taken for a question, which stays whole. If the prompt came in "
             "chunks (prefill_chunk_size), its first one alone was compressed: pass KVCache(…, prompt_tokens=N)."
         )
+    if prompt and plan.strict and not plan.defer and plan.decide is not None and layer is plan.decide.layers[0]:
+        ends = layer.seen + new if end is None else end
+        if layer.seen + new >= ends:
+            valid = valid_tokens(mask, len(layer.real), new, layer.real.device)[:, : ends - layer.seen]
+            plan.decide.admit(valid.sum(-1) + layer.real[:, 0])
     if layer.first_call is None:
         layer.first_call = new
     elif new > 1 and new == layer.first_call == layer.seen and end is None and not plan.turns:
@@ -93,8 +98,3 @@ def check_call(layer: "KVLayer", new: int, mask: torch.Tensor | None) -> None:
             f"two calls of {new} tokens look like a prompt prefilled in chunks, and this policy decides at the "
             "prompt's end, which a cache cannot see: pass KVCache(…, prompt_tokens=N), or use a threshold gate."
         )
-    if prompt and plan.strict and not plan.defer and plan.decide is not None and layer is plan.decide.layers[0]:
-        ends = layer.seen + new if end is None else end
-        if layer.seen + new >= ends:
-            valid = valid_tokens(mask, len(layer.real), new, layer.real.device)[:, : ends - layer.seen]
-            plan.decide.admit(valid.sum(-1) + layer.real[:, 0])

@@ -6,7 +6,7 @@ max(window, 1), or flag[j] = keep (sinks are flagged). Training applies it as a 
 
 import sys
 from collections.abc import Callable
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import TYPE_CHECKING, Any, NamedTuple
 
 import torch
@@ -141,6 +141,10 @@ class AttentionCall:
         """From here on `hidden` is what the gate reads: the layer's input, or the new keys k [B, K, Q, D]."""
         if self.gate is not None and self.gate.reads == "keys":
             self.hidden = key_features(k, self.rotary)
+
+    def part(self, start: int, end: int) -> "AttentionCall":
+        """The call of new tokens number start to end - 1 alone."""
+        return replace(self, hidden=self.hidden[:, start:end])
 
     @property
     def replaces(self) -> bool:

@@ -8,7 +8,7 @@ import sys
 import time
 from pathlib import Path
 
-CYCLE = 16  # decoding steps after which everything that a cache does has happened once (gatekv.cache.judge.FOLD)
+CYCLE = 16  # decoding steps after which everything that a cache does has happened once (gatekv.cache.gate_stream.FOLD)
 
 
 def clock(device: str) -> float:
@@ -125,10 +125,10 @@ def undecided_from(model, full):
         b, kv, n, _ = theirs.keys.shape
         mine.lazy_initialization(theirs.keys, theirs.values)
         valid = torch.ones(b, n, dtype=torch.bool, device=theirs.keys.device)
-        mine.tail.append(theirs.keys, theirs.values, valid[:, None].expand(b, kv, n), valid)
+        mine.window.append(theirs.keys, theirs.values, valid[:, None].expand(b, kv, n), valid)
         mine.seen, mine.real = n, torch.full_like(mine.real, n)
         width = 2 * kv * theirs.keys.shape[-1] if gate and gate.reads == "keys" else model.config.hidden_size
-        mine.hidden = torch.randn(b, n, width, dtype=model.dtype, device=model.device)
+        mine.evidence.hidden = torch.randn(b, n, width, dtype=model.dtype, device=model.device)
     return cache
 
 

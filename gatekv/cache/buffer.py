@@ -1,22 +1,53 @@
 """A buffer of fixed size per head, for policies that go on evicting while decoding."""
 
-from dataclasses import dataclass, replace
+from collections.abc import Callable
+from typing import TYPE_CHECKING
 
 import torch
 
-from gatekv.cache.pages import Pages
+from gatekv.cache.segments.pages import Pages
+from gatekv.cache.segments.segment import Shape
+from gatekv.cache.store import CompressedStore
+from gatekv.parts import Part
+from gatekv.support import LATER
+
+if TYPE_CHECKING:
+    from gatekv.cache.config import CacheConfig
+    from gatekv.cache.decision import Selection
 
 
-@dataclass
-class Buffer:
+class Buffer(Part):
     """How much the heads may hold from the prompt's end on.
 
     Attributes:
         room: [batch, kv_heads] tokens. recent: [batch] last tokens that stay whatever their score.
     """
 
-    room: torch.Tensor
-    recent: torch.Tensor
+    saved = ("room", "recent")
+
+    def __init__(self, room: torch.Tensor, recent: torch.Tensor) -> None:
+        self.room, self.recent = room, recent
+
+    @classmethod
+    def of(cls, config: "CacheConfig", selection: "Selection | None", guarded: bool) -> "Buffer":
+        """Of the size that the selection leaves, less what waits in the window; an empty one, to be loaded, without.
+
+        guarded: the selection's last tokens stay last ones' right.
+        """
+        if selection is None:
+            return cls(LATER, LATER)
+        room = selection.keep.sum(-1).clamp_min(config.sinks + config.window)  # a short prompt fills it later
+        recent = selection.recent if guarded else 0 * selection.recent
+        return cls(room - max(config.eviction_delay - 1, 0), recent)
+
+    def trim(self, store: CompressedStore, worth: Callable[[Pages], torch.Tensor], seen: int) -> None:
+        """Drop the least worthy tokens of each head until it holds no more than there is room for.
+
+        worth: (pages) -> [P, block_size]; seen: slots so far.
+        """
+        stores = store.stores()
+        for pages, gone in zip(stores, self.excess(stores, [worth(pages) for pages in stores], seen)):
+            store.evict(pages, gone)
 
     def excess(self, stores: list[Pages], worths: list[torch.Tensor], seen: int) -> list[torch.Tensor]:
         """[P, block_size] bool of each store: the tokens of lowest worth that must go until every head fits.
@@ -40,14 +71,7 @@ class Buffer:
         gone = (rank < excess[:, None]).split([part.shape[-1] for part in parts], -1)
         return [store.rolled(part) for store, part in zip(stores, gone)]
 
-    def select(self, index: torch.Tensor) -> None:
-        """Keep, reorder or repeat sequences: index [new_batch]."""
-        self.room, self.recent = self.room.index_select(0, index), self.recent.index_select(0, index)
-
-    def twin(self) -> "Buffer":
-        """An independent copy; tensors are never written in place."""
-        return replace(self)
-
-    def tensors(self) -> list[torch.Tensor]:
-        """Every tensor held."""
-        return [self.room, self.recent]
+    @staticmethod
+    def forecast_bytes(shape: Shape) -> int:
+        """Bytes of one layer's."""
+        return 8 * (shape.rows + shape.batch)

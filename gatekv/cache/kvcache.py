@@ -1,6 +1,6 @@
 """`KVCache`: a transformers cache from which tokens really leave."""
 
-import copy
+from dataclasses import replace
 from typing import Any, cast
 
 import torch
@@ -8,14 +8,16 @@ from torch import nn
 from transformers import Cache, DynamicCache
 
 from gatekv.cache import refusals, storage
-from gatekv.cache.decision import Decision
-from gatekv.cache.layer import KVLayer, Phase
-from gatekv.cache.plan import Plan
-from gatekv.cache.settings import plan_of
+from gatekv.cache.config import CacheConfig
+from gatekv.cache.layer import KVLayer
+from gatekv.cache.ranking import adopt
+from gatekv.cache.segments.foreign import Foreign
+from gatekv.cache.settings import config_of
+from gatekv.cache.siblings import Siblings
 from gatekv.modules import attach, base_model, wrappers
 from gatekv.policies import Full, Policy, Scorer
 from gatekv.policies.scorer import ALL
-from gatekv.support import rotates_until, shallow
+from gatekv.support import shallow
 
 
 def distinct_bytes(tensors: list[torch.Tensor]) -> int:
@@ -74,24 +76,31 @@ class KVCache(Cache):
         attach(model)
         self.model = model
         self._build(
-            plan_of(
+            config_of(
                 model, policy, budget, prefill=prefill, decode=decode, sinks=sinks, window=window,
                 prompt_tokens=prompt_tokens, turns=turns, block_size=block_size, backend=backend,
                 kinds=kinds, strict=strict,
             )
         )  # fmt: skip
 
-    def _build(self, plan: Plan) -> None:
+    def _build(self, settings: CacheConfig) -> None:
         """Our layers where the model has full attention; transformers' own where a sliding window bounds them."""
-        self.plan, config = plan, base_model(self.model).config.get_text_config(decoder=True)
-        plan.rotates_until = rotates_until(config)
+        self.config, config = settings, base_model(self.model).config.get_text_config(decoder=True)
         # Up to here Phi-3's generate would put another cache in our place, whatever its rotation.
         self._replaced_until = getattr(config, "original_max_position_embeddings", 0) or 0
         layers = DynamicCache(config=config).layers
         for w in wrappers(self.model):
-            layers[w.layer_idx] = KVLayer(plan, w.layer_idx)
+            layers[w.layer_idx] = KVLayer(settings, w.layer_idx)
         super().__init__(layers=layers)
-        plan.decide = Decision(layers)
+        self._introduce()
+
+    def _introduce(self) -> None:
+        """Make the layers known to each other."""
+        siblings = Siblings(
+            self.evicting(), [(i, layer) for i, layer in enumerate(self.layers) if not isinstance(layer, KVLayer)]
+        )
+        for layer in self.evicting():
+            layer.siblings = siblings
 
     @classmethod
     def undecided(cls, model: nn.Module, queries: int = ALL) -> "KVCache":
@@ -100,7 +109,7 @@ class KVCache(Cache):
         queries: how many of the last queries to remember for scorers that look at them.
         """
         cache = cls(model, Full(queries=queries))
-        cache.plan.defer = True
+        cache._build(replace(cache.config, defer=True))
         return cache
 
     def decide(
@@ -110,23 +119,23 @@ class KVCache(Cache):
 
         Scores are computed once for all budgets and rules under which they are asked for.
         """
-        if not self.plan.defer:
+        if not self.config.defer:
             raise ValueError("decide() needs a cache made by KVCache.undecided(model), after its prompt was read.")
         cache = KVCache(self.model, policy, budget, prefill="dense", **kwargs)
-        wanted = cache.plan.queries
-        if min(wanted, self.get_seq_length()) > self.plan.policy.scorer.queries:
+        wanted = cache.config.queries
+        if min(wanted, self.get_seq_length()) > self.config.policy.scorer.queries:
             raise ValueError(f"this policy looks at {wanted} queries: use KVCache.undecided(model, queries={wanted}).")
         parts = {w.layer_idx: (w.gate(), w.less()) for w in wrappers(self.model)}
         for mine, theirs in zip(cache.evicting(), self.evicting()):
-            mine.adopt(theirs, *parts[mine.layer_idx])
+            adopt(mine, theirs, *parts[mine.layer_idx])
         for i, layer in enumerate(self.layers):
             if not isinstance(layer, KVLayer):
-                cache.layers[i] = copy.copy(layer)
-        cache.plan.decide = Decision(cache.layers)
+                cache.layers[i] = Foreign(layer).fork().layer
+        cache._introduce()
         for layer in cache.evicting():
-            layer.end_prompt()
+            layer.evictor.on_prompt_end(layer)
         for layer in cache.evicting():
-            layer.known = None  # what it sees from here on is its own
+            layer.evidence.known = None  # what it sees from here on is its own
         return cache
 
     def compress(self) -> None:
@@ -135,22 +144,21 @@ class KVCache(Cache):
         Earlier decisions stand. Raises ValueError without `turns=True`; a turn too short for its budget is as such a
         prompt: it stays whole, or raises BudgetError in a strict cache.
         """
-        if not self.plan.turns:
+        if not self.config.turns:
             raise ValueError("compress() needs KVCache(…, turns=True), which keeps what a later decision looks at.")
         for layer in self.evicting():
-            if layer.phase is not Phase.TURN or layer.seen == layer.base:
+            if not (layer.decided and layer.stage.whole) or layer.seen == layer.base:
                 raise ValueError("nothing has been fed since the last decision: feed the turn first, then compress().")
         for layer in self.evicting():
-            layer.end_prompt()
+            layer.evictor.on_prompt_end(layer)
 
     def snapshot(self) -> "KVCache":
         """An independent copy that shares storage until either side changes: several questions over one context."""
-        twin = copy.copy(self)
-        twin.plan = copy.copy(self.plan)
-        twin.layers = [layer.twin() if isinstance(layer, KVLayer) else copy.copy(layer) for layer in self.layers]
-        twin.plan.decide = Decision(twin.layers)
-        for layer in twin.evicting():
-            layer.plan = twin.plan
+        twin = shallow(self)
+        twin.layers = [
+            layer.fork() if isinstance(layer, KVLayer) else Foreign(layer).fork().layer for layer in self.layers
+        ]
+        twin._introduce()
         return twin
 
     def __bool__(self) -> bool:
@@ -171,7 +179,7 @@ class KVCache(Cache):
 
     def __setstate__(self, state: dict) -> None:
         vars(self).update(state)
-        self.plan.decide = Decision(self.layers)
+        self._introduce()
 
     def restore(self, snapshot: "KVCache") -> None:
         """Become again what `snapshot` holds; the snapshot stays usable."""
@@ -202,32 +210,34 @@ class KVCache(Cache):
         """
         if not all(layer.is_initialized for layer in self.evicting()):
             raise ValueError("this cache has seen no token yet, so it holds none: feed the prompt first.")
-        return [layer.held() for layer in self.evicting()]
+        return [layer.stage.held(layer) for layer in self.evicting()]
 
     def memory(self) -> dict[str, float]:
         """Bytes of every storage held ("bytes"), of a full cache of the same real tokens ("full_bytes"), their "ratio";
         "whole_rows": rows whose prompt, or last turn, was too short for the budget and is held whole (see strict)."""
         held, full = 0, 0
         for layer in cast("list[Any]", self.layers):
-            if isinstance(layer, KVLayer) and layer.is_initialized:
-                held += distinct_bytes(layer.tensors())
-                keys = layer.tail.keys
-                full += int(layer.real.sum()) * keys.shape[1] * 2 * keys.shape[3] * keys.element_size()
-            elif layer.is_initialized:
-                held += (own := distinct_bytes([layer.keys, layer.values]))
-                full += own
+            if not layer.is_initialized:
+                continue
+            held += (own := distinct_bytes((layer if isinstance(layer, KVLayer) else Foreign(layer)).tensors()))
+            if isinstance(layer, KVLayer):
+                keys = layer.window.keys
+                own = int(layer.real.sum()) * keys.shape[1] * 2 * keys.shape[3] * keys.element_size()
+            full += own
         unmet = next((layer.unmet for layer in self.evicting()), None)
         whole = 0 if unmet is None else int(unmet.sum())
         return {"bytes": held, "full_bytes": full, "ratio": held / full if full else 0.0, "whole_rows": whole}
 
     def __repr__(self) -> str:
-        p = self.plan
+        p = self.config
         size = self.memory()
         short = f", {size['whole_rows']} rows too short for the budget held whole" if size["whole_rows"] else ""
-        backend = next((layer.kept.backend for layer in self.evicting() if layer.is_initialized), p.backend or "auto")
+        backend = next(
+            (layer.store.pages.backend for layer in self.evicting() if layer.is_initialized), p.backend or "auto"
+        )
         return (
             f"KVCache({p.policy}, budget={p.policy.budget}, "
-            f"prefill={'dense' if p.dense else 'sparse'}, sinks={p.sinks}, window={p.window}, "
+            f"prefill={'dense' if p.dense_prefill else 'sparse'}, sinks={p.sinks}, window={p.window}, "
             f"block_size={p.block_size}, backend={backend}, "
             f"seen={self.get_seq_length()}, bytes={size['bytes']}, ratio={size['ratio']:.3f}{short})"
         )

@@ -6,6 +6,7 @@ import torch
 from transformers.utils import logging
 
 from gatekv.attention import valid_tokens
+from gatekv.cache.decision import admit_rows
 
 if TYPE_CHECKING:
     from gatekv.cache.layer import KVLayer
@@ -27,11 +28,10 @@ def check_whole(layer: "KVLayer", new: int = 0) -> None:
 
     new: tokens of the call at hand, which layers with a sliding window before `layer` have taken in already.
     """
-    decide = layer.plan.decide
-    if decide is None or layer is not (layers := decide.layers)[0]:
+    if layer is not (layers := layer.siblings.layers)[0]:
         return
     uneven = any(other.open or other.calls != layer.calls for other in layers)
-    for place, other in decide.others():
+    for place, other in layer.siblings.others:
         uneven |= other.get_seq_length() != layer.seen + (new if place < layer.layer_idx else 0)
     if uneven:
         raise ValueError(
@@ -43,7 +43,7 @@ def check_whole(layer: "KVLayer", new: int = 0) -> None:
 
 def check_positions(layer: "KVLayer", new: int) -> None:
     """ValueError when the model begins to rotate keys otherwise, so that it could not use those that are cached."""
-    limit = layer.plan.rotates_until
+    limit = layer.config.rotates_until
     if limit is not None and 0 < layer.seen <= limit < layer.seen + new:
         raise ValueError(
             f"this model (longrope) rotates keys otherwise beyond {limit} positions, and {layer.seen} are cached from "
@@ -59,41 +59,41 @@ def check_call(layer: "KVLayer", new: int, mask: torch.Tensor | None) -> None:
         ValueError: a prompt whose end cannot be seen or is passed. BudgetError: a strict cache, and a prompt whose
             budget is below what the policy protects.
     """
-    plan, prompt = layer.plan, not layer.decided
-    if not plan.waits:
+    config, prompt = layer.config, not layer.decided
+    if not config.waits:
         return
-    end = plan.prompt_tokens
-    if layer.judge.recording and prompt and end is None:
+    end = config.prompt_tokens
+    if layer.recording and prompt and end is None:
         raise ValueError(
             "assisted decoding feeds its first draft together with the prompt, and this policy decides where the "
             "prompt ends: pass KVCache(…, prompt_tokens=N), the prompt's length, or use a threshold gate."
         )
     crosses = prompt and end is not None and layer.seen < end < layer.seen + new
-    if crosses and plan.policy.scope == "model":
+    if crosses and config.needs.scope == "model":
         raise ValueError(
             f"this call runs past the prompt's end (prompt_tokens={end}), and heads that compete over all layers, "
             "or layers that share by their variance, are decided between calls: feed the prompt in a call of its "
             "own (assisted decoding never does: use uniform, ada or a threshold gate, and even layers, there)."
         )
-    if prompt and end is not None and new == 1 < (layer.first_call or 1) and layer.seen + new < end:
+    if prompt and end is not None and new == 1 < layer.first_call and layer.seen + new < end:
         logger.warning_once(
             f"gatekv: prompt_tokens={end}, and a single token comes after {layer.seen}. If it is decoded, the prompt "
             "was shorter, and nothing is compressed yet: pass its length as fed, pads included."
         )
     second = not prompt and layer.seen == layer.first_call and end is None
-    if second and 1 < new != layer.first_call and not (plan.turns or layer.judge.recording):
+    if second and 1 < new != layer.first_call and not (config.turns or layer.recording):
         logger.warning_once(
             "gatekv: a second call of several tokens is taken for a question, which stays whole. If the prompt came in "
             "chunks (prefill_chunk_size), its first one alone was compressed: pass KVCache(…, prompt_tokens=N)."
         )
-    if prompt and plan.strict and not plan.defer and plan.decide is not None and layer is plan.decide.layers[0]:
+    if prompt and config.strict and not config.defer and layer is layer.siblings.layers[0]:
         ends = layer.seen + new if end is None else end
         if layer.seen + new >= ends:
             valid = valid_tokens(mask, len(layer.real), new, layer.real.device)[:, : ends - layer.seen]
-            plan.decide.admit(valid.sum(-1) + layer.real[:, 0])
-    if layer.first_call is None:
+            admit_rows(config, valid.sum(-1) + layer.real[:, 0], torch.zeros_like(layer.real[:, 0]))
+    if not layer.first_call:
         layer.first_call = new
-    elif new > 1 and new == layer.first_call == layer.seen and end is None and not plan.turns:
+    elif new > 1 and new == layer.first_call == layer.seen and end is None and not config.turns:
         raise ValueError(
             f"two calls of {new} tokens look like a prompt prefilled in chunks, and this policy decides at the "
             "prompt's end, which a cache cannot see: pass KVCache(…, prompt_tokens=N), or use a threshold gate."

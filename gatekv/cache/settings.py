@@ -1,4 +1,4 @@
-"""From what a user asks of a cache to the plan its layers follow: defaults, and what cannot be."""
+"""From what a user asks of a cache to the settings its layers follow: defaults, and what cannot be."""
 
 import math
 from dataclasses import replace
@@ -7,20 +7,19 @@ import torch
 from torch import nn
 from transformers.utils import logging
 
-from gatekv.cache.plan import Plan
+from gatekv.cache.config import CacheConfig
 from gatekv.config import GateSpec, LessSpec, check_choice
 from gatekv.gates.relaxations import logit_of
-from gatekv.modules import gate_spec, wrappers
+from gatekv.modules import base_model, gate_spec, wrappers
 from gatekv.ops.backends import BACKENDS
-from gatekv.policies import Gate, Policy, Scorer, resolve
-from gatekv.policies.budgets import Decay, Threshold
-from gatekv.policies.less import Less
+from gatekv.policies import Policy, Scorer, resolve
+from gatekv.support import LATER, rotates_until
 
 DEFAULT = GateSpec()
 logger = logging.get_logger(__name__)
 
 
-def plan_of(
+def config_of(
     model: nn.Module,
     policy: Policy | Scorer | str | None,
     budget: float | int | None,
@@ -35,12 +34,12 @@ def plan_of(
     backend: str | None,
     kinds: torch.Tensor | None,
     strict: bool,
-) -> Plan:
+) -> CacheConfig:
     """Arguments and errors as for `gatekv.KVCache`; the model is gated."""
     active = [w for w in wrappers(model) if w.active()]
     spec = gate_spec(model) or DEFAULT
     policy = resolve(policy if policy is not None else ("gate" if active else "full"), budget)
-    learned, streaming = isinstance(policy.scorer, Gate), isinstance(policy.rule, Threshold)
+    learned, streaming = policy.needs.gate, policy.needs.scope == "token"
     if learned and not active:
         raise ValueError("policy 'gate' needs an adapter with gates: load one with peft.PeftModel.from_pretrained.")
     whole = learned and spec.context == "prompt"
@@ -66,11 +65,13 @@ def plan_of(
         )
     own_sinks = spec.sinks if policy.scorer.sinks is None else policy.scorer.sinks
     own_window = spec.window if policy.scorer.window is None else policy.scorer.window
-    plan = Plan(
+    sinks, window = own_sinks if sinks is None else sinks, own_window if window is None else window
+    return CacheConfig(
         policy=policy,
-        sinks=own_sinks if sinks is None else sinks,
-        window=own_window if window is None else window,
-        dense=prefill == "dense",
+        layers=len(wrappers(model)),
+        sinks=sinks,
+        window=window,
+        dense_prefill=prefill == "dense",
         keep_later=decode == "keep",
         prompt_tokens=prompt_tokens,
         threshold=logit_of(spec.threshold),
@@ -78,12 +79,11 @@ def plan_of(
         turns=turns,
         block_size=block_size,
         backend=backend,
-        whole=whole,
+        full_prompt_gate=whole,
+        thresholds=LATER if calibration is None else calibration.thresholds(sinks, window),
         kinds=kinds,
+        rotates_until=rotates_until(base_model(model).config.get_text_config(decoder=True)),
     )
-    if calibration is not None:
-        plan.thresholds = calibration.thresholds(plan.sinks, plan.window)
-    return plan
 
 
 def _check_counts(least: int, **counts: object) -> None:
@@ -119,12 +119,12 @@ def _check_modes(
 def _check_gates(policy: Policy, learned: bool, spec: GateSpec, turns: bool) -> None:
     """Gates whose tokens fade, and the rule made for them."""
     fades = spec.relaxation == "decay"
-    if learned and fades != isinstance(policy.rule, Decay):
+    if learned and fades != policy.rule.fades:
         raise ValueError(
             "gates whose tokens fade (relaxation='decay') and the budget rule 'decay' belong together: "
             + ("use policy='gate+decay' with a budget." if fades else "this adapter's gates do not fade.")
         )
-    if isinstance(policy.rule, Decay) and (turns or not learned):
+    if policy.rule.fades and (turns or not learned):
         raise ValueError("budget rule 'decay' is for gates, and decides while decoding: leave turns out.")
 
 
@@ -132,13 +132,13 @@ def _check_extras(model: nn.Module, policy: Policy, learned: bool, decode: str, 
     """Slot positions, narrow tokens, a remainder: what goes with what."""
     if policy.scorer.slots and policy.width is not None:
         raise ValueError("positions='slot' and narrow tokens are not made for each other: leave think or qaq out.")
-    later = isinstance(policy.rule, Decay) if learned else policy.scorer.streams
+    later = policy.rule.fades if learned else policy.scorer.streams
     if policy.remainder is not None and policy.width is not None and later and decode == "evict":
         raise ValueError(
             "narrow tokens cannot be folded later: leave think, qaq or the remainder out (less, merge_similar, "
             "merge_near, what comes with d2o and elastic), or use decode='keep'."
         )
-    if policy.remainder is not None and not isinstance(policy.remainder, Less):
+    if policy.remainder is not None and not policy.needs.maps:
         if learned and (prefill == "sparse" or decode == "evict"):
             raise ValueError(
                 "merging rewrites what is kept, where a whole prompt is decided: with a gate use prefill='dense' and "
@@ -146,7 +146,7 @@ def _check_extras(model: nn.Module, policy: Policy, learned: bool, decode: str, 
             )
         if policy.scorer.slots:
             raise ValueError("positions='slot' and merging are not made for each other: leave the remainder out.")
-    if isinstance(policy.remainder, Less):
+    if policy.needs.maps:
         maps = next((w.less() for w in wrappers(model) if w.less()), None)
         if maps is None:
             raise ValueError(

@@ -15,11 +15,9 @@ from gatekv.evaluation.records import Records
 from gatekv.evaluation.tasks import TASKS, Generated, Item
 from gatekv.modules import wrappers
 from gatekv.ops.naive import accumulation_dtype
-from gatekv.policies import Full, Gate, Policy, resolve
+from gatekv.policies import Policy, resolve
 from gatekv.policies.amount import share_of
-from gatekv.policies.budgets import Threshold
 from gatekv.policies.fastgen import token_kinds
-from gatekv.policies.less import Less
 
 if TYPE_CHECKING:
     from peft import PeftModel
@@ -66,12 +64,12 @@ def _fitted(model: "GateModel", undecided: KVCache, policy: Policy, budget: floa
     Raises:
         ValueError: a budget below the state alone, or that the width cannot meet ("unreachable").
     """
-    keys = undecided.evicting()[0].tail.keys
+    keys = undecided.evicting()[0].window.keys
     length, head_dim = keys.shape[2], keys.shape[3]
     if policy.remainder is None and policy.width is None:
         return policy, budget
     budget = share_of(budget, length)
-    if isinstance(policy.remainder, Less):
+    if policy.needs.maps:
         maps = next((w.less() for w in wrappers(model) if w.less()), None)
         if maps is None:
             raise ValueError("this adapter has no low-rank maps: leave less out of --policies, or load one that has.")
@@ -82,8 +80,7 @@ def _fitted(model: "GateModel", undecided: KVCache, policy: Policy, budget: floa
     elif policy.remainder is not None:  # beside each kept token stands how many it stands for
         budget /= 1 + torch.int32.itemsize / (2 * head_dim * keys.element_size())
     if policy.width is not None:
-        evicts = not isinstance(policy.scorer, Full)
-        width, budget = policy.width.fit(budget, length, head_dim, keys.element_size(), evicts)
+        width, budget = policy.width.fit(budget, length, head_dim, keys.element_size(), policy.scorer.evicts)
         policy = replace(policy, width=width)
     return policy, budget
 
@@ -96,7 +93,7 @@ def _compressed(
         use_gate(cast("PeftModel", model), UNTRAINED if policy.startswith(UNTRAINED) else "default")
     fitted, budget = _fitted(model, undecided, resolve(_named(policy), budget), budget)
     options = {**options, "strict": True} | ({} if fitted.scorer.streams else {"decode": "keep"})
-    if isinstance(fitted.scorer, Gate) and isinstance(fitted.rule, Threshold):
+    if fitted.needs.scope == "token":
         cache = KVCache(model, fitted, budget, **options)
         model(context, past_key_values=cache, logits_to_keep=1)
         return cache
@@ -159,7 +156,7 @@ def run_item(
     `KVCache`: decode, sinks, window.
     """
     context = torch.tensor([item.context], device=model.device)
-    undecided = KVCache.undecided(model, queries=max(resolve(_named(policy), b).queries for policy, b in cells))
+    undecided = KVCache.undecided(model, queries=max(resolve(_named(policy), b).needs.queries for policy, b in cells))
     model(context, past_key_values=undecided, logits_to_keep=1)
     options = options if kinds is None else {**options, "kinds": kinds[torch.tensor([item.context])]}
     full, found = None, []

@@ -7,8 +7,7 @@ import numpy
 import torch
 
 from gatekv.cache.kvcache import KVCache
-from gatekv.policies import Gate, resolve
-from gatekv.policies.budgets import Threshold
+from gatekv.policies import resolve
 
 if TYPE_CHECKING:
     from peft import PeftModel
@@ -56,7 +55,7 @@ def token_texts(tokenizer: "PreTrainedTokenizerBase", ids: list[int]) -> list[st
 def _decided(model: "GateModel", undecided: KVCache, ids: torch.Tensor, policy: str, budget: float | None) -> KVCache:
     """The text under one policy; threshold gates act inside the prefill, so they need one of their own."""
     resolved = resolve(policy, budget)
-    if isinstance(resolved.scorer, Gate) and isinstance(resolved.rule, Threshold):
+    if resolved.needs.scope == "token":
         cache = KVCache(model, policy, budget, strict=True)
         model(ids, past_key_values=cache, logits_to_keep=1)
         return cache
@@ -99,7 +98,7 @@ def keep_map(
     model(ids, past_key_values=undecided, logits_to_keep=1)
     layers = undecided.evicting()
     out: dict[str, Any] = {"tokens": token_texts(tokenizer, ids[0].tolist()), "layers": len(layers)}
-    out |= {"heads": layers[0].tail.keys.shape[1], "layer_indices": [layer.layer_idx for layer in layers]}
+    out |= {"heads": layers[0].window.keys.shape[1], "layer_indices": [layer.layer_idx for layer in layers]}
     out |= {"maps": [], "refused": []}
     for policy in policies:
         for budget in budgets:

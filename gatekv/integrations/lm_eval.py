@@ -129,17 +129,17 @@ class GateKVLM(HFLM):
             "strict": short == "refuse",
         }
         empty = self._cache()  # what gatekv refuses, it refuses here
-        self.plan, self._layers = empty.plan, len(empty.evicting())
+        self.settings = empty.config
 
     @property
     def keeps_all(self) -> bool:
         """Nothing is ever evicted or thinned."""
-        return self.plan.policy.budget == 1 and not self.plan.waits
+        return self.settings.policy.budget == 1 and not self.settings.waits
 
     @property
     def needs_prompt(self) -> bool:
         """Something is decided at a prompt's end; a gate that reads all of it must not see what is scored."""
-        return self.plan.waits or self.plan.whole
+        return self.settings.waits or self.settings.full_prompt_gate
 
     def set_cache_hook(self, cache_hook: Any) -> None:
         """Raises ValueError: an answer from a file was given by no cache."""
@@ -149,7 +149,7 @@ class GateKVLM(HFLM):
         """What the harness writes into results["config"], the bytes held among it: see `Held`."""
         every = Held(*(sum(column) for column in zip(*(asdict(held).values() for held in self.held.values()))))
         kinds = {kind: held.report() for kind, held in self.held.items()}
-        settings = {"kv_policy": str(self.plan.policy), "kv_budget": self.plan.policy.budget}
+        settings = {"kv_policy": str(self.settings.policy), "kv_budget": self.settings.policy.budget}
         settings |= {f"kv_{name}": value for name, value in asdict(self.format).items()}
         return super().get_model_info() | settings | every.report() | {"kv_by_request": kinds}
 
@@ -173,8 +173,9 @@ class GateKVLM(HFLM):
         """
         if self.needs_prompt:
             raise ValueError(
-                f"loglikelihood_rolling scores a text from its first token on, and {self.plan.policy} decides where a "
-                "prompt ends: use a causal gate's threshold (policy='gate') or budget=1, or leave such tasks out."
+                f"loglikelihood_rolling scores a text from its first token on, and {self.settings.policy} decides "
+                "where a prompt ends: use a causal gate's threshold (policy='gate') or budget=1, or leave such tasks "
+                "out."
             )
         with self._of("loglikelihood_rolling"):
             return super().loglikelihood_rolling(requests, disable_tqdm)
@@ -361,7 +362,7 @@ class GateKVLM(HFLM):
         """
         whole = self._too_short(len(rows[0]))
         width = max(map(len, rows)) if width is None else width
-        cache = self._cache(whole, width if self.plan.waits else None)
+        cache = self._cache(whole, width if self.settings.waits else None)
         ids, mask = (part.to(self.device) for part in _padded(rows, self.tokenizer.pad_token_id, width))
         positions = (mask.cumsum(-1) - 1).clamp_min(0)
         self.model(ids, attention_mask=mask, position_ids=positions, past_key_values=cache, logits_to_keep=1)
@@ -372,8 +373,8 @@ class GateKVLM(HFLM):
         """Whether a prompt of so many tokens can only be held whole; BudgetError where that is refused."""
         why: str | None = "one token of context leaves nothing before it to compress: use longer prompts."
         if prompt:
-            why = rooms(self.plan, self._layers, prompt)[1]
-        if why is not None and self.plan.strict:
+            why = rooms(self.settings, prompt)[1]
+        if why is not None and self.settings.strict:
             raise BudgetError(f"{why} Or evict nothing from such prompts, and count them: short='whole'.")
         return why is not None
 

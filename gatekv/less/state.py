@@ -3,24 +3,23 @@
 With sums of keys too, for the centroid form, R·(2 D + 1).
 """
 
-import copy
-
 import torch
 
 from gatekv.ops.naive import accumulation_dtype, group_queries, normalised
+from gatekv.parts import Part
 
 Tensor = torch.Tensor
 
 
-class State:
+class State(Part):
     """Sums over the evicted tokens: a memory that answers queries with (output, lse).
-
-    No tensor is ever written in place, so twins share until one of them folds.
 
     Attributes:
         h: [batch, kv_heads, rank, head_dim], Σ ψ(k)ᵀ v. z: [batch, kv_heads, rank], Σ ψ(k). At least float32.
         m: as h, Σ ψ(k)ᵀ k, or None.
     """
+
+    saved = ("h", "z", "m")
 
     def __init__(self, like: Tensor, rank: int, keys: bool = False) -> None:
         """An empty state; `like` [batch, kv_heads, tokens, head_dim], values, gives shapes, dtype and device; keys: sum
@@ -86,16 +85,3 @@ class State:
                 f"{name} is for {features.shape[0]} sequences at rank {features.shape[3]}, the state for {batch} at "
                 f"rank {rank}: give it {cure}."
             )
-
-    def select(self, index: Tensor) -> None:
-        """Keep, reorder or repeat sequences: index [new_batch]."""
-        self.h, self.z = self.h.index_select(0, index), self.z.index_select(0, index)
-        self.m = None if self.m is None else self.m.index_select(0, index)
-
-    def twin(self) -> "State":
-        """A second owner of the same sums; whichever folds first has sums of its own from then on."""
-        return copy.copy(self)
-
-    def tensors(self) -> list[Tensor]:
-        """Every tensor held."""
-        return [t for t in (self.h, self.z, self.m) if t is not None]

@@ -2,14 +2,17 @@
 
 from dataclasses import dataclass
 from functools import cached_property
+from typing import Self
 
 import torch
+
+from gatekv.parts import Part
 
 Tensor = torch.Tensor
 
 
 @dataclass(frozen=True)
-class PageTable:
+class PageTable(Part):
     """Pages in use, sorted by owner and, within an owner, full ones first; rows are (sequence, kv head) pairs.
 
     Attributes:
@@ -49,6 +52,6 @@ class PageTable:
         table[self.owners.long(), place] = self.pages
         return table
 
-    def tensors(self) -> list[Tensor]:
-        """Every tensor held, those that were derived and kept included."""
-        return [t for t in vars(self).values() if isinstance(t, Tensor)]
+    def fork(self) -> Self:
+        """Itself: a table is never changed."""
+        return self

@@ -15,9 +15,11 @@ from gatekv.policies.h2o import H2O
 from gatekv.policies.keydiff import KeyDiff
 from gatekv.policies.l2 import L2Norm
 from gatekv.policies.nacl import NACL
-from gatekv.policies.policy import BUDGETS, LAYERS, PARTS, REMAINDERS, SCORERS, WIDTHS, Policy, resolve
+from gatekv.policies.policy import Policy
 from gatekv.policies.pyramidkv import Pyramid
 from gatekv.policies.qaq import Bits
+from gatekv.policies.registry import BUDGETS, LAYERS, PARTS, REMAINDERS, SCORERS, WIDTHS, register_policy
+from gatekv.policies.resolve import resolve
 from gatekv.policies.scorer import Scorer, View
 from gatekv.policies.snapkv import SnapKV
 from gatekv.policies.streaming_llm import StreamingLLM
@@ -26,7 +28,7 @@ from gatekv.policies.tova import TOVA
 
 __all__ = ["AdaKV", "BUDGETS", "D2O", "ElasticCache", "FastGen", "Full", "Gate", "H2O", "KeyDiff", "L2Norm", "LAYERS"]
 __all__ += ["NACL", "PARTS", "Policy", "PyramidKV", "QAQ", "REMAINDERS", "Random", "SCORERS", "Scorer", "SinksRecent"]
-__all__ += ["SnapKV", "StreamingLLM", "TOVA", "ThinK", "ValueNorm", "View", "WIDTHS", "resolve"]
+__all__ += ["SnapKV", "StreamingLLM", "TOVA", "ThinK", "ValueNorm", "View", "WIDTHS", "register_policy", "resolve"]
 
 
 def _over(policy: Policy | Scorer | None, default: Scorer, **parts: Any) -> Policy:

@@ -5,11 +5,11 @@ from dataclasses import dataclass
 import torch
 
 from gatekv.config import check_choice
-from gatekv.policies.budgets import ranked, top
+from gatekv.policies.budgets import Rule, ranked, top
 
 
 @dataclass
-class Ada:
+class Ada(Rule):
     """B_h = round((1 - alpha) c_h + alpha b); c_h: how many of the layer's top (kv_heads · b) unprotected tokens lie in
     head h; b: unprotected tokens per head (§3, alg. 1).
 
@@ -23,7 +23,6 @@ class Ada:
 
     alpha: float = 0.2
     floor: str = "soft"
-    scope = "layer"
 
     def __post_init__(self) -> None:
         check_choice("floor", self.floor, ("soft", "hard"))

@@ -19,13 +19,22 @@ class BudgetError(ValueError):
     """A budget that no prompt of this length, or no prompt at all, can keep under the policy."""
 
 
-class Rule(Protocol):
-    """How heads share a room; most rank (`Ranking`), a threshold judges tokens one by one."""
+class Rule:
+    """How heads share a room; most rank (`Ranking`), a threshold judges tokens one by one.
 
-    scope: str
+    Attributes:
+        scope: who must have seen the prompt before anything is decided: a "token", a "layer", the whole "model".
+        even: the heads of a layer hold the same number of tokens. fades: scores sink with a token's age, and the
+        lowest goes on leaving while decoding. absolute: what scores above 0 stays, without a budget.
+    """
+
+    scope = "layer"
+    even = False
+    fades = False
+    absolute = False
 
 
-class Ranking(Rule, Protocol):
+class Ranking(Protocol):
     """A rule that turns scores into flags."""
 
     def keep(
@@ -65,10 +74,10 @@ def top(scores: torch.Tensor, count: torch.Tensor) -> torch.Tensor:
 
 
 @dataclass
-class Uniform:
+class Uniform(Rule):
     """Every head of a layer keeps the same number of tokens."""
 
-    scope = "layer"
+    even = True
 
     def keep(
         self, scores: torch.Tensor, protected: torch.Tensor, valid: torch.Tensor, counts: torch.Tensor
@@ -77,7 +86,7 @@ class Uniform:
 
 
 @dataclass
-class Global:
+class Global(Rule):
     """All heads of all layers compete for one budget; scores must be comparable across layers (a gate's are)."""
 
     scope = "model"
@@ -92,17 +101,17 @@ class Global:
 
 
 @dataclass
-class Threshold:
+class Threshold(Rule):
     """Each token is judged alone, as it leaves the window: gates only; streams, and needs no end of the prompt."""
 
     scope = "token"
 
 
 @dataclass
-class Above:
+class Above(Rule):
     """What scores above 0 stays, however many that are: for scores that know how much is enough (FastGen)."""
 
-    scope = "layer"
+    absolute = True
 
     def keep(
         self, scores: torch.Tensor, protected: torch.Tensor, valid: torch.Tensor, counts: torch.Tensor
@@ -116,11 +125,12 @@ def faded(logits: torch.Tensor, age: torch.Tensor) -> torch.Tensor:
 
 
 @dataclass
-class Decay:
+class Decay(Rule):
     """TRIM-KV: a buffer of a fixed number of tokens per head, in which each fades at the rate its gate gave it; the
     faintest goes, at the prompt's end and for as long as decoding lasts."""
 
-    scope = "layer"
+    even = True
+    fades = True
 
     def keep(
         self, scores: torch.Tensor, protected: torch.Tensor, valid: torch.Tensor, counts: torch.Tensor

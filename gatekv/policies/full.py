@@ -12,6 +12,7 @@ class Full(Scorer):
     """Keeps every token whatever the budget; the row that every ratio is taken against."""
 
     queries: int = 0
+    evicts = False
 
     def score(self, view: View) -> torch.Tensor:
         return torch.zeros(view.keys.shape[:3], device=view.keys.device)

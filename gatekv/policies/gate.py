@@ -28,6 +28,7 @@ class Gate(Scorer):
     observed: float = 0.15
     sinks: int | None = None
     window: int | None = None
+    gate = True
     streams = True
     decode = "evict"
 

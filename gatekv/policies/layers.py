@@ -7,27 +7,42 @@ tokens (sinks + window) are kept in any case.
 
 import math
 from dataclasses import dataclass
-from typing import Protocol
+
+import torch
 
 from gatekv.policies.budgets import BudgetError
 
 
-class Rooms(Protocol):
-    """What `layer_count` asks: how many tokens a head of one layer may keep."""
+class Layers:
+    """How layers share the model's room; see the module.
+
+    Attributes:
+        scope: who must have seen the prompt before the rooms are known: a "layer", or the whole "model". Then `weights`
+        and `rooms` say what becomes of the even count.
+        even: nothing is given to a layer that another has not.
+    """
+
+    scope = "layer"
+    even = False
 
     def count(self, ratio: float, length: int, protected: int, layer: int, layers: int) -> int:
-        """See the module."""
-        ...
+        """Tokens a head of one layer, or an even share of them where the text decides."""
+        return math.floor(ratio * length + 1e-6)
+
+    def weights(self, scores: torch.Tensor, valid: torch.Tensor) -> torch.Tensor:
+        """[layers, batch] from scores [layers, batch, kv_heads, tokens] and valid [batch, tokens], for `rooms`."""
+        raise NotImplementedError
+
+    def rooms(self, weights: list[float], ratio: float, length: int, protected: int) -> list[int]:
+        """Tokens a head of each layer, from a row's weights; ratio · length of them on average."""
+        raise NotImplementedError
 
 
 @dataclass
-class Even:
+class Even(Layers):
     """Every layer keeps the same number."""
 
-    scope = "layer"
-
-    def count(self, ratio: float, length: int, protected: int, layer: int, layers: int) -> int:
-        return math.floor(ratio * length + 1e-6)
+    even = True
 
 
 def whole_layers(skip: tuple[int, ...], ratio: float, layers: int) -> tuple[list[int], float]:
@@ -46,7 +61,7 @@ def whole_layers(skip: tuple[int, ...], ratio: float, layers: int) -> tuple[list
     return skipped, rest
 
 
-def layer_count(allocation: Rooms, skip: tuple[int, ...], ratio: float, length: int, protected: int, layer: int,
+def layer_count(allocation: Layers, skip: tuple[int, ...], ratio: float, length: int, protected: int, layer: int,
                 layers: int) -> int:  # fmt: skip
     """Tokens per head of one layer, when the layers in `skip` stay whole; errors as for `whole_layers`."""
     skipped, rest = whole_layers(skip, ratio, layers)

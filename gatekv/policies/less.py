@@ -2,7 +2,16 @@
 
 from dataclasses import dataclass
 
+from gatekv.cache.segments.lowrank import LowRank
+from gatekv.policies.parts import RemainderPolicy
+
 
 @dataclass
-class Less:
+class Less(RemainderPolicy):
     """The remainder of any policy; needs an adapter with low-rank maps. See `gatekv.less`."""
+
+    maps = True
+
+    def segment(self) -> LowRank:
+        """What takes evicted tokens in, in one layer."""
+        return LowRank()

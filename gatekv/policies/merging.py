@@ -1,36 +1,24 @@
 """What is evicted goes into the kept tokens it is closest to: a kept token becomes the mean of all that it stands for.
 
 A merge rule says which kept token is the closest (`closeness`) and who is let in (`admits`); the arithmetic, with a
-count of tokens to each kept one, is `gatekv.cache.merge`'s. Keys are merged as they are stored, turned by RoPE; a
-kept token keeps its position and its score.
+count of tokens to each kept one, is `gatekv.cache.segments.merge`'s. Keys are merged as they are stored, turned by
+RoPE; a kept token keeps its position and its score.
 """
 
 from dataclasses import dataclass
-from typing import NamedTuple
 
 import torch
 
+from gatekv.cache.segments.merge import Merge
+from gatekv.cache.segments.pages import Tokens
 from gatekv.ops.naive import accumulation_dtype
+from gatekv.policies.parts import RemainderPolicy
 
 Tensor = torch.Tensor
 
 
-class Tokens(NamedTuple):
-    """Tokens of each row of storage (sequence · kv_heads + head), side by side; rows may hold fewer than n.
-
-    keys, values: [rows, n, head_dim]. positions: [rows, n] slots as fed. held: [rows, n] bool, where there is a token.
-    counts: [rows, n] int32, how many tokens each one stands for, or None: itself.
-    """
-
-    keys: Tensor
-    values: Tensor
-    positions: Tensor
-    held: Tensor
-    counts: Tensor | None = None
-
-
 @dataclass
-class MergeSimilar:
+class MergeSimilar(RemainderPolicy):
     """D2O (arXiv 2406.13035, §3.3): into the kept key of the highest cosine, if that reaches a threshold.
 
     A head's threshold is the mean, over what it evicts together, of these highest cosines; then, eviction by eviction,
@@ -46,6 +34,10 @@ class MergeSimilar:
     def __post_init__(self) -> None:
         if not 0 <= self.beta <= 1:
             raise ValueError(f"beta is the weight of the newest similarity, 0 to 1; got {self.beta}.")
+
+    def segment(self) -> Merge:
+        """What takes evicted tokens in, in one layer."""
+        return Merge(self)
 
     def closeness(self, left: Tokens, kept: Tokens) -> Tensor:
         """[rows, n left, m kept], higher is closer."""
@@ -63,7 +55,7 @@ class MergeSimilar:
 
 
 @dataclass
-class MergeNear:
+class MergeNear(RemainderPolicy):
     """Elastic-Cache (arXiv 2407.18121, §3.2): into the kept token of the nearest position, the earlier of two.
 
     Args:
@@ -76,6 +68,10 @@ class MergeNear:
     def __post_init__(self) -> None:
         if self.spare < 0:
             raise ValueError(f"spare counts the first kept tokens that take nothing in, at least 0; got {self.spare}.")
+
+    def segment(self) -> Merge:
+        """What takes evicted tokens in, in one layer."""
+        return Merge(self)
 
     def closeness(self, left: Tokens, kept: Tokens) -> Tensor:
         """[rows, n left, m kept], higher is closer."""

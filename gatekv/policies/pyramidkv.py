@@ -4,10 +4,11 @@ import math
 from dataclasses import dataclass
 
 from gatekv.config import check_choice
+from gatekv.policies.layers import Layers
 
 
 @dataclass
-class Pyramid:
+class Pyramid(Layers):
     """b_l = max - l (max - min) / (L - 1) beside the protected tokens; min = b / beta, max = 2b - min; where max would
     not fit in the prompt, max = the prompt and min = 2b - max (§4.2). Recomputed for every prompt.
 
@@ -21,7 +22,6 @@ class Pyramid:
 
     beta: int = 20
     variant: str = "paper"
-    scope = "layer"
 
     def __post_init__(self) -> None:
         check_choice("variant", self.variant, ("paper", "kvpress"))

@@ -5,18 +5,19 @@ from dataclasses import dataclass, replace
 
 import torch
 
+from gatekv.cache.segments.pages import Pages
+from gatekv.cache.segments.quantised import PAGE, PAIRS, TOKEN_BYTES, Quantised
+from gatekv.cache.segments.segment import Shape
 from gatekv.ops.naive import WHOLE
 from gatekv.ops.quantise import record_bytes
+from gatekv.policies.parts import Width
 
 WIDTHS = (2, 4, 8, WHOLE)
 KNOTS = (2, 8, WHOLE)
-PAGE = 8  # tokens in a page of narrow tokens: the fewer, the less a page that is not full costs
-TOKEN_BYTES = 4 + 20 / PAGE  # beside the records: a token's position, its share of its page's place in the tables
-PAIRS = 6  # of widths (key, value) that a head's tokens typically have; each ends in a page that is half empty
 
 
 @dataclass
-class Bits:
+class Bits(Width):
     """No token goes; a token's key and value get the fewest bits that keep the attention output within a tolerance.
 
     Per KV head, with a_j the most attention that the last `window` queries give to token j (the paper's attention
@@ -57,6 +58,15 @@ class Bits:
             raise ValueError(f"window counts the queries that say which tokens matter, at least 1; got {self.window}.")
         if self.floor < 0:
             raise ValueError(f"floor counts even shares of the attention, at least 0; got {self.floor}.")
+
+    def segment(self, pages: Pages) -> Quantised:
+        """Where old tokens go in one layer, beside its pages."""
+        return Quantised(self, pages)
+
+    def forecast_bytes(self, shape: Shape, tokens: float) -> int:
+        """Bytes of one layer's old tokens, so many a head."""
+        each = self.mean_bytes(shape.head_dim, shape.dtype.itemsize) + shape.beside - 4
+        return Quantised.forecast_bytes(shape, tokens, each)
 
     def apart(self, head_dim: int) -> int:
         """Outliers of a vector of head_dim numbers.
@@ -107,7 +117,7 @@ class Bits:
         return WIDTHS[0] + taken.view(len(held), -1, n).sum(1)
 
     def token_bytes(self, bits: int, head_dim: int, itemsize: int) -> float:
-        """What an old token of one head costs with key and value at one of WIDTHS, position and tables included."""
+        """Of an old token of one head with key and value at one of WIDTHS, position and tables included."""
         return 2 * record_bytes(bits, self.apart(head_dim), head_dim, itemsize) + TOKEN_BYTES
 
     def mean_bytes(self, head_dim: int, itemsize: int) -> float:
@@ -118,13 +128,7 @@ class Bits:
         return least + share * (most - least)
 
     def fit(self, ratio: float, length: int, head_dim: int, itemsize: int, evicts: bool) -> tuple["Bits", float]:
-        """(width, share of the tokens to keep) for `ratio` of the bytes of a prompt of `length` tokens.
-
-        evicts: tokens go until the others fit at `bits`; where all fit, and where none may go, bits take the room.
-
-        Raises:
-            ValueError: where the window alone costs more, or all tokens at 2 bits ("unreachable").
-        """
+        """See `Width.fit`. Tokens go until the others fit at `bits`; where none need go, or may, bits take the room."""
         old, ends = max(length - self.window, 0), PAIRS * PAGE / 2
         room = (ratio * length - self.window) * 2 * head_dim * itemsize
         cost = self.mean_bytes(head_dim, itemsize)

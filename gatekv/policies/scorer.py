@@ -3,8 +3,13 @@
 from abc import ABC, abstractmethod
 from collections.abc import Callable
 from dataclasses import dataclass
+from typing import TYPE_CHECKING
 
 import torch
+
+if TYPE_CHECKING:
+    from gatekv.cache.segments.pages import Pages
+    from gatekv.cache.segments.sinks import CachePositionSinks
 
 ALL = 2**31 - 1  # of a prompt's queries
 
@@ -45,7 +50,8 @@ class Scorer(ABC):
         watches: `observe` needs the attention that each step's query pays.
         slots: while decoding, sinks are looked at as if positions counted places in the cache.
         partners: what its paper puts beside it ("rule", "layers", "remainder"), unless a policy names another.
-        absolute: without a budget, what scores above 0 is kept.
+        absolute: without a budget, what scores above 0 is kept. gate: scores are of an adapter's gate, which reads
+        tokens as they come. evicts: False: everything is kept, whatever the budget.
     """
 
     sinks: int | None = 0
@@ -58,6 +64,8 @@ class Scorer(ABC):
     slots: bool = False
     partners: dict[str, type] = {}
     absolute: bool = False
+    gate: bool = False
+    evicts: bool = True
 
     @abstractmethod
     def score(self, view: View) -> torch.Tensor:
@@ -81,3 +89,7 @@ class Scorer(ABC):
     def observe(self, scores: torch.Tensor, attention: torch.Tensor) -> torch.Tensor:
         """Scores after a step from those before it and the attention tokens received, all [batch, kv_heads, held]."""
         return scores
+
+    def segment(self, pages: "Pages") -> "CachePositionSinks | None":
+        """Where sinks stand apart in one layer behind the prompt, beside its pages; None: they do not."""
+        return None

@@ -4,6 +4,8 @@ from dataclasses import dataclass
 
 import torch
 
+from gatekv.cache.segments.pages import Pages
+from gatekv.cache.segments.sinks import CachePositionSinks
 from gatekv.config import check_choice
 from gatekv.policies.controls import real_index
 from gatekv.policies.scorer import Scorer, View
@@ -34,3 +36,6 @@ class StreamingLLM(Scorer):
 
     def enter(self, keys: torch.Tensor, index: torch.Tensor) -> torch.Tensor:
         return index[:, None].float().expand(keys.shape[:3])
+
+    def segment(self, pages: Pages) -> CachePositionSinks | None:
+        return CachePositionSinks(pages) if self.slots else None

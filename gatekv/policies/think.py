@@ -4,11 +4,15 @@ from dataclasses import dataclass
 
 import torch
 
+from gatekv.cache.segments.pages import Pages
+from gatekv.cache.segments.segment import Shape
+from gatekv.cache.segments.thin import Thin
 from gatekv.ops.naive import group_queries
+from gatekv.policies.parts import Width
 
 
 @dataclass
-class Channels:
+class Channels(Width):
     """Per KV head, channel score = ||Q_obs[:, i]|| · ||K[:, i]|| (§3.2, q² averaged over the group); the int(prune ·
     head_dim) lowest key channels of what the prompt leaves are dropped, and the channels stay the same while decoding.
 
@@ -30,6 +34,14 @@ class Channels:
                 f"window counts the queries that say which channels matter, at least 1; got {self.window}."
             )
 
+    def segment(self, pages: Pages) -> Thin:
+        """Where old tokens go in one layer, beside its pages."""
+        return Thin(self, pages)
+
+    def forecast_bytes(self, shape: Shape, tokens: float) -> int:
+        """Bytes of one layer's old tokens, so many a head."""
+        return Thin.forecast_bytes(shape, tokens, shape.head_dim - int(shape.head_dim * self.prune))
+
     def kept(self, queries: torch.Tensor, energy: torch.Tensor, valid: torch.Tensor) -> torch.Tensor:
         """Indices of the channels that stay, ascending: [batch, kv_heads, head_dim - int(prune · head_dim)].
 
@@ -43,13 +55,7 @@ class Channels:
         return scores.topk(d - int(d * self.prune), dim=-1).indices.sort(-1).values
 
     def fit(self, ratio: float, length: int, head_dim: int, itemsize: int, evicts: bool) -> tuple["Channels", float]:
-        """(width, share of the tokens to keep) for `ratio` of the bytes of a prompt of `length` tokens.
-
-        evicts: whether tokens may go; their share is 1 where all fit.
-
-        Raises:
-            ValueError: where the window alone, at full width, costs more, or all tokens, if none goes ("unreachable").
-        """
+        """See `Width.fit`."""
         saved = int(head_dim * self.prune) / head_dim / 2
         share = (ratio - self.window / length * saved) / (1 - saved)
         if share <= 0:

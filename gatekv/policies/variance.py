@@ -4,9 +4,11 @@ from dataclasses import dataclass
 
 import torch
 
+from gatekv.policies.layers import Layers
+
 
 @dataclass
-class Variance:
+class Variance(Layers):
     """Rooms in proportion to exp(-F / mean F), with F the variance over tokens of the attention that they receive.
 
     F is over shares of a head's sum, times the number of tokens, and the mean over heads; dividing by the mean over

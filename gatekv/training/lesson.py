@@ -65,7 +65,7 @@ class LessObjective(nn.Module):
         """(the whole prompt's cache, what the policy keeps of it per layer [batch, kv_heads, split])."""
         ids = batch["input_ids"][:, :split]
         mask = batch["attention_mask"][:, :split].to(ids.device)
-        cache = KVCache.undecided(self.model, queries=resolve(self.policy, budget).queries)
+        cache = KVCache.undecided(self.model, queries=resolve(self.policy, budget).needs.queries)
         positions = (mask.cumsum(-1) - 1).clamp_min(0)
         base_model(self.model)(
             input_ids=ids, attention_mask=mask, position_ids=positions, past_key_values=cache, logits_to_keep=1
@@ -78,7 +78,7 @@ class LessObjective(nn.Module):
         past = DynamicCache(config=base_model(self.model).config.get_text_config(decoder=True))
         for i, layer in enumerate(prompt.layers):
             if isinstance(layer, KVLayer):
-                past.update(layer.tail.keys, layer.tail.values, i)
+                past.update(layer.window.keys, layer.window.values, i)
             else:  # a sliding layer holds what its window sees
                 past.layers[i] = copy.copy(layer)
         ids = batch["input_ids"][:, split:]

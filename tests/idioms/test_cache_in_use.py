@@ -129,7 +129,7 @@ def test_a_call_that_ends_in_the_middle_is_noticed(policy, where, monkeypatch):
         hook.remove()
     else:
         with monkeypatch.context() as patch, pytest.raises(KeyboardInterrupt):
-            patch.setattr(type(cache.evicting()[0].kept), "segments", stop)
+            patch.setattr(type(cache.evicting()[0].store), "segments", stop)
             patch.setattr(torch.nn.functional, "scaled_dot_product_attention", stop)
             after(model, cache)
     for use in (lambda: after(model, cache), lambda: pickle.dumps(cache)):

@@ -106,7 +106,7 @@ def test_several_adapters_are_switched_and_deleted(saved):
     before = flags(model)[2]
     model.set_adapter("other")
     assert not torch.equal(flags(model, "gate", None)[2], before)
-    assert gatekv.KVCache(model).plan.window == 9
+    assert gatekv.KVCache(model).config.window == 9
     model.delete_adapter("other")
     model.set_adapter("default")
     assert torch.equal(flags(model)[2], before)

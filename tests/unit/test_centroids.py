@@ -97,7 +97,7 @@ def test_asking_a_state_is_asking_its_sums(heads, kv, queries):
             phi, shift = m.phi(*state.reach(q), SCALE)
             out, lse = state.segment(phi)
             torch.testing.assert_close(m.answer(q, SCALE, state), [(out, lse + shift)], rtol=1e-10, atol=1e-10)
-        state.select(torch.tensor([1]))
+        state.index_select(torch.tensor([1]))
         alone = m.answer(q[1:], SCALE, state)[0][0]
         torch.testing.assert_close(alone, out[1:], rtol=1e-10, atol=1e-10)
 
@@ -149,11 +149,11 @@ def test_a_state_with_keys_counts_and_copies_them():
     held = [t for t in vars(state).values() if t is not None]
     assert all(isinstance(t, torch.Tensor) for t in held) and len(held) == 3  # asking leaves nothing uncounted behind
     assert sum(t.numel() for t in state.tensors()) == 2 * 3 * m.spec.state_numbers(8) == 2 * 3 * 3 * 17
-    twin = state.twin()
+    twin = state.fork()
     twin.fold(m.psi(k), k, v, flags)
     assert twin.m.any() and not state.m.any()
     held = twin.m
-    twin.select(torch.tensor([1, 1, 0]))
+    twin.index_select(torch.tensor([1, 1, 0]))
     assert torch.equal(twin.m, held[[1, 1, 0]])
 
 

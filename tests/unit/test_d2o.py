@@ -62,7 +62,7 @@ def test_layers_left_whole_are_paid_for(budget):
 
 def test_what_a_name_stands_for():
     policy = resolve("d2o", 0.5)
-    assert policy.scope == "model" and str(policy) == "D2O x Uniform x Variance x MergeSimilar"
+    assert policy.needs.scope == "model" and str(policy) == "D2O x Uniform x Variance x MergeSimilar"
     assert str(resolve("elastic+ada", 0.5)) == "ElasticCache x Ada x MergeNear"
     assert isinstance(resolve("d2o+merge_near+even", 0.5).remainder, MergeNear)
     assert resolve("h2o", 0.5).remainder is None
@@ -151,24 +151,24 @@ def test_every_step_of_d2o_is_the_plain_loops(chunk):
                 differs += float((alone[h].step(k[0, h, i], v[0, h, i], q[0, h, i]) - wanted).abs().max())
                 heads[h].evict(True)
                 alone[h].evict(False)
-        held = [layer.held()[0, h].nonzero().flatten().tolist() for h in range(2)]
+        held = [layer.stage.held(layer)[0, h].nonzero().flatten().tolist() for h in range(2)]
         assert held == [sorted(t[0] for t in head.tokens) for head in heads]
         wanted = torch.tensor([head.threshold for head in heads], dtype=torch.float64)
-        torch.testing.assert_close(layer.kept.merge.threshold, wanted)
+        torch.testing.assert_close(layer.store.remainder.threshold, wanted)
     assert differs > 1, "merging matters"
-    assert isinstance(layer.plan.policy.remainder, MergeSimilar)
+    assert isinstance(layer.config.policy.remainder, MergeSimilar)
 
 
 def test_elastic_cache_clears_a_fixed_place_at_every_step():
     layer, _, _, _, feed = fed(ElasticCache(sinks=2, window=6), 0.5)
     feed(0, PROMPT)
-    held = layer.held()[0]
+    held = layer.stage.held(layer)[0]
     assert (held.sum(-1) == 20).all() and held[:, :2].all() and held[:, -6:].all()
     stays = [[j for j in row.nonzero().flatten().tolist() if j < PROMPT - 6] for row in held]
     for i in range(PROMPT, PROMPT + STEPS):
         feed(i, i + 1)
         for h in range(2):
             wanted = stays[h] + list(range(i - 5, i + 1))
-            assert layer.held()[0, h].nonzero().flatten().tolist() == wanted
-    counts = layer.kept.pages.counts[layer.kept.pages.occupied()]
+            assert layer.stage.held(layer)[0, h].nonzero().flatten().tolist() == wanted
+    counts = layer.store.pages.counts[layer.store.pages.occupied()]
     assert counts.max() > 1

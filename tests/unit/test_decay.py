@@ -5,7 +5,7 @@ import torch
 from conftest import dense_reference, gated, padded_batch
 
 import gatekv
-from gatekv.cache.judge import FOLD
+from gatekv.cache.gate_stream import FOLD
 from gatekv.gates.relaxations import relax
 from gatekv.modules import wrappers
 from gatekv.ops.naive import gated_attention

@@ -64,7 +64,7 @@ def test_a_full_budget_is_the_plain_model(kind, policy):
     wanted = base_model(model).generate(input_ids=ids, **options)
     cache = gatekv.KVCache(model, policy, 1.0, decode="keep")
     assert torch.equal(model.generate(input_ids=ids, past_key_values=cache, **options), wanted)
-    assert all(len(layer.kept.pages) > 0 for layer in cache.evicting()), "it must take the same path"
+    assert all(len(layer.store.pages) > 0 for layer in cache.evicting()), "it must take the same path"
     mask = torch.cat([mask, mask.new_ones(2, 16)], 1)
     got = recurrent_logits(model, wanted, mask, gatekv.KVCache(model, policy, 1.0, decode="keep"), [50, 51, 60])
     assert_close(got, plain_logits(model, wanted, mask), mask)

@@ -35,10 +35,10 @@ def test_evidence_changes_what_the_prompt_keeps_and_not_how_later_tokens_are_jud
     model = gated(window=8, sinks=2)
     ids, mask = padded_batch([80, 66])
     caches = [gatekv.KVCache(model, f"gate+{rule}", 0.4)]
-    caches.append(gatekv.KVCache(model, gatekv.policies.Policy(Gate(observed=0), caches[0].plan.policy.rule), 0.4))
+    caches.append(gatekv.KVCache(model, gatekv.policies.Policy(Gate(observed=0), caches[0].config.policy.rule), 0.4))
     for cache in caches:
         recurrent_logits(model, ids, mask, cache, [70])
-    one, two = ([layer.cut for layer in cache.evicting()] for cache in caches)
+    one, two = ([layer.evictor.cut for layer in cache.evicting()] for cache in caches)
     assert all(torch.equal(a, b) for a, b in zip(one[:1], two[:1])), "the first layer's logits are the same in both"
     assert any(not torch.equal(a, b) for a, b in zip(caches[0].flags(), caches[1].flags()))
 

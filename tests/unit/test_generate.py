@@ -76,7 +76,7 @@ def test_half_precision_holds_its_own_dtype(dtype, policy, budget):
     out = model.generate(input_ids=ids, attention_mask=mask, past_key_values=cache, **GREEDY)
     assert out.shape == (2, 62)
     layer = cache.evicting()[0]
-    assert layer.tail.keys.dtype == layer.kept.pages.keys.dtype == dtype
+    assert layer.window.keys.dtype == layer.store.pages.keys.dtype == dtype
 
 
 def test_full_budget_matches_plain_tokens_in_bfloat16_closely():
@@ -111,6 +111,6 @@ def test_streaming_memory_stays_bounded_by_what_is_kept():
     cache = gatekv.KVCache(model, "gate")
     model.generate(input_ids=ids, past_key_values=cache, max_new_tokens=300, do_sample=False)
     for layer in cache.evicting():
-        assert len(layer.tail) <= 6 + 16, "the dense tail is folded"
-        assert len(layer.kept.pages) < 340 * 3
+        assert len(layer.window) <= 6 + 16, "the dense tail is folded"
+        assert len(layer.store.pages) < 340 * 3
     assert cache.get_seq_length() == 339

@@ -154,14 +154,14 @@ def test_one_context_many_questions(model, letters):
 def test_the_adapters_gate_is_the_default_and_options_find_their_place(model, letters):
     peft = gated(dtype=torch.float32, window=6, sinks=2)
     found = gatekv.generate(peft, TEXT, tokenizer=letters, return_dict=True, window=9, sinks=3, **GREEDY)
-    plan = found.caches[0].plan
+    plan = found.caches[0].config
     assert (str(plan.policy), plan.policy.budget, plan.window, plan.sinks) == ("Gate x Global", 0.25, 9, 3)
     assert [found.text] == by_hand_gate(peft, letters)
     found = gatekv.generate(model, TEXT, tokenizer=letters, return_dict=True, block_size=4, **GREEDY)
-    assert str(found.caches[0].plan.policy) == "SnapKV x Uniform" and found.caches[0].plan.block_size == 4
+    assert str(found.caches[0].config.policy) == "SnapKV x Uniform" and found.caches[0].config.block_size == 4
     fading = gated(dtype=torch.float32, relaxation="decay", window=6)
     found = gatekv.generate(fading, TEXT, budget=50, tokenizer=letters, return_dict=True, **GREEDY)
-    assert str(found.caches[0].plan.policy) == "Gate x Decay" and found.caches[0].plan.policy.budget == 50
+    assert str(found.caches[0].config.policy) == "Gate x Decay" and found.caches[0].config.policy.budget == 50
     assert found.prompt is None and found.memory()["ratio"] < 0.8
 
 
@@ -193,9 +193,9 @@ def test_fastgen_learns_what_a_token_is(model, letters):
     found = gatekv.generate(
         model, [TEXT, "a, b."], "fastgen", 0.4, tokenizer=letters, return_dict=True, num_beams=2, **GREEDY
     )
-    assert found.caches[0].plan.kinds is not None
+    assert found.caches[0].config.kinds is not None
     qa = gatekv.ContextQA(model, "fastgen", 0.4, tokenizer=letters, **GREEDY)
-    assert len(qa(TEXT, questions=["Who?", "Why now?"])) == 2 and qa.cache.plan.kinds is not None
+    assert len(qa(TEXT, questions=["Who?", "Why now?"])) == 2 and qa.cache.config.kinds is not None
 
 
 def test_short_prompts_and_strict(model, letters):

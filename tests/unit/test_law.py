@@ -101,7 +101,7 @@ def test_full_budget_is_the_plain_model(family, policy):
         input_ids=ids, attention_mask=mask, past_key_values=cache, max_new_tokens=24, do_sample=False
     )  # fmt: skip
     assert torch.equal(got, wanted)
-    assert type(cache.layers[0]).__name__ == "KVLayer" and len(cache.layers[0].kept.pages) > 0, (
+    assert type(cache.layers[0]).__name__ == "KVLayer" and len(cache.layers[0].store.pages) > 0, (
         "it must take the same path"
     )
     full, mask_full = got, torch.cat([mask, torch.ones(2, 24, dtype=torch.long)], 1)
@@ -133,13 +133,13 @@ def test_one_shot_policies_mask_the_prompt_for_later_queries(family, policy):
     learned = policy.startswith("gate")
     flags = [torch.ones(1, 3, 70, dtype=torch.bool) for _ in range(2)]
     for f, layer in zip(flags, cache.evicting()):
-        f[..., :prompt] = layer.held()
+        f[..., :prompt] = layer.stage.held(layer)
     if learned:  # the window and what follows are judged as they leave it: read off a cache that saw everything
         cache_all = gatekv.KVCache(model, policy, 0.75)
         recurrent_logits(model, ids, mask, cache_all, [prompt])
         window = 5
         for f, layer in zip(flags, cache_all.evicting()):
-            held = layer.held()
+            held = layer.stage.held(layer)
             f[..., prompt - window + 1 :] = held[..., prompt - window + 1 :]
             f[..., 70 - window + 1 :] = True
     cache = gatekv.KVCache(model, policy, 0.75, decode=decode)
@@ -244,7 +244,7 @@ def test_flags_that_act_after_the_prompt(family, gate, window):
     keep = torch.stack([(j.logits > 0.3) & j.valid[:, None] for j in judged])
     protected = sink_tokens(judged[0].valid, spec.sinks) | (torch.arange(40) >= 40 - window) & judged[0].valid
     cache = gatekv.KVCache(model, "gate+global", 0.99, decode="keep")
-    cache.plan.policy.rule.keep = lambda *_: keep | protected[:, None]
+    cache.config.policy.rule.keep = lambda *_: keep | protected[:, None]
     got = recurrent_logits(model, ids, mask, cache, [40, 41, 55])
     assert_close(got, wanted, mask)
     assert (wanted - plain_logits(model, ids, mask))[:, 41:][mask[:, 41:].bool()].abs().max() > 1e-3

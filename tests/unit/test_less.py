@@ -252,14 +252,14 @@ def test_a_state_counts_its_bytes_and_follows_the_batch():
     assert sum(t.nbytes for t in state.tensors()) == 2 * 3 * 4 * (5 + 1) * 4
     state.fold(psi, v, v, flags)
     held = [t.clone() for t in state.tensors()]
-    twin = state.twin()
+    twin = state.fork()
     twin.fold(psi, v, v, ~flags)
     torch.testing.assert_close(state.tensors(), held, rtol=0, atol=0)
     assert not torch.equal(twin.z, state.z)
-    twin = state.twin()
+    twin = state.fork()
     state.fold(psi, v, v, ~flags)
     torch.testing.assert_close(twin.tensors(), held, rtol=0, atol=0)
-    twin.select(torch.tensor([1, 1, 0]))
+    twin.index_select(torch.tensor([1, 1, 0]))
     torch.testing.assert_close(twin.tensors(), [t[[1, 1, 0]] for t in held], rtol=0, atol=0)
     torch.testing.assert_close(state.z, psi.sum(2).float())  # whatever the order, all of it
 

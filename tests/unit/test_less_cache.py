@@ -64,7 +64,7 @@ def all_flags(model, ids, policy, budget, window, prompt, **options):
     """The flags of every token, in its window or out of it."""
     cache = gatekv.KVCache(model, policy, budget, **options)
     recurrent_logits(model, ids, torch.ones_like(ids), cache, [prompt])
-    flags = [layer.held() for layer in cache.evicting()]
+    flags = [layer.stage.held(layer) for layer in cache.evicting()]
     for f in flags:
         f[..., ids.shape[1] - max(window, 1) + 1 :] = True  # what is young is live whatever its flag
     return flags
@@ -144,12 +144,12 @@ def test_the_state_is_the_sum_over_what_is_not_held(form, policy):
     for layer, w in zip(layers, wrappers(model)):
         k, v = (torch.cat(part, 2) for part in zip(*seen[layer.layer_idx]))
         folded = torch.arange(90) < layer.folded
-        gone = ~layer.held() & folded
+        gone = ~layer.stage.held(layer) & folded
         psi = w.less().psi(k) * gone[..., None]
-        torch.testing.assert_close(layer.kept.state.h, psi.transpose(-1, -2) @ v, rtol=1e-9, atol=1e-12)
-        torch.testing.assert_close(layer.kept.state.z, psi.sum(2), rtol=1e-9, atol=1e-12)
+        torch.testing.assert_close(layer.store.remainder.state.h, psi.transpose(-1, -2) @ v, rtol=1e-9, atol=1e-12)
+        torch.testing.assert_close(layer.store.remainder.state.z, psi.sum(2), rtol=1e-9, atol=1e-12)
         if form == "centroids":
-            torch.testing.assert_close(layer.kept.state.m, psi.transpose(-1, -2) @ k, rtol=1e-9, atol=1e-12)
+            torch.testing.assert_close(layer.store.remainder.state.m, psi.transpose(-1, -2) @ k, rtol=1e-9, atol=1e-12)
 
 
 @torch.no_grad()
@@ -181,7 +181,7 @@ def test_copies_files_beams_and_bytes(form, policy, budget, tmp_path):
     swapped = cache.snapshot()
     swapped.reorder_cache(torch.tensor([1, 0]))
     assert loaded.memory()["bytes"] <= cache.memory()["bytes"]
-    state = sum(t.nbytes for layer in cache.evicting() for t in layer.kept.state.tensors())
+    state = sum(t.nbytes for layer in cache.evicting() for t in layer.store.remainder.state.tensors())
     assert state == 2 * 2 * 3 * 3 * ((8 if form == "kernel" else 16) + 1) * 8 and cache.memory()["bytes"] > state
     wanted = model(later, past_key_values=cache).logits
     for other in (twin, loaded):
@@ -266,8 +266,8 @@ def test_turns_are_remembered_too():
     cache.compress()
     assert torch.isfinite(model(ids[:, 80:], past_key_values=cache).logits).all()
     k, v = (torch.cat(part, 2)[:, :, :80] for part in zip(*seen))
-    psi = w.less().psi(k) * ~layer.held()[..., :80, None]
-    torch.testing.assert_close(layer.kept.state.h, psi.transpose(-1, -2) @ v, rtol=1e-9, atol=1e-12)
+    psi = w.less().psi(k) * ~layer.stage.held(layer)[..., :80, None]
+    torch.testing.assert_close(layer.store.remainder.state.h, psi.transpose(-1, -2) @ v, rtol=1e-9, atol=1e-12)
 
 
 @torch.no_grad()

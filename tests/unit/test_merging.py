@@ -5,9 +5,9 @@ import torch
 from conftest import VOCAB, gated, padded_batch, positions_of, tiny
 
 import gatekv
-from gatekv.cache import merge
-from gatekv.cache.merge import Merge
-from gatekv.cache.pages import Pages
+from gatekv.cache.segments import merge
+from gatekv.cache.segments.merge import Merge
+from gatekv.cache.segments.pages import Pages
 from gatekv.policies import D2O, NACL, AdaKV, ElasticCache, FastGen, Policy, SnapKV, StreamingLLM, ThinK
 from gatekv.policies.layers import Even
 from gatekv.policies.merging import MergeNear, MergeSimilar, Tokens
@@ -81,7 +81,7 @@ def test_three_folds_are_those_of_a_plain_loop(rule, block, monkeypatch):
         if seed:
             left = store_and_left([1, 1, 1, 1], [1, 5, 3, 2], seed)[1]
         wanted = merged_by_hand(rule, rows_of(pages), left, thresholds)
-        frozen = pages.twin()
+        frozen = pages.fork()
         before = rows_of(frozen)
         folding.fold(pages, left)
         for mine, hand in zip(rows_of(pages), wanted):
@@ -125,7 +125,7 @@ def watched(cache):
 
 def totals(layer):
     """(tokens that each head's kept ones stand for, Σ count · key, Σ count · value)."""
-    pages = layer.kept.pages
+    pages = layer.store.pages
     places, held = pages.places()
     counts = pages.counts.flatten()[places] * held
     whole = [(t.flatten(0, 1)[places] * counts[..., None]).sum(1) for t in (pages.keys, pages.values)]
@@ -152,7 +152,7 @@ def test_mass_is_conserved_and_pads_give_none(policy, decode, family, monkeypatc
         wanted = [in_pages[..., 0].sum(-1).expand(2, 3), (k * in_pages).sum(2), (v * in_pages).sum(2)]
         for got, whole in zip(totals(layer), wanted):
             torch.testing.assert_close(got.double(), whole.flatten(0, 1).double(), rtol=1e-9, atol=1e-9)
-        assert layer.kept.pages.tokens < in_pages.sum() * 3 and layer.kept.pages.counts.max() > 1
+        assert layer.store.pages.tokens < in_pages.sum() * 3 and layer.store.pages.counts.max() > 1
 
 
 @torch.no_grad()
@@ -165,10 +165,10 @@ def test_what_stays_below_the_threshold_is_forgotten():
     for i, layer in enumerate(cache.evicting()):
         stands_for = totals(layer)[0]
         if i == 2:
-            assert (stands_for < whole).all() and (stands_for > layer.kept.pages.lengths).all()
-            assert not layer.kept.merge.threshold.isnan().any()
+            assert (stands_for < whole).all() and (stands_for > layer.store.pages.lengths).all()
+            assert not layer.store.remainder.threshold.isnan().any()
         else:
-            assert torch.equal(stands_for, whole) and layer.kept.merge.threshold is None, "layers left whole"
+            assert torch.equal(stands_for, whole) and layer.store.remainder.threshold is None, "layers left whole"
 
 
 @torch.no_grad()
@@ -184,10 +184,10 @@ def test_copies_files_beams_and_bytes(policy, decode, tmp_path):
     twin, loaded = cache.snapshot(), gatekv.KVCache.load(tmp_path / "merged.safetensors", model)
     swapped = cache.snapshot()
     swapped.reorder_cache(torch.tensor([1, 0]))
-    assert str(loaded.plan.policy) == str(cache.plan.policy)
+    assert str(loaded.config.policy) == str(cache.config.policy)
     for a, b in zip(loaded.evicting(), cache.evicting()):
-        assert torch.equal(a.kept.pages.counts, b.kept.pages.counts) and a.kept.pages.counts.max() > 1
-        assert any(t is b.kept.pages.counts for t in b.tensors()), "counts are bytes that memory() counts"
+        assert torch.equal(a.store.pages.counts, b.store.pages.counts) and a.store.pages.counts.max() > 1
+        assert any(t is b.store.pages.counts for t in b.tensors()), "counts are bytes that memory() counts"
     wanted = model(later, past_key_values=cache).logits
     for other in (twin, loaded):
         torch.testing.assert_close(model(later, past_key_values=other).logits, wanted)
@@ -203,7 +203,7 @@ def test_a_turn_merges_into_what_earlier_turns_left():
         model(ids[:, a:b], past_key_values=cache)
     cache.compress()
     for layer in cache.evicting():
-        assert (totals(layer)[0] == 80).all() and (layer.kept.pages.lengths == 40).all()
+        assert (totals(layer)[0] == 80).all() and (layer.store.pages.lengths == 40).all()
     assert torch.isfinite(model(ids[:, 80:], past_key_values=cache).logits).all()
 
 
@@ -264,4 +264,4 @@ def test_what_cannot_be_is_refused_with_the_cure():
     with pytest.raises(ValueError, match="names two of less, merge_similar"):
         gatekv.KVCache(model, "snapkv+less+merge_near", 0.5)
     both = gatekv.KVCache(model, AdaKV(Policy(SnapKV(), layers=Even(), remainder=MergeNear())), 0.5)
-    assert str(both.plan.policy) == "SnapKV x Ada x MergeNear"
+    assert str(both.config.policy) == "SnapKV x Ada x MergeNear"

@@ -7,8 +7,9 @@ import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from gatekv.cache.pages import FREE, Pages
-from gatekv.cache.tail import Tail
+from gatekv.cache.segments.pages import Pages
+from gatekv.cache.segments.pool import FREE
+from gatekv.cache.segments.window import RecentWindow
 from gatekv.ops import naive, paged_attention
 
 KV, D = 3, 4
@@ -89,10 +90,10 @@ def test_any_sequence_of_operations_equals_plain_lists(operations, seed, block):
         elif name == "select":
             index = torch.tensor([i % batch for i in a])
             rows = (index[:, None] * KV + torch.arange(KV)).flatten()
-            pages.select(rows)
+            pages.index_select(index)
             model.rows, batch = [list(model.rows[r]) for r in rows.tolist()], len(a)
         else:
-            frozen.append((pages.twin(), [list(r) for r in model.rows]))
+            frozen.append((pages.fork(), [list(r) for r in model.rows]))
         check(pages, model)
     for twin, rows in frozen:
         past = Model(1)
@@ -150,7 +151,7 @@ def test_appending_in_place_does_not_touch_a_twin_and_moves_no_pool():
     pool = pages.keys.data_ptr()
     pages.append(keys[:, :, :5], keys[:, :, :5], every[..., :5], 20)
     assert pages.keys.data_ptr() == pool, "the last page had room"
-    twin = pages.twin()
+    twin = pages.fork()
     before = twin.keys.clone()
     pages.append(keys[:, :, :5] + 9, keys[:, :, :5], every[..., :5], 25)
     assert pages.keys.data_ptr() != pool and torch.equal(twin.keys, before) and len(twin) == 25 * KV
@@ -176,7 +177,7 @@ def test_positions_are_int32_and_scores_travel_with_their_tokens():
 @pytest.mark.parametrize("slack", [0, 5])
 def test_the_tail_is_what_was_appended_and_not_dropped(slack):
     rng, generator = random.Random(1), torch.Generator().manual_seed(0)
-    tail = Tail(torch.zeros(2, KV, 0, D), with_scores=True)
+    tail = RecentWindow(torch.zeros(2, KV, 0, D), with_scores=True)
     wanted = [torch.zeros(2, KV, 0, D), torch.zeros(2, 0, dtype=torch.bool)]
     for _ in range(200):
         if rng.random() < 0.6:
@@ -196,7 +197,7 @@ def test_the_tail_is_what_was_appended_and_not_dropped(slack):
         assert torch.equal(tail.valid, wanted[1]) and torch.equal(tail.scores, wanted[0][..., 0])
         room = tail.tensors()[0].shape[2] - len(tail)
         assert room <= 200
-    twin = tail.twin()
+    twin = tail.fork()
     before = twin.keys.clone()
     tail.append(torch.ones(2, KV, 1, D), torch.ones(2, KV, 1, D), torch.ones(2, KV, 1).bool(), torch.ones(2, 1).bool(),
                 torch.ones(2, KV, 1), slack=slack)  # fmt: skip

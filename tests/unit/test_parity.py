@@ -49,20 +49,22 @@ def compressed(policy, ratio):
 @pytest.mark.parametrize("name", OURS)
 def test_the_same_tokens_are_kept(name, ratio):
     for i, layer in enumerate(compressed(OURS[name], ratio)):
-        assert [h.nonzero().flatten().tolist() for h in layer.held()[0]] == FOUND["kept"][f"{name}/{ratio}/{i}"]
+        assert [h.nonzero().flatten().tolist() for h in layer.stage.held(layer)[0]] == FOUND["kept"][
+            f"{name}/{ratio}/{i}"
+        ]
 
 
 def test_the_same_channels_go():
     for i, layer in enumerate(compressed(ThinK(window=32), None)):
         everything = set(range(peer.HEAD_DIM))
-        assert [sorted(everything - set(kept)) for kept in layer.kept.thin.channels[0].tolist()] == \
+        assert [sorted(everything - set(kept)) for kept in layer.store.narrow.channels[0].tolist()] == \
             FOUND["pruned_channels"][str(i)]  # fmt: skip
 
 
 def test_the_papers_pyramid_and_ada_share_the_budget_out_exactly_or_nearly():
     """kvpress's variants differ from the papers'; the papers' own spend what they are given."""
     for policy in (PyramidKV(), AdaKV(), AdaKV(PyramidKV())):
-        kept = [layer.held().sum().item() for layer in compressed(policy, 0.25)]
+        kept = [layer.stage.held(layer).sum().item() for layer in compressed(policy, 0.25)]
         total = 0.25 * peer.TOKENS * peer.KV_HEADS * peer.LAYERS
         assert total - 2 * peer.KV_HEADS * peer.LAYERS <= sum(kept) <= total + peer.KV_HEADS * peer.LAYERS
         if policy.layers == PyramidKV().layers:

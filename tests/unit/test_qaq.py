@@ -6,7 +6,7 @@ from conftest import KINDS, VOCAB, gated, padded_batch, plain_logits, recurrent_
 
 import gatekv
 from gatekv.attention import AttentionCall
-from gatekv.cache.quantised import PAGE
+from gatekv.cache.segments.quantised import PAGE
 from gatekv.evaluation import frontier
 from gatekv.evaluation.tasks.item import Item, log_loss
 from gatekv.modules import base_model, wrappers
@@ -20,9 +20,9 @@ POLICIES = ["qaq", "snapkv+qaq", "snapkv+ada+qaq", "keydiff+pyramid+qaq", "rando
 
 def bits_of(layer):
     """[2, batch, kv_heads, slots seen]: bits of each key and value, 16 where a token is whole, 0 where none is."""
-    held = layer.held()
+    held = layer.stage.held(layer)
     out = torch.stack([held, held]).long() * 16
-    for pair, store in layer.kept.thin.pages.items():
+    for pair, store in layer.store.narrow.pages.items():
         for part, bits in zip(out, pair):
             store.scatter(part, bits)
     return out
@@ -33,7 +33,7 @@ class DequantisedMemory:
 
     def __init__(self, layer, prompt):
         self.bits, self.prompt = bits_of(layer)[..., :prompt], prompt
-        self.outliers = layer.kept.thin.outliers
+        self.outliers = layer.store.narrow.outliers
 
     def rounded(self, x, bits):
         out = x.clone()
@@ -81,7 +81,7 @@ def test_recurrent_is_the_dense_form_over_dequantised_tensors(kind, policy):
     decode = {} if policy == "qaq" else {"decode": "keep"}
     cache = gatekv.KVCache(model, policy, 0.7, **decode)
     got = recurrent_logits(model, ids, mask, cache, [70, 71, 80])
-    widths = {pair for layer in cache.evicting() for pair in layer.kept.thin.pages}
+    widths = {pair for layer in cache.evicting() for pair in layer.store.narrow.pages}
     assert len(widths) > 1 and (got - plain_logits(model, ids, mask))[:, 70:].abs().max() > 1e-3
     wanted = dequantised_logits(model, ids, cache, 70)
     torch.testing.assert_close(got, wanted, rtol=1e-9, atol=1e-9 * wanted.abs().max().item())
@@ -115,7 +115,7 @@ def test_sixteen_bits_are_the_plain_model_by_the_same_path(family, policy):
     wanted = plain_logits(model, ids, mask)
     torch.testing.assert_close(got[mask.bool()], wanted[mask.bool()], rtol=1e-12, atol=1e-12)
     for layer in cache.evicting():
-        assert list(layer.kept.thin.pages) == [(16, 16)] and len(layer.kept.thin.pages[16, 16]) > 0
+        assert list(layer.store.narrow.pages) == [(16, 16)] and len(layer.store.narrow.pages[16, 16]) > 0
     tokens = model.generate(ids, attention_mask=mask, max_new_tokens=12, do_sample=False)
     mine = gatekv.KVCache(model, policy, 1.0)
     assert torch.equal(
@@ -132,10 +132,10 @@ def test_bytes_are_those_of_the_records(bits):
     model(ids, past_key_values=cache)
     for layer in cache.evicting():
         given = bits_of(layer)[..., : 480 - 32]
-        assert layer.held().all() and set(given.unique().tolist()) <= {2, 4, 8, 16}
+        assert layer.stage.held(layer).all() and set(given.unique().tolist()) <= {2, 4, 8, 16}
         assert given.sum() == pytest.approx(bits * given.numel(), abs=16) and given.sum() <= bits * given.numel()
-        for pair, store in layer.kept.thin.pages.items():
-            sizes = [record_bytes(b, layer.kept.thin.outliers, 64, 2) for b in pair]
+        for pair, store in layer.store.narrow.pages.items():
+            sizes = [record_bytes(b, layer.store.narrow.outliers, 64, 2) for b in pair]
             assert [t.nbytes for t in (store.keys, store.values)] == [PAGE * len(store.owners) * s for s in sizes]
             assert len(store.owners) == (-(-store.lengths // PAGE)).sum(), "no page is empty"
     stores = [t for layer in cache.evicting() for t in layer.tensors()]
@@ -180,9 +180,11 @@ def test_a_question_a_turn_a_copy_and_a_file(tmp_path):
     model(ids, past_key_values=cache)
     cache.save(tmp_path / "few.safetensors")
     twin, loaded = cache.snapshot(), gatekv.KVCache.load(tmp_path / "few.safetensors", model)
-    assert str(loaded.plan.policy) == "SnapKV x Ada x Bits" and loaded.plan.policy.width.bits == 5
+    assert str(loaded.config.policy) == "SnapKV x Ada x Bits" and loaded.config.policy.width.bits == 5
     for mine, theirs in zip(loaded.evicting(), twin.evicting()):
-        held = [{pair: store.keys.nbytes for pair, store in layer.kept.thin.pages.items()} for layer in (mine, theirs)]
+        held = [
+            {pair: store.keys.nbytes for pair, store in layer.store.narrow.pages.items()} for layer in (mine, theirs)
+        ]
         assert held[0] == held[1] and len(held[0]) > 1
     swapped = cache.snapshot()
     swapped.reorder_cache(torch.tensor([1, 0]))
@@ -204,7 +206,7 @@ def test_each_turn_shares_out_its_own_bits():
     for layer, before in zip(cache.evicting(), first):
         after = bits_of(layer)
         assert torch.equal(after[..., :48], before[..., :48]), "what was encoded stays as it is"
-        assert (after[..., 128:] == 16).all() and layer.held().sum(-1).unique().tolist() == [48 + 48]
+        assert (after[..., 128:] == 16).all() and layer.stage.held(layer).sum(-1).unique().tolist() == [48 + 48]
         new = after[..., 48:128][after[..., 48:128] > 0]
         assert len(new) and 3 < new.double().mean() <= 4
     assert torch.isfinite(model(ids[:, :3], past_key_values=cache).logits).all()
@@ -218,8 +220,8 @@ def test_streaming_policies_evict_tokens_of_few_bits():
         cache = gatekv.KVCache(model, "streaming_llm+qaq", 0.7, prompt_tokens=80)
         recurrent_logits(model, ids[:, :tokens], mask[:, :tokens], cache, [80][: tokens > 80])
         for layer in cache.evicting():
-            assert layer.held().sum(-1).unique().tolist() == [56]
-            assert sum(store.lengths for store in layer.kept.thin.stores()).tolist() == [old] * 3
+            assert layer.stage.held(layer).sum(-1).unique().tolist() == [56]
+            assert sum(store.lengths for store in layer.store.narrow.stores()).tolist() == [old] * 3
 
 
 def test_a_tolerance_asks_for_the_fewest_bits_that_meet_it():
@@ -268,11 +270,11 @@ def test_bits_follow_the_attention_of_the_last_queries(floor):
     recurrent_logits(model, ids, mask, undecided, [])
     cache = undecided.decide(QAQ(bits=4, floor=floor), 1.0)
     for layer, whole in zip(cache.evicting(), undecided.evicting()):
-        k, v, q = whole.tail.keys, whole.tail.values, naive.group_queries(whole.queries[:, :, -32:], 3)
-        s = torch.einsum("bkgqd,bktd->bkgqt", q, k) * whole.scaling
-        seen = naive.causal_mask(32, 70) & whole.tail.valid[:, None, None, None]
+        k, v, q = whole.window.keys, whole.window.values, naive.group_queries(whole.evidence.queries[:, :, -32:], 3)
+        s = torch.einsum("bkgqd,bktd->bkgqt", q, k) * whole.evidence.scaling
+        seen = naive.causal_mask(32, 70) & whole.window.valid[:, None, None, None]
         a = s.masked_fill(~seen, -torch.inf).softmax(-1).amax((2, 3))[..., :38]
-        old = whole.tail.valid[:, None, :38].expand_as(a)
+        old = whole.window.valid[:, None, :38].expand_as(a)
         width, n = Bits(bits=4, floor=floor), k.shape[1]
         spans = []
         for x in (k[:, :, :38], v[:, :, :38]):
@@ -280,7 +282,7 @@ def test_bits_follow_the_attention_of_the_last_queries(floor):
             rest = x.scatter(-1, far, torch.nan)
             spans.append(rest.nan_to_num(-torch.inf).amax(-1) - rest.nan_to_num(torch.inf).amin(-1))
         size = ((v[:, :, :38].square().mean(-1) * old).sum(-1) / old.sum(-1)).sqrt()
-        asked = q.norm(dim=-1).amax((2, 3)) * whole.scaling
+        asked = q.norm(dim=-1).amax((2, 3)) * whole.evidence.scaling
         rows = [t.flatten(0, 1) for t in (a, old, *spans)]
         sensitivity = width.sensitivity(*rows, size.flatten()[:, None], asked.flatten()[:, None]).view(2, 2, n, 38)
         wanted = width.allot(sensitivity.movedim(1, 0).flatten(1), old[:, None].expand(-1, 2, -1, -1).flatten(1))

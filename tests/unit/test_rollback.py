@@ -9,7 +9,8 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 import gatekv
-from gatekv.cache.judge import ROLLBACK
+from gatekv.cache.gate_stream import ROLLBACK
+from gatekv.cache.rollback import croppable
 from gatekv.modules import base_model
 
 GREEDY = dict(max_new_tokens=40, do_sample=False)
@@ -99,7 +100,7 @@ def test_any_feeding_and_cropping_equals_the_parallel_form(calls, window):
     for n, back in calls:
         new = torch.randint(1, VOCAB, (1, n), generator=generator)
         got, ids = torch.cat([got, feed(model, cache, new)], 1), torch.cat([ids, new], 1)
-        back = min(back, cache.evicting()[0].croppable(), ids.shape[1] - 1)
+        back = min(back, croppable(cache.evicting()[0]), ids.shape[1] - 1)
         cache.crop(-back)
         ids, got = ids[:, : ids.shape[1] - back], got[:, : got.shape[1] - back]
         assert cache.get_seq_length() == ids.shape[1]
@@ -183,10 +184,10 @@ def test_recording_holds_a_bounded_number_of_tokens():
     for _ in range(60):
         feed(model, cache, torch.randint(1, VOCAB, (1, 20)))
     layer = cache.evicting()[0]
-    assert len(layer.tail) <= ROLLBACK + 4 + 20 + 16
-    assert layer.croppable() >= ROLLBACK
+    assert len(layer.window) <= ROLLBACK + 4 + 20 + 16
+    assert croppable(layer) >= ROLLBACK
     cache.crop(-ROLLBACK)
-    assert len(layer.tail) < 4 + 16, "what is certain is folded"
+    assert len(layer.window) < 4 + 16, "what is certain is folded"
 
 
 def test_what_cannot_be_taken_back_is_refused_and_nothing_is_lost():

@@ -132,7 +132,7 @@ def test_a_buffer_fills_up_to_what_is_protected_before_anything_leaves(name):
     cache = cache_for(model, name, 0.25)
     ids, mask = padded_batch([2 + 40])
     run(model, cache, ids, mask, 40)
-    plan, slots = cache.plan, torch.arange(42)
+    plan, slots = cache.config, torch.arange(42)
     least = plan.sinks + plan.window
     for flags in cache.flags():
         assert (flags.sum(-1) >= least).all() and flags[..., slots >= 42 - plan.window].all()
@@ -179,12 +179,12 @@ def test_tokens_as_budget_in_turns_snapshots_and_files(tmp_path):
         twin = cache.snapshot()
         cache.save(tmp_path / "c.safetensors")
         loaded = gatekv.KVCache.load(tmp_path / "c.safetensors", model)
-        assert loaded.plan.policy.budget == 40 and type(loaded.plan.policy.budget) is int
+        assert loaded.config.policy.budget == 40 and type(loaded.config.policy.budget) is int
         for c in (cache, twin, loaded):
             model(ids[:, 170:], past_key_values=c)
             c.compress()
             assert [int(f.sum()) for f in c.flags()] == [3 * (40 + 40 + 30)] * 2
-            assert c.memory()["whole_rows"] == 0 and not c.plan.strict
+            assert c.memory()["whole_rows"] == 0 and not c.config.strict
     strict = cache_for(model, "snapkv", 20, turns=True)
     with torch.no_grad():
         model(ids[:, :100], past_key_values=strict)

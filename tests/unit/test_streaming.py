@@ -6,7 +6,7 @@ from conftest import padded_batch, tiny
 
 import gatekv
 from gatekv.attention import AttentionCall
-from gatekv.cache.slots import rotate
+from gatekv.cache.segments.sinks import rotate
 from gatekv.ops import naive
 from gatekv.policies import H2O, TOVA, L2Norm, StreamingLLM
 
@@ -89,7 +89,9 @@ def test_every_step_is_the_naive_loops(name, chunk):
     layer.expect(0)
     layer.update(k[:, :, :0], v[:, :, :0])
     layer.attend(call, q[:, :, :PROMPT], k[:, :, :PROMPT], v[:, :, :PROMPT], None, D**-0.5)
-    assert [layer.held()[0, h].nonzero().flatten().tolist() for h in range(KV)] == [sorted(h.held) for h in heads]
+    assert [layer.stage.held(layer)[0, h].nonzero().flatten().tolist() for h in range(KV)] == [
+        sorted(h.held) for h in heads
+    ]
     for a in range(PROMPT, n, chunk):
         c = min(n, a + chunk)
         out = layer.attend(call, q[:, :, a:c], k[:, :, a:c], v[:, :, a:c], None, D**-0.5)
@@ -98,7 +100,7 @@ def test_every_step_is_the_naive_loops(name, chunk):
                                 for h, x in enumerate(heads)])  # fmt: skip
             torch.testing.assert_close(out[0, :, i - a], wanted, rtol=1e-9, atol=1e-9)
             evict(heads)
-        held = [layer.held()[0, h].nonzero().flatten().tolist() for h in range(KV)]
+        held = [layer.stage.held(layer)[0, h].nonzero().flatten().tolist() for h in range(KV)]
         assert held == [sorted(h.held) for h in heads]
     assert all(len(h.held) == room for h in heads)
 
@@ -121,7 +123,7 @@ def test_slot_positions_are_places_in_the_cache(ratio):
         rotary = (1.5 * angles[:, a:c].cos(), 1.5 * angles[:, a:c].sin())
         call = AttentionCall(hidden=torch.zeros(1, c - a, 1), layer_idx=0, rotary=rotary)
         out = layer.attend(call, at(q, everywhere)[:, :, a:c], at(k, everywhere)[:, :, a:c], v[:, :, a:c], None, 0.25)
-        layer = layer.twin()
+        layer = layer.fork()
         for i in range(max(a, PROMPT), c):
             held = [j for j in range(i + 1) if j < sinks or j > i - (room - sinks) - 1]
             places = list(range(len(held)))

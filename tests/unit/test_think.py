@@ -18,8 +18,8 @@ class ZeroedMemory:
 
     def __init__(self, layer, prompt, window):
         self.held, self.channels, self.prompt, self.old = (
-            layer.held(),
-            layer.kept.thin.channels,
+            layer.stage.held(layer),
+            layer.store.narrow.channels,
             prompt,
             prompt - window,
         )
@@ -96,9 +96,9 @@ def test_bytes_are_those_of_thinner_keys(prune):
     saved = int(64 * prune) / 64 / 2 * (480 - 32) / 480
     assert cache.memory()["ratio"] == pytest.approx(1 - saved, abs=0.03)
     for layer in cache.evicting():
-        assert layer.kept.thin.pages.keys.shape[-1] == 64 - int(64 * prune)
-        assert len(layer.kept.thin.pages) == (480 - 32) * layer.tail.keys.shape[1]
-        assert layer.held().all()
+        assert layer.store.narrow.pages.keys.shape[-1] == 64 - int(64 * prune)
+        assert len(layer.store.narrow.pages) == (480 - 32) * layer.window.keys.shape[1]
+        assert layer.stage.held(layer).all()
     both = gatekv.KVCache(model, "snapkv+think", 0.25)
     model(ids, past_key_values=both)
     assert both.memory()["ratio"] < 0.25
@@ -113,7 +113,7 @@ def test_a_question_a_turn_a_copy_and_a_file(tmp_path):
     model(ids, past_key_values=cache)
     cache.save(tmp_path / "thin.safetensors")
     twin, loaded = cache.snapshot(), gatekv.KVCache.load(tmp_path / "thin.safetensors", model)
-    assert str(loaded.plan.policy) == "SnapKV x Ada x Channels"
+    assert str(loaded.config.policy) == "SnapKV x Ada x Channels"
     swapped = cache.snapshot()
     swapped.reorder_cache(torch.tensor([1, 0]))
     wanted = model(later, past_key_values=cache).logits
@@ -128,14 +128,14 @@ def test_turns_are_thinned_through_the_same_channels():
     ids = torch.randint(1, VOCAB, (1, 160), generator=torch.Generator().manual_seed(0))
     cache = gatekv.KVCache(model, "snapkv+think", 0.6, turns=True)
     model(ids[:, :80], past_key_values=cache)
-    first = [layer.kept.thin.channels.clone() for layer in cache.evicting()]
+    first = [layer.store.narrow.channels.clone() for layer in cache.evicting()]
     model(ids[:, 80:], past_key_values=cache)
     cache.compress()
     for layer, channels in zip(cache.evicting(), first):
-        assert torch.equal(layer.kept.thin.channels, channels)
-        thin = layer.kept.thin.pages
+        assert torch.equal(layer.store.narrow.channels, channels)
+        thin = layer.store.narrow.pages
         assert int(thin.positions[thin.occupied()].max()) == 160 - 32 - 1
-        assert layer.held().sum(-1).unique().tolist() == [48 + 48]
+        assert layer.stage.held(layer).sum(-1).unique().tolist() == [48 + 48]
     assert torch.isfinite(model(ids[:, :3], past_key_values=cache).logits).all()
 
 

@@ -153,7 +153,7 @@ def test_loading_refuses_what_does_not_fit(tmp_path):
 
     with safe_open(path, "pt") as file:
         metadata = file.metadata()
-    wrong = {**tensors, "0.pages.owners": tensors["0.pages.owners"][:-1]}
+    wrong = {**tensors, "0.store.pages.owners": tensors["0.store.pages.owners"][:-1]}
     save_file(wrong, tmp_path / "wrong.safetensors", metadata=metadata)
     with pytest.raises(ValueError, match="layer 0 is damaged.*pages.owners"):
         gatekv.KVCache.load(tmp_path / "wrong.safetensors", model)
@@ -167,7 +167,7 @@ def test_loading_refuses_what_does_not_fit(tmp_path):
 
     own = gatekv.KVCache(base_model(model), Mine(), 0.5)
     feed(base_model(model), own, ids)
-    with pytest.raises(ValueError, match="gatekv.s own policies"):
+    with pytest.raises(ValueError, match="Mine has no name .*register_policy"):
         own.save(path)
 
 
@@ -195,9 +195,9 @@ def test_chunked_sparse_prefill_never_holds_the_whole_prompt():
 
 @torch.no_grad()
 def test_a_long_call_is_cut_inside_so_that_its_pieces_see_only_what_is_live(monkeypatch):
-    from gatekv.cache import layer
+    from gatekv.cache import stages
 
-    monkeypatch.setattr(layer, "PIECE", 16)
+    monkeypatch.setattr(stages, "PIECE", 16)
     model = gated(window=5, sinks=2)
     ids, mask = padded_batch([100, 71])
     positions = (mask.cumsum(-1) - 1).clamp_min(0)
@@ -228,8 +228,8 @@ def test_a_ten_times_longer_stream_takes_no_more_than_its_budget():
         feed(model, cache, stream[:, i : i + 1])
         held[i + 1] = sum(int(f.sum()) for f in cache.flags())
     assert all(h <= 0.25 * n * 6 * 1.25 + 6 * 8 for n, h in held.items()), "the stream holds its share all along"
-    assert all(len(layer.tail) <= 6 + 16 for layer in cache.evicting())
-    pages = [layer.kept.pages for layer in cache.evicting()]
+    assert all(len(layer.window) <= 6 + 16 for layer in cache.evicting())
+    pages = [layer.store.pages for layer in cache.evicting()]
     assert all(p.free <= max(6, len(p.owners) // 50) for p in pages), "and no page lies idle"
 
 

@@ -4,7 +4,7 @@ from dataclasses import dataclass
 
 import torch
 
-from gatekv.cache.pages import Pages
+from gatekv.cache.segments.pages import Pages
 from gatekv.ops import segments
 
 Tensor = torch.Tensor

@@ -1,14 +1,16 @@
 """The dense end of a layer's cache: the recent window and what has not been folded into pages yet."""
 
-import copy
-from typing import cast
+from typing import Self, cast
 
 import torch
+
+from gatekv.cache.segments.segment import Segment, Shape
+from gatekv.ops import segments
 
 Tensor = torch.Tensor
 
 
-class Tail:
+class RecentWindow(Segment):
     """Recent tokens, rectangular, in a buffer that is written in place and slides when it is full.
 
     Appending costs the new tokens alone; every `slack` tokens the live part, no longer than the window, moves once.
@@ -19,8 +21,10 @@ class Tail:
         psi: [batch, kv_heads, n, rank], what a low-rank state takes of each token, or None.
     """
 
+    saved = ("flags", "valid", "scores", "psi")
+
     def __init__(self, like: Tensor, with_scores: bool) -> None:
-        """An empty tail; `like` [batch, kv_heads, tokens, head_dim] gives shapes, dtype and device."""
+        """An empty one; `like` [batch, kv_heads, tokens, head_dim] gives shapes, dtype and device."""
         b, kv, _, d = like.shape
         self._buffers = [like.new_empty(b, kv, 0, d) for _ in range(2)]
         self.flags = torch.ones(b, kv, 0, dtype=torch.bool, device=like.device)
@@ -40,9 +44,8 @@ class Tail:
     def values(self) -> Tensor:
         return self._buffers[1][:, :, : len(self)]
 
-    def tensors(self) -> list[Tensor]:
-        """Every tensor held, slack included."""
-        return [*self._buffers, self.flags, self.valid, *(t for t in (self.scores, self.psi) if t is not None)]
+    def attend(self, q: Tensor, scale: float, visible: Tensor | None = None) -> tuple[Tensor, Tensor]:
+        return segments.dense_segment(q, self.keys, self.values, visible, scale)
 
     def append(
         self,
@@ -92,14 +95,28 @@ class Tail:
         out[:, :, : end - start] = buffer[:, :, start:end]
         return out
 
-    def select(self, index: Tensor) -> None:
-        """Keep, reorder or repeat sequences: index [new_batch]."""
-        self._buffers = [b.index_select(0, index) for b in self._buffers]
-        self.flags, self.valid = self.flags.index_select(0, index), self.valid.index_select(0, index)
-        self.scores, self.psi = (None if t is None else t.index_select(0, index) for t in (self.scores, self.psi))
+    def index_select(self, index: Tensor) -> None:
+        super().index_select(index)
         self.shared = False
 
-    def twin(self) -> "Tail":
+    def fork(self) -> Self:
         """A second owner of the same buffers; whichever grows first takes a copy of its own."""
         self.shared = True
-        return copy.copy(self)
+        return super().fork()
+
+    def state_dict(self) -> dict[str, Tensor]:
+        return {"keys": self.keys, "values": self.values} | super().state_dict()
+
+    def load_state_dict(self, tensors: dict[str, Tensor]) -> None:
+        super().load_state_dict(tensors)
+        n = len(self)
+        for name in ("keys", "values"):
+            if tensors[name].shape[2] != n:
+                raise ValueError(f"window.{name} holds {tensors[name].shape[2]} tokens, not {n}.")
+        self._buffers = [tensors["keys"], tensors["values"]]
+
+    @classmethod
+    def forecast_bytes(cls, shape: Shape, tokens: float, room: int = 0, scores: bool = False) -> int:
+        """room: for tokens that come next."""
+        beside = tokens * (shape.rows * (5 if scores else 1) + shape.batch)
+        return round((tokens + room) * shape.rows * 2 * shape.head_bytes + beside)

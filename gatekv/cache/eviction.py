@@ -1,0 +1,174 @@
+"""Evictors: what one layer does about its tokens as they come. One is in charge at a time, see `evictor_of`.
+
+of a prompt or turn                     behind it
+Threshold                               itself, or KeepAll
+OneShot      (gatekv.cache.ranking)     FixedBuffer, or KeepAll
+GateOneShot  (gatekv.cache.ranking)     Cut, Decay, or KeepAll
+"""
+
+from typing import TYPE_CHECKING, NamedTuple, cast
+
+import torch
+
+from gatekv.attention import AttentionCall
+from gatekv.cache import stages
+from gatekv.cache.buffer import Buffer
+from gatekv.cache.config import CacheConfig
+from gatekv.cache.decision import Selection
+from gatekv.cache.gate_stream import FOLD, GateStream
+from gatekv.cache.segments.prompt_end import PromptEnd
+from gatekv.cache.segments.segment import Shape
+from gatekv.modules import GatedAttention
+from gatekv.parts import Part
+
+if TYPE_CHECKING:
+    from gatekv.cache.layer import KVLayer
+
+Tensor = torch.Tensor
+
+
+class Flags(NamedTuple):
+    """keep [batch, kv_heads, n] bool: what new tokens will be once they leave the window; scores [batch, kv_heads, n]
+    that are kept beside them, or None."""
+
+    keep: Tensor
+    scores: Tensor | None
+
+
+class Evictor(Part):
+    """Everything stays.
+
+    Attributes:
+        evicts: tokens that come now can be evicted as they leave the window. page_scores, window_scores: pages, the
+        window hold a score of each token.
+    """
+
+    evicts = False
+    page_scores = False
+    window_scores = False
+
+    def __init__(self, config: CacheConfig) -> None:
+        self.config = config
+
+    def on_tokens(self, layer: "KVLayer", call: AttentionCall, k: Tensor, valid: Tensor) -> Flags:
+        """Flags of new tokens with keys k [batch, kv_heads, n, head_dim], valid [batch, n].
+
+        Raises:
+            ValueError: before anything has changed.
+        """
+        layer.open = True
+        return Flags(valid[:, None].expand(k.shape[:3]), None)
+
+    def on_prompt_end(self, layer: "KVLayer") -> None:
+        """The prompt or turn is whole: decide, or wait for the layers that follow."""
+        raise NotImplementedError
+
+    def on_fold(self, layer: "KVLayer") -> None:
+        """Tokens have left the window."""
+
+    def successor(self, selection: Selection | None = None) -> "Evictor":
+        """Who goes on behind the prompt or turn, by what was selected there; None: an empty one, to be loaded."""
+        return self
+
+    def begin(self, layer: "KVLayer") -> None:
+        """It takes over: the prompt has been decided, and what stays is stored."""
+
+    def stage(self) -> "stages.Stage":
+        """What the layer does while this evictor is in charge behind the prompt."""
+        return stages.Decode()
+
+    def rewindable(self) -> int | None:
+        """How many of the last tokens it can take back; None: any number."""
+        return None
+
+    def rewind(self, remove: int) -> None:
+        """Take back the last tokens."""
+
+    def record(self) -> None:
+        """Keep what `rewind` needs, from here on."""
+
+    def recorded(self) -> None:
+        """What was kept for `rewind` is not needed any more."""
+
+    def split(self, new: int, narrow: int) -> tuple[int, int]:
+        """Of `new` tokens behind the prompt, (how many are in the window, how much the pages have grown by others);
+        narrow: tokens a head that stand apart in another width."""
+        return new % FOLD, new // FOLD * FOLD
+
+    def forecast_bytes(self, shape: Shape, wrapper: GatedAttention) -> int:
+        """Bytes that it holds itself in one layer, which `wrapper` gates."""
+        return 0
+
+    def hand_over(self, layer: "KVLayer", successor: "Evictor") -> None:
+        """Go on behind the prompt or turn with `successor`, which may be this one."""
+        config, layer.evictor = self.config, successor
+        layer.base = layer.seen
+        if config.turns:
+            layer.stage = stages.Turn()
+            layer.leave(len(layer.window))
+        else:
+            layer.stage = successor.stage()
+            layer.fold(rollback=0 if config.waits else None)  # nothing takes back a decided prompt
+        if config.policy.width is not None:
+            layer.store.absorb(_prompt_end(layer))
+        successor.begin(layer)
+        if not successor.evicts:
+            layer.window.psi = None
+        layer.evidence.forget()
+
+
+def _prompt_end(layer: "KVLayer") -> PromptEnd:
+    q, window = cast(Tensor, layer.evidence.queries), layer.window
+    asked = torch.arange(layer.seen - q.shape[2], layer.seen, device=q.device)
+    live = window.flags & window.valid[:, None]
+    return PromptEnd(q, asked >= layer.seen - layer.real, window.keys, live, layer.seen, layer.evidence.scaling)
+
+
+class KeepAll(Evictor):
+    """Behind a decided prompt, everything stays.
+
+    Attributes:
+        stream: of the gate that has judged the prompt, or None.
+    """
+
+    saved = ("stream",)
+
+    def __init__(self, config: CacheConfig, stream: GateStream | None = None) -> None:
+        super().__init__(config)
+        self.stream = stream
+
+    def rewindable(self) -> int | None:
+        return None if self.stream is None else self.stream.rewindable()
+
+    def forecast_bytes(self, shape: Shape, wrapper: GatedAttention) -> int:
+        return 0 if self.stream is None else self.stream.forecast_bytes(shape, wrapper.gate())
+
+
+class FixedBuffer(Evictor):
+    """Behind the prompt each token has a score, and with every new one the lowest leaves a buffer of the size that the
+    prompt left (H2O, TOVA, StreamingLLM, L2, D2O, Elastic-Cache)."""
+
+    saved = ("buffer",)
+    window_scores = page_scores = True
+
+    def __init__(self, config: CacheConfig, selection: Selection | None) -> None:
+        super().__init__(config)
+        self.buffer = Buffer.of(config, selection, guarded=True)
+
+    def begin(self, layer: "KVLayer") -> None:
+        sinks = self.config.policy.scorer.segment(layer.store.pages)
+        if sinks is not None and layer.evidence.rotary is not None:  # None where a saved cache is loaded
+            sinks.absorb(layer.store.pages, self.buffer.room[:, 0], layer.real[:, 0], layer.evidence.rotary)
+        layer.store.sinks = sinks
+
+    def stage(self) -> "stages.Stage":
+        return stages.Streaming()
+
+    def split(self, new: int, narrow: int) -> tuple[int, int]:
+        return 0, min(new, narrow + 1)  # narrow tokens that leave make no room in the pages
+
+    def forecast_bytes(self, shape: Shape, wrapper: GatedAttention) -> int:
+        return self.buffer.forecast_bytes(shape)
+
+    def on_fold(self, layer: "KVLayer") -> None:
+        self.buffer.trim(layer.store, lambda pages: cast(Tensor, pages.scores), layer.seen)

@@ -1,0 +1,95 @@
+"""Memory that answers: what a layer holds answers a query with (output, log-sum-exp), and answers merge."""
+
+import math
+from collections.abc import Iterable
+from dataclasses import dataclass
+from typing import TYPE_CHECKING
+
+import torch
+
+from gatekv.ops import backends, segments
+from gatekv.ops.page_table import PageTable
+from gatekv.parts import Part
+
+if TYPE_CHECKING:
+    from gatekv.cache.segments.pages import Pages
+
+Tensor = torch.Tensor
+Read = tuple[Tensor, Tensor, Tensor, PageTable]  # queries, keys, values, table: what paged attention takes
+
+
+@dataclass(frozen=True)
+class Shape:
+    """Sizes of one layer's memory, for what it will hold (`Segment.forecast_bytes`).
+
+    Attributes:
+        batch: sequences. kv_heads, head_dim: of the layer. dtype: of keys and values. block_size: tokens in a page.
+        even: heads hold the same number of tokens; else half a page each is assumed to be empty.
+        beside: bytes that stand beside each token of a page: position, score, count.
+    """
+
+    batch: int
+    kv_heads: int
+    head_dim: int
+    dtype: torch.dtype
+    block_size: int = 16
+    even: bool = True
+    beside: int = 4
+
+    @property
+    def rows(self) -> int:
+        """Sequences times KV heads."""
+        return self.batch * self.kv_heads
+
+    @property
+    def head_bytes(self) -> int:
+        """Of one whole key, or value."""
+        return self.head_dim * self.dtype.itemsize
+
+    def pages(self, tokens: float) -> float:
+        """Pages of a head that holds so many tokens."""
+        size = self.block_size
+        return math.ceil(tokens / size) if self.even else tokens / size + 0.5 * (1 - 1 / size)
+
+
+class Segment(Part):
+    """A memory of one layer. All that the rest of the cache asks of it are these words, and a `Part`'s: `fork`,
+    `index_select`, `state_dict`, `load_state_dict`."""
+
+    def __len__(self) -> int:
+        """Tokens held, over all rows; 0: it has nothing to answer."""
+        raise NotImplementedError
+
+    def attend(self, q: Tensor, scale: float, visible: Tensor | None = None) -> tuple[Tensor, Tensor]:
+        """What it answers to queries q [batch, heads, queries, head_dim]: output, shaped as q, and log-sum-exp [batch,
+        heads, queries], (0, -inf) where a query sees nothing.
+
+        visible: [batch, 1 or kv_heads, queries, tokens] bool, what each query may see, for memories that hold tokens
+        in order; None: all of it.
+        """
+        raise NotImplementedError
+
+    @classmethod
+    def forecast_bytes(cls, shape: Shape, tokens: float) -> int:
+        """Bytes that one layer's will hold with so many tokens a head."""
+        raise NotImplementedError
+
+
+class Paged(Segment):
+    """A memory whose tokens lie in pages: it says which, and what paged attention is to read of them."""
+
+    def stores(self) -> list["Pages"]:
+        """The pages that its tokens lie in."""
+        raise NotImplementedError
+
+    def reads(self, q: Tensor) -> Iterable[Read]:
+        """What paged attention takes of each of `stores` in turn, where q [batch, heads, queries, head_dim] ask."""
+        raise NotImplementedError
+
+    def __len__(self) -> int:
+        return sum(store.tokens for store in self.stores())
+
+    def attend(self, q: Tensor, scale: float, visible: Tensor | None = None) -> tuple[Tensor, Tensor]:
+        return segments.merge(
+            [backends.load(store.backend)(*read, scale) for store, read in zip(self.stores(), self.reads(q))]
+        )

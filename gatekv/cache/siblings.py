@@ -1,0 +1,26 @@
+"""The layers of one cache, as each of them sees the others."""
+
+import weakref
+from typing import TYPE_CHECKING, Any
+
+if TYPE_CHECKING:
+    from gatekv.cache.layer import KVLayer
+
+
+class Siblings:
+    """Weak references: a layer that held the others, and they it, would outlive the cache's last reference."""
+
+    def __init__(self, layers: "list[KVLayer]", others: list[tuple[int, Any]]) -> None:
+        """layers: those that evict, by depth; others: (place in the model, layer) of those with a sliding window."""
+        self._layers = [weakref.ref(layer) for layer in layers]
+        self._others = [(place, weakref.ref(layer)) for place, layer in others]
+
+    @property
+    def layers(self) -> "list[KVLayer]":
+        """Those that evict, by depth."""
+        return [layer for ref in self._layers if (layer := ref()) is not None]
+
+    @property
+    def others(self) -> list[tuple[int, Any]]:
+        """(place in the model, layer) of those that transformers bounds itself."""
+        return [(place, ref()) for place, ref in self._others]

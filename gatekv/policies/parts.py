@@ -1,0 +1,70 @@
+"""What a width and a remainder are asked, and what a policy says it needs."""
+
+from dataclasses import dataclass
+from typing import TYPE_CHECKING, Literal, Self
+
+if TYPE_CHECKING:
+    from gatekv.cache.segments.pages import Pages
+    from gatekv.cache.segments.remainder import Remainder
+    from gatekv.cache.segments.segment import Shape
+    from gatekv.cache.segments.width import Narrow
+
+
+class Width:
+    """How old tokens are stored. Subclasses are dataclasses.
+
+    Attributes:
+        window: the last queries that a prompt's end looks at, and the last tokens that stay whole.
+    """
+
+    window: int = 32
+
+    def segment(self, pages: "Pages") -> "Narrow":
+        """Where old tokens go in one layer, beside its pages."""
+        raise NotImplementedError
+
+    def forecast_bytes(self, shape: "Shape", tokens: float) -> int:
+        """Bytes of one layer's old tokens, so many a head."""
+        raise NotImplementedError
+
+    def fit(self, ratio: float, length: int, head_dim: int, itemsize: int, evicts: bool) -> tuple[Self, float]:
+        """(width, share of the tokens to keep) for `ratio` of the bytes of a prompt of `length` tokens.
+
+        evicts: whether tokens may go; their share is 1 where all fit.
+
+        Raises:
+            ValueError: there is no such share ("unreachable").
+        """
+        raise NotImplementedError
+
+
+class RemainderPolicy:
+    """What becomes of evicted tokens. Subclasses are dataclasses.
+
+    Attributes:
+        maps: it needs an adapter's low-rank maps.
+    """
+
+    maps = False
+
+    def segment(self) -> "Remainder":
+        """What takes evicted tokens in, in one layer."""
+        raise NotImplementedError
+
+
+@dataclass(frozen=True)
+class Needs:
+    """What a policy needs of whoever runs it; nobody asks which classes it is made of.
+
+    Attributes:
+        queries: of the prompt's last, how many a decision at its end looks at. gate: an adapter's gate, which reads
+        tokens as they come. maps: an adapter's low-rank maps. rotary: positions as RoPE's (cos, sin). attention: what
+        each step's query pays to what is held. scope: who must have seen the prompt before anything is decided.
+    """
+
+    queries: int
+    gate: bool
+    maps: bool
+    rotary: bool
+    attention: bool
+    scope: Literal["token", "layer", "model"]

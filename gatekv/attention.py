@@ -144,7 +144,8 @@ class AttentionCall:
 
     def part(self, start: int, end: int) -> "AttentionCall":
         """The call of new tokens number start to end - 1 alone."""
-        return replace(self, hidden=self.hidden[:, start:end])
+        rotary = None if self.rotary is None else (self.rotary[0][:, start:end], self.rotary[1][:, start:end])
+        return replace(self, hidden=self.hidden[:, start:end], rotary=rotary)
 
     @property
     def replaces(self) -> bool:

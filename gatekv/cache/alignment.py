@@ -6,7 +6,9 @@ its output back.
 """
 
 import weakref
-from typing import TYPE_CHECKING, NamedTuple
+from dataclasses import dataclass
+from functools import cached_property
+from typing import TYPE_CHECKING
 
 import torch
 
@@ -19,7 +21,8 @@ if TYPE_CHECKING:
 Tensor = torch.Tensor
 
 
-class Seen(NamedTuple):
+@dataclass(frozen=True)
+class Seen:
     """What a mask says of a call's tokens.
 
     Attributes:
@@ -28,9 +31,19 @@ class Seen(NamedTuple):
     """
 
     valid: Tensor
-    padded: bool
-    ragged: bool
-    hides: bool
+    padded: bool = False
+    ragged: bool = False
+    hides: bool = False
+
+    @cached_property
+    def _flags(self) -> dict[int, Tensor]:
+        return {}
+
+    def flags(self, kv_heads: int) -> Tensor:
+        """[batch, kv_heads, n]: `valid` for each head."""
+        if kv_heads not in self._flags:
+            self._flags[kv_heads] = self.valid[:, None].expand(-1, kv_heads, -1)
+        return self._flags[kv_heads]
 
 
 class Masks:
@@ -39,6 +52,15 @@ class Masks:
     def __init__(self) -> None:
         self._mask: weakref.ref[Tensor] | None = None
         self._seen: Seen | None = None
+        self._real: Seen | None = None
+
+    def all_real(self, batch: int, n: int, device: torch.device) -> Seen:
+        """Of a call without a mask."""
+        held = self._real
+        if held is None or held.valid.shape != (batch, n) or held.valid.device != device:
+            held = Seen(valid_tokens(None, batch, n, device))
+            self._real = held if n == 1 else None  # a step's is the next step's
+        return held
 
     def look(self, mask: Tensor, n: int, seen: int, real: Tensor) -> Seen:
         """mask: [batch, 1, n, seen + n] bool; real: [batch, 1], how many of the `seen` slots are real tokens."""
@@ -76,7 +98,7 @@ def look(layer: "KVLayer", mask: Tensor | None, batch: int, n: int) -> Seen:
                 "pads as 0, as in the calls before."
             )
         layer.padded, layer.history = False, None
-        return Seen(valid_tokens(None, batch, n, layer.real.device), False, False, False)
+        return layer.siblings.masks.all_real(batch, n, layer.real.device)
     seen = layer.siblings.masks.look(mask, n, layer.seen, layer.real)
     if seen.hides:
         raise ValueError(

@@ -127,8 +127,8 @@ class _Layer:
         waiting, stored = evictor.split(new, narrow)
         total = Pages.forecast_bytes(shape, old - narrow + stored)
         total += 0 if width is None else width.forecast_bytes(shape, narrow)
-        room = waiting and FOLD + 1  # a new buffer of the window has room for what leaves it next
-        total += RecentWindow.forecast_bytes(shape, near + waiting, room - waiting, evictor.window_scores)
+        room = -waiting % (FOLD + 1)  # a new buffer of the window has room for FOLD tokens more
+        total += RecentWindow.forecast_bytes(shape, near + waiting, room, evictor.window_scores)
         total += 9 * shape.batch + evictor.forecast_bytes(shape, self.wrapper)
         remainder = config.policy.remainder_segment()
         remainder.use(self.wrapper.less())

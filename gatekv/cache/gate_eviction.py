@@ -5,12 +5,13 @@ from typing import TYPE_CHECKING, cast
 import torch
 
 from gatekv.attention import AttentionCall, sink_tokens
+from gatekv.cache import stages
 from gatekv.cache.alignment import Seen
 from gatekv.cache.buffer import Buffer
 from gatekv.cache.config import CacheConfig
 from gatekv.cache.decision import Selection, admit_rows, protected_tokens, rooms
-from gatekv.cache.eviction import Evictor, Flags, KeepAll
-from gatekv.cache.gate_stream import FOLD, GateStream
+from gatekv.cache.eviction import BufferEvictor, Evictor, Flags, KeepAll
+from gatekv.cache.gate_stream import GateStream
 from gatekv.cache.segments.segment import Shape
 from gatekv.modules import GatedAttention
 from gatekv.policies.amount import share_of
@@ -18,7 +19,6 @@ from gatekv.policies.budgets import faded
 
 if TYPE_CHECKING:
     from gatekv.cache.layer import KVLayer
-    from gatekv.cache.segments.pages import Pages
 
 Tensor = torch.Tensor
 
@@ -77,7 +77,7 @@ class GateEvictor(Evictor):
         layer.open, scored = True, window.scores is not None
         waits = self.postpones and layer.decided and not new.ragged
         if waits and self.stream.postpone(call.hidden, config.eviction_delay):
-            flags = valid[:, None].expand(k.shape[:3])  # what it will say is written over them
+            flags = new.flags(k.shape[1])  # what it will say is written over them
             return Flags(flags, flags.float() if scored else None)
         self.stream.gate = call.gate
         logits, valid, old = self.stream.read(call.hidden, valid, window)
@@ -156,16 +156,17 @@ class Cut(GateEvictor):
         return super().forecast_bytes(shape, wrapper) + 4 * shape.rows
 
 
-class Decay(GateEvictor):
+class Decay(GateEvictor, BufferEvictor):
     """TRIM-KV: behind the prompt each token fades at the rate its gate gave it, and the faintest leave a buffer."""
 
-    saved = ("stream", "buffer")
+    saved = ("stream", "buffer", "full")
     loose = 1.5
-    postpones = window_scores = page_scores = True
+    postpones = fades = True
+    together = 1
 
     def __init__(self, config: CacheConfig, stream: GateStream, selection: Selection | None) -> None:
         super().__init__(config, stream)
-        self.buffer = Buffer.of(config, selection, guarded=False)
+        self.buffer, self.full = Buffer.of(config, selection, guarded=False), False
 
     def thresholds(self, layer: "KVLayer", valid: Tensor, real: Tensor, start: int) -> Tensor:
         if self.config.dense_prefill:
@@ -175,15 +176,23 @@ class Decay(GateEvictor):
     def scored(self, logits: Tensor, sinks: Tensor) -> Tensor:
         return logits.masked_fill(sinks, torch.inf)
 
+    def worth(self, scores: Tensor, ages: Tensor) -> Tensor:
+        return faded(scores, ages)
+
+    def stage(self) -> "stages.Stage":
+        return stages.DecodeSingly()
+
     def split(self, new: int, narrow: int) -> tuple[int, int]:
-        # What comes is stored before the lowest leave, and their pages stay.
-        return new % FOLD, min(new // FOLD * FOLD, FOLD)
+        return 0, min(new, 1)  # what comes is stored before the lowest leaves, and its page stays
+
+    def take(self, layer: "KVLayer", tokens: int) -> None:
+        if not self.full:
+            super().take(layer, tokens)
+            return self.trim(layer)
+        for _ in range(tokens):
+            window = layer.window
+            self.replace(layer, window.first(), layer.real - len(window), sure=False)
+            window.drop(front=1)
 
     def forecast_bytes(self, shape: Shape, wrapper: GatedAttention) -> int:
         return super().forecast_bytes(shape, wrapper) + self.buffer.forecast_bytes(shape)
-
-    def on_fold(self, layer: "KVLayer") -> None:
-        def worth(pages: "Pages") -> Tensor:
-            return faded(cast(Tensor, pages.scores), pages.ages(layer.real))
-
-        self.buffer.trim(layer.store, worth, layer.real)

@@ -118,7 +118,7 @@ class KVLayer(Part, Memory, CacheLayerMixin):
     ) -> Tensor:
         """Take in new tokens, answer their queries, evict; shapes and errors as for `Stage.attend`."""
         refusals.check_call(self, q.shape[2], mask)
-        held = self.window.keys.dtype  # autocast may be on in one call, off in the next
+        held = self.window.dtype  # autocast may be on in one call, off in the next
         out = self.stage.attend(self, call, q.to(held), k.to(held), v.to(held), mask, scaling)
         self.calls, self.open = self.calls + 1, False
         return out.to(q.dtype)
@@ -148,6 +148,5 @@ class KVLayer(Part, Memory, CacheLayerMixin):
 
     def leave(self, tokens: int) -> None:
         """The first tokens leave the window, for the store or for good."""
-        self.store.take(self.window, tokens, self.real)
+        self.evictor.take(self, tokens)
         self.folded += tokens
-        self.evictor.on_fold(self)

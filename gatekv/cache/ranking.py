@@ -196,5 +196,5 @@ def adopt(layer: "KVLayer", other: "KVLayer", gate: torch.nn.Module | None, maps
     layer.seen, layer.folded, layer.real = other.seen, other.folded, other.real
     if isinstance(layer.evictor, GateEvictor):
         layer.evictor.stream.gate = cast(torch.nn.Module, gate)
-    layer.store.remainder.use(maps, layer.window.values)
+    layer.store.remainder.use(maps, layer.window)
     layer.window.psi = layer.store.remainder.features(layer.window.keys)

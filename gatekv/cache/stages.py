@@ -4,6 +4,7 @@ Recurrent form of the law (gatekv.attention): tokens enter the window; when they
 if they are flagged, to the remainder if not. That waits for FOLD tokens; meanwhile the mask hides the dead.
 """
 
+from dataclasses import replace
 from functools import partial
 from typing import TYPE_CHECKING, cast
 
@@ -12,13 +13,13 @@ import torch
 from gatekv.attention import AttentionCall, live_mask
 from gatekv.cache import alignment
 from gatekv.cache.gate_stream import FOLD
-from gatekv.cache.segments.sinks import CachePositionSinks, Rotary
+from gatekv.cache.segments.window import New
 from gatekv.ops import segments
+from gatekv.ops.joint import joint_attention, log_sum_exp
 from gatekv.ops.order import along, order_of
-from gatekv.support import LATER
+from gatekv.ops.paged_attention import FEW_QUERIES
 
 if TYPE_CHECKING:
-    from gatekv.cache.eviction import FixedBuffer
     from gatekv.cache.layer import KVLayer
 
 Tensor = torch.Tensor
@@ -57,23 +58,24 @@ class Stage:
         new = fed
         if order is not None:
             q, k, v, mask = (along(x, order, 2) for x in (q, k, v, cast(Tensor, mask)))
-            call, new = call.columns(lambda x: along(x, order, 1)), fed._replace(valid=along(fed.valid, order, 1))
-        remainder.use(call.less, layer.window.values)
+            call, new = call.columns(lambda x: along(x, order, 1)), replace(fed, valid=along(fed.valid, order, 1))
+        remainder.use(call.less, layer.window)
         keep, scores = layer.evictor.on_tokens(layer, call, k, new)
         alignment.remember(layer, fed)
         valid, before = new.valid, layer.fed().sum(-1, keepdim=True) if fed.ragged else None
-        features, outs = remainder.features(k) if layer.evictor.evicts else None, []
-        for a, c in [(0, n)] if fed.ragged else self.pieces(n):
-            parts = (keep[..., a:c], valid[:, a:c], None if scores is None else scores[..., a:c])
-            psi = None if features is None else features[:, :, a:c]
-            layer.window.append(k[:, :, a:c], v[:, :, a:c], *parts, psi, slack=self.slack)
+        features, outs, pieces = remainder.features(k) if layer.evictor.evicts else None, [], self.pieces(n)
+        tokens = New(k, v, keep, valid, scores, features)
+        for a, c in pieces:
+            part = tokens.cut(a, c)
+            layer.window.append(*part, slack=self.slack)
             if fed.ragged:
                 layer.window.pads_first()
             layer.seen += c - a
-            layer.real = layer.real + (c - a if mask is None else valid[:, a:c].sum(-1, keepdim=True))
-            outs.append(
-                self.answer(layer, q[:, :, a:c], None if mask is None else mask[:, :, a:c, : layer.seen], scale)
-            )
+            layer.real = layer.real + (c - a if mask is None else part.valid.sum(-1, keepdim=True))
+            asked, seen_by = q, mask
+            if len(pieces) > 1:
+                asked, seen_by = q[:, :, a:c], None if mask is None else mask[:, :, a:c, : layer.seen]
+            outs.append(self.answer(layer, asked, seen_by, scale))
             self.after_piece(layer)
         if self.observes:
             layer.evidence.observe(layer.config, call, q, scale, valid, before)
@@ -87,7 +89,7 @@ class Stage:
 
     def after_piece(self, layer: "KVLayer") -> None:
         """A piece has been answered."""
-        layer.fold(FOLD)
+        layer.fold(layer.evictor.together)
 
     def finish(self, layer: "KVLayer") -> None:
         """The call has been answered: hand over, if this stage is at its end."""
@@ -98,19 +100,24 @@ class Stage:
         mask: [batch, 1, n, seen] bool or None.
         """
         n, window, store = q.shape[2], layer.window, layer.store
-        k, v = window.keys, window.values
         if self.whole and mask is None and n == len(window) and not len(store):
-            gqa, attend = q.shape[1] != k.shape[1], torch.nn.functional.scaled_dot_product_attention
-            return attend(q, k, v, is_causal=n > 1, scale=scale, enable_gqa=gqa)
+            gqa, attend = q.shape[1] != window.kv_heads, torch.nn.functional.scaled_dot_product_attention
+            return attend(q, window.keys, window.values, is_causal=n > 1, scale=scale, enable_gqa=gqa)
         near = None if mask is None else alignment.columns(layer, mask, n)
         waiting = None if self.whole else window
         rest = store.remainder.answers(q, scale, waiting, near, layer.config.eviction_delay)
         visible = self.visible(layer, n, near)
+        groups = q.shape[1] // window.kv_heads
+        if n * groups <= FEW_QUERIES and (memories := store.rectangles(q)) is not None:
+            memories = [*memories, window.rectangle(visible)]
+            out, scores, _ = joint_attention(q, memories, scale, blind=mask is not None)
+            if rest:
+                out = segments.merge([(out, log_sum_exp(scores, q)), *rest])[0]
+            return out.to(q.dtype)
         parts = [part.attend(q, scale) for part in store.segments()]
         if parts or rest:
             return segments.merge([*parts, window.attend(q, scale, visible), *rest])[0].to(q.dtype)
-        groups = q.shape[1] // k.shape[1]
-        k, v = (t.repeat_interleave(groups, 1) for t in (k, v))
+        k, v = (t.repeat_interleave(groups, 1) for t in (window.keys, window.values))
         if visible is not None and visible.shape[1] > 1:
             visible = visible.repeat_interleave(groups, 1)
         return torch.nn.functional.scaled_dot_product_attention(q, k, v, attn_mask=visible, scale=scale)
@@ -165,7 +172,7 @@ class Prefill(Stage):
 
     def after_piece(self, layer: "KVLayer") -> None:
         if not layer.config.full_prompt_gate:
-            layer.fold(FOLD)
+            super().after_piece(layer)
 
     def finish(self, layer: "KVLayer") -> None:
         end = layer.config.prompt_tokens
@@ -189,6 +196,15 @@ class Decode(Stage):
     """Behind the prompt: what an evictor flags goes, as it leaves the window."""
 
 
+class DecodeSingly(Decode):
+    """Behind the prompt, token by token, however many come: what each one evicts is gone for the next."""
+
+    slack = 0
+
+    def pieces(self, n: int) -> list[tuple[int, int]]:
+        return [(i, i + 1) for i in range(n)]
+
+
 class Turn(Stage):
     """Behind the prompt, tokens wait whole until `KVCache.compress` ends the turn."""
 
@@ -197,42 +213,3 @@ class Turn(Stage):
 
     def after_piece(self, layer: "KVLayer") -> None:
         """It waits whole."""
-
-
-class Streaming(Decode):
-    """Behind the prompt, token by token, however many come: what each one evicts is gone for the next."""
-
-    def attend(self, layer: "KVLayer", call: AttentionCall, q: Tensor, k: Tensor, v: Tensor, mask: Mask,
-               scale: float) -> Tensor:  # fmt: skip
-        if layer.recording:
-            name = type(layer.config.policy.scorer).__name__
-            raise ValueError(
-                f"assisted decoding takes tokens back, and {name} cannot bring back what they evicted: "
-                "use KVCache(…, decode='keep') with it."
-            )
-        b, _, n, _ = q.shape
-        fed, store = alignment.look(layer, mask, b, n), layer.store
-        valid = fed.valid
-        scorer, sinks = layer.config.policy.scorer, cast("CachePositionSinks | None", store.sinks)
-        store.remainder.use(call.less, layer.window.values)
-        index = layer.real + valid.long().cumsum(-1) - 1
-        entering = scorer.enter(k, index)
-        if sinks is None:  # a prompt shorter than the sinks leaves the rest of them to come
-            entering = entering.masked_fill((index < layer.config.sinks)[:, None], torch.inf)
-        layer.open, outs = True, []
-        alignment.remember(layer, fed)
-        for i in range(n):
-            new = slice(i, i + 1)
-            flags = valid[:, None, new].expand(*k.shape[:2], 1)
-            store.pages.append(k[:, :, new], v[:, :, new], flags, index[:, new], entering[..., new])
-            layer.seen, layer.folded, layer.real = layer.seen + 1, layer.folded + 1, layer.real + valid[:, new]
-            if sinks is not None:
-                sinks.step(cast(Rotary, tuple(t[:, new] for t in cast(Rotary, call.rotary))), valid[:, new])
-            kept = segments.merge([part.attend(q[:, :, new], scale) for part in store.segments()])
-            outs.append(segments.merge([kept, *store.remainder.answers(q[:, :, new], scale)])[0].to(q.dtype))
-            if scorer.watches:  # attention among the kept alone: a policy decides the same with a remainder or without
-                store.watch(scorer.observe, q[:, :, new], kept[1], scale, valid[:, new])
-            cast("FixedBuffer", layer.evictor).on_fold(layer)
-        if sinks is not None:
-            sinks.now = LATER
-        return torch.cat(outs, 2)

@@ -11,6 +11,7 @@ from gatekv.cache.segments.prompt_end import PromptEnd
 from gatekv.cache.segments.segment import Paged, Read
 from gatekv.cache.segments.window import RecentWindow
 from gatekv.ops import backends
+from gatekv.ops.joint import Rectangle
 from gatekv.ops.paged_attention import paged_mass
 from gatekv.parts import Part
 
@@ -47,6 +48,15 @@ class CompressedStore(Part):
     def __len__(self) -> int:
         """Tokens held, over all rows."""
         return sum(map(len, self.segments()))
+
+    def rectangles(self, q: Tensor) -> list[Rectangle] | None:
+        """What one softmax can read of them, to queries q [batch, heads, n, head_dim]; None: they answer one by one."""
+        found = []
+        for part in self.segments():
+            if (mine := part.rectangles(q)) is None:
+                return None
+            found += mine
+        return found
 
     def stores(self) -> list[Pages]:
         """The pages of every memory."""

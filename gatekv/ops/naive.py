@@ -8,6 +8,7 @@ from typing import TYPE_CHECKING
 import torch
 
 if TYPE_CHECKING:
+    from gatekv.ops.joint import Rectangle
     from gatekv.ops.page_table import PageTable
 
 Tensor = torch.Tensor
@@ -141,6 +142,31 @@ def dense_segment(q: Tensor, k: Tensor, v: Tensor, mask: Tensor | None, scale: f
     p = torch.exp(s - lse.masked_fill(lse == -torch.inf, 0)[..., None])
     out = torch.einsum("bkgqt,bktd->bkgqd", p, v.to(acc))
     return out.reshape(b, h, n, d), lse.reshape(b, h, n)
+
+
+def joint_attention(
+    q: Tensor, memories: "list[Rectangle]", scale: float, blind: bool = False
+) -> tuple[Tensor, Tensor, list[Tensor]]:
+    """One softmax over several rectangular memories (`gatekv.ops.joint.Rectangle`), in the accumulation dtype.
+
+    q: [B, H, Q, D]; R rows of sequence · kv_heads + head, G query heads in a group, a row's queries ordered (group, Q).
+    blind: a query may see nothing, and gets 0. Returns out [B, H, Q, D], scores [R, G · Q, all tokens] with -inf where
+    a query does not see, and the probabilities that each memory's tokens get [R, G · Q, its tokens].
+    """
+    b, h, n, _ = q.shape
+    rows, acc = len(memories[0].keys), accumulation_dtype(q)
+    said, values = [], []
+    for keys, value, hidden, own in memories:
+        x = (q if own is None else own).to(acc).reshape(rows, b * h // rows, n, -1)
+        s = torch.einsum("rgqd,rtd->rgqt", x, keys.to(acc)) * scale
+        said.append(s if hidden is None else s.masked_fill(hidden[:, None], -torch.inf))
+        values.append(value.to(acc))
+    s = torch.cat(said, -1)
+    lse = s.logsumexp(-1, keepdim=True)
+    p = torch.exp(s - lse.masked_fill(lse == -torch.inf, 0))
+    out = torch.einsum("rgqt,rtd->rgqd", p, torch.cat(values, 1))
+    parts = p.flatten(1, 2).split([part.shape[-1] for part in said], -1)
+    return out.reshape(b, h, n, -1), s.flatten(1, 2), list(parts)
 
 
 def normalised(total_value: Tensor, total: Tensor) -> tuple[Tensor, Tensor]:

@@ -18,7 +18,7 @@ class PageTable(Part):
     Attributes:
         pages: [N] int32, index into the pool [P, block_size, head_dim]. owners: [N] int32, row of each entry,
         ascending. fill: [N] int32, tokens in each page. rows: number of rows; rows without an entry are empty.
-        even: pages of every row where all have the same number, else None.
+        even: pages of every row where all have the same number, else None; each: the same of tokens.
     """
 
     pages: Tensor
@@ -26,6 +26,7 @@ class PageTable(Part):
     fill: Tensor
     rows: int
     even: int | None = None
+    each: int | None = None
 
     @cached_property
     def starts(self) -> Tensor:
@@ -41,12 +42,14 @@ class PageTable(Part):
 
     @cached_property
     def longest(self) -> int:
-        """Pages of the longest row; one host synchronisation, once per table."""
-        return int(self.starts.diff().max())
+        """Pages of the longest row; one host synchronisation, once per table, if rows are uneven."""
+        return self.even if self.even is not None else int(self.starts.diff().max())
 
     @cached_property
     def block_table(self) -> Tensor:
         """[rows, longest] int32, as flash-attn and vLLM take it; entries beyond a row's end are 0."""
+        if self.even is not None:
+            return self.pages.view(self.rows, -1)
         table = torch.zeros(self.rows, self.longest, dtype=torch.int32, device=self.pages.device)
         place = torch.arange(len(self.pages), device=self.pages.device) - self.starts.long()[self.owners.long()]
         table[self.owners.long(), place] = self.pages

@@ -35,6 +35,7 @@ POLICIES = {
     "gate+global": ("gate+global", 0.5, {}),
     "gate+uniform": ("gate+uniform", 0.5, {}),
     "gate keep": ("gate+global", 0.5, {"decode": "keep"}),
+    "decay": ("gate+decay", 0.5, {}),
     "snapkv+less": ("snapkv+less", 0.6, {}),
     "gate+less": ("gate+less", None, {}),
 }

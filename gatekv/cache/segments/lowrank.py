@@ -33,12 +33,12 @@ class LowRank(Remainder):
         self.state: State | None = None
         self.maps: LessMaps = LATER
 
-    def use(self, maps: LessMaps | None, like: Tensor | None = None) -> None:
+    def use(self, maps: LessMaps | None, window: "RecentWindow | None" = None) -> None:
         if maps is None:
             raise ValueError("the adapter was disabled or unloaded while this cache was in use; enable it again.")
         self.maps = maps
-        if self.state is None and like is not None:
-            self.state = maps.state(like)
+        if self.state is None and window is not None:
+            self.state = maps.state(window.values)
 
     def features(self, keys: Tensor) -> Tensor:
         return self.maps.psi(keys)

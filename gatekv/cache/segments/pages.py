@@ -6,6 +6,7 @@ import torch
 
 from gatekv.cache.segments.pool import Pool
 from gatekv.cache.segments.segment import Read, Shape
+from gatekv.ops.paged_attention import paged_mass
 
 Tensor = torch.Tensor
 PAGE_BYTES = 5 * 4  # beside a page's slots: owner and ordinal, and the table's page, owner and fill
@@ -41,6 +42,11 @@ class Pages(Pool):
     def reads(self, q: Tensor) -> list[Read]:
         return [(q, self.keys, self.values, self.table)]
 
+    def received(self, q: Tensor, lse: Tensor, scale: float) -> Tensor:
+        """[P, block_size]: the attention that q [batch, heads, n, head_dim] pay each token, mean over a group; lse:
+        [batch, heads, n], over everything that they saw."""
+        return paged_mass(q, self.keys, self.table, lse, scale)
+
     def append(
         self, keys: Tensor, values: Tensor, keep: Tensor, start: Tensor | int, scores: Tensor | None = None
     ) -> None:
@@ -66,21 +72,31 @@ class Pages(Pool):
         self.add(*other.picked(other.occupied()))
 
     def unrolled(self, slots: Tensor, fill: float = 0.0) -> Tensor:
-        """[P, block_size] -> [rows, longest]: by place in the row, `fill` where a row is shorter."""
-        occupied = self.occupied()
-        rows, place = (t.expand_as(occupied)[occupied] for t in self._held())
-        longest = int(self.lengths.max()) if len(self.lengths) else 0
-        out = slots.new_full((len(self.lengths), longest), fill)
-        out[rows, place] = slots[occupied]
-        return out
+        """[P, block_size, ...] -> [rows, most, ...]: by place in the row, `fill` where a row is shorter."""
+        table = self.table
+        if table.even is not None and table.each is not None:
+            return slots.index_select(0, table.pages).view(table.rows, -1, *slots.shape[2:])[:, : table.each]
+        out = slots[table.block_table].flatten(1, 2)
+        held = self.held_places()
+        return out.masked_fill(~held.view(*held.shape, *[1] * (out.ndim - 2)), fill)
 
     def rolled(self, places: Tensor) -> Tensor:
-        """The way back: [rows, longest] -> [P, block_size], zeros in slots that hold no token."""
-        occupied = self.occupied()
-        rows, place = (t.expand_as(occupied)[occupied] for t in self._held())
-        out = places.new_zeros(occupied.shape)
-        out[occupied] = places[rows, place]
+        """The way back: [rows, most] -> [P, block_size]; anything in slots that hold no token."""
+        table = self.table
+        if table.each is not None and table.even is not None:
+            room = table.even * self.block_size - table.each
+            out = places.new_zeros(self.positions.shape)
+            filled = torch.nn.functional.pad(places, (0, room)).view(-1, self.block_size)
+            return out.index_copy_(0, table.pages.long(), filled)
+        ordinals = self.ordinals.index_select(0, table.pages)
+        out = places.new_zeros(self.positions.shape)
+        out[table.pages] = places.unflatten(1, (-1, self.block_size))[table.owners, ordinals]
         return out
+
+    def held_places(self) -> Tensor:
+        """[rows, most] bool: where a row has a token."""
+        most = self.table.block_table.shape[1] * self.block_size
+        return torch.arange(most, device=self.lengths.device) < self.lengths[:, None]
 
     def narrow(self, channels: Tensor) -> None:
         """Drop key channels: channels [rows, kept] are those that stay."""
@@ -88,15 +104,40 @@ class Pages(Pool):
         self.keys = self.keys.gather(-1, index)
 
     def places(self) -> tuple[Tensor, Tensor]:
-        """(index of each token in the flattened pool [rows, longest], where there is one [rows, longest] bool)."""
-        index = self.unrolled(
-            torch.arange(self.positions.numel(), device=self.positions.device).view_as(self.positions)
-        )
-        return index, torch.arange(index.shape[1], device=index.device) < self.lengths[:, None]
+        """(index of each token in the flattened pool [rows, most], where there is one [rows, most] bool)."""
+        first = self.table.block_table.long() * self.block_size
+        index = first[..., None] + torch.arange(self.block_size, device=first.device)
+        return index.flatten(1), self.held_places()
+
+    def write(self, column: Tensor, sources: list[Tensor], stays: Tensor | None, wanted: bool) -> list[Tensor]:
+        """Put another token into each row's place `column` [rows]; where `stays` [rows], not None, is False, it leaves.
+
+        sources: of the new tokens, [rows, ...] for each of the pool's parts, in their order. Returns the same of the
+        tokens that leave, those that stood there or the new ones, where they are wanted.
+        """
+        self.own()
+        at, left = self.at(column), []
+        for pool, source in zip(self._pool(), sources):
+            flat = pool.flatten(0, 1)
+            old = flat.index_select(0, at) if wanted or stays is not None else source
+            keep = None if stays is None else stays.view(-1, *[1] * (source.ndim - 1))
+            flat.index_copy_(0, at, source if keep is None else torch.where(keep, source, old))
+            if wanted:
+                left.append(old if keep is None else torch.where(keep, old, source))
+        return left
+
+    def by_head(self, x: Tensor) -> Tensor:
+        """[rows, 1] of a number a sequence, x [batch, 1]."""
+        return x.expand(-1, self.kv_heads).reshape(-1, 1)
+
+    def at(self, column: Tensor) -> Tensor:
+        """[rows] int64: index in the flattened pool of each row's place `column` [rows]."""
+        page = self.table.block_table.gather(1, (column // self.block_size)[:, None])[:, 0]
+        return page * self.block_size + column % self.block_size
 
     def rewrite(self, places: Tensor, keys: Tensor, values: Tensor, counts: Tensor) -> None:
         """Put other keys, values [n, width] and counts [n] at places [n] of the flattened pool."""
-        self._own()
+        self.own()
         for pool, source in ((self.keys, keys), (self.values, values), (cast(Tensor, self.counts), counts)):
             pool.flatten(0, 1)[places] = source
 

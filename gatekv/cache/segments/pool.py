@@ -26,7 +26,7 @@ class Pool(Paged):
             many tokens each one stands for, where evicted ones merge into kept ones, else None.
         owners: [P] int32, row of each page, FREE where it has none. ordinals: [P] int32, its number within the row.
         lengths: [rows] int64, tokens of each row. kv_heads: rows of a sequence.
-        backend: name of the paged attention that reads them.
+        backend: name of the paged attention that reads them. packed: the pages that have an owner are the first ones.
     """
 
     saved = (*POOL, "owners", "ordinals", "lengths")
@@ -50,7 +50,7 @@ class Pool(Paged):
         self.ordinals = self.owners.clone()
         self.lengths = torch.zeros(b * kv, dtype=torch.long, device=like.device)
         self.tokens = 0
-        self.shared = False
+        self.shared, self.packed = False, True
         self._index()
 
     def __len__(self) -> int:
@@ -71,7 +71,7 @@ class Pool(Paged):
     def add(self, rows: Tensor, order: Tensor, counts: Tensor, sources: list[Tensor]) -> None:
         """Write new tokens, number `order` among the counts [rows] new ones of row `rows`, into the pool."""
         place = order + self.lengths[rows]
-        self._own()
+        self.own()
         self.lengths = self.lengths + counts
         self.tokens += len(rows)
         self._allocate()
@@ -89,9 +89,13 @@ class Pool(Paged):
             self._grow(max(total - self.free, len(self.owners) // 100))
         rows = torch.repeat_interleave(need, output_size=total)
         within = torch.arange(total, device=rows.device) - (need.cumsum(0) - need)[rows]
-        pages = (self.owners == FREE).nonzero()[:total, 0]
+        used = len(self.table.pages)
+        if self.packed:
+            pages = torch.arange(used, used + total, device=rows.device)
+        else:
+            pages = (self.owners == FREE).nonzero()[:total, 0]
         self.owners[pages], self.ordinals[pages] = rows.int(), (held[rows] + within).int()
-        self._index()
+        self._index(used + total)
 
     def _pages_for(self, lengths: Tensor) -> Tensor:
         return (lengths + self.block_size - 1) // self.block_size
@@ -102,17 +106,25 @@ class Pool(Paged):
         self.owners = torch.cat([self.owners, self.owners.new_full((extra,), FREE)])
         self.ordinals = torch.cat([self.ordinals, self.ordinals.new_zeros(extra)])
 
-    def _index(self) -> None:
-        """The table that attention reads, after pages changed hands or rows their lengths."""
-        pages = (self.owners != FREE).nonzero()[:, 0]
+    def _index(self, used: int | None = None) -> None:
+        """The table that attention reads, after pages changed hands or rows their lengths; used: how many are owned."""
+        if self.packed and used is not None:
+            pages = torch.arange(used, device=self.owners.device)
+        else:
+            pages = (self.owners != FREE).nonzero()[:, 0]
         owners, ordinals = self.owners[pages].long(), self.ordinals[pages].long()
         order = (owners * (len(self.owners) + 1) + ordinals).argsort()
         pages, owners, ordinals = pages[order], owners[order], ordinals[order]
         fill = (self.lengths[owners] - ordinals * self.block_size).clamp(max=self.block_size)
         each, rest = divmod(len(pages), len(self.lengths))
         row = torch.arange(len(self.lengths), device=owners.device)
-        even = bool(each and not rest and (owners.view(-1, each) == row[:, None]).all())
-        self.table = PageTable(pages.int(), owners.int(), fill.int(), len(self.lengths), each if even else None)
+        alike = [self.lengths == self.tokens // len(self.lengths)]
+        if each and not rest:
+            alike.append(owners.view(-1, each) == row[:, None])
+        tokens, *even = torch.stack([part.all() for part in alike]).tolist()
+        tables = pages.int(), owners.int(), fill.int(), len(self.lengths)
+        count = self.tokens // len(self.lengths) if tokens else None
+        self.table = PageTable(*tables, each if even and even[0] else None, count)
 
     def _held(self) -> tuple[Tensor, Tensor]:
         """(row of each page [P, 1] int64, place of each slot in its row [P, block_size]); a free page has row 0."""
@@ -135,7 +147,7 @@ class Pool(Paged):
         rows = rows.expand_as(gone)
         lost = torch.zeros_like(self.lengths).index_add(0, rows[gone], torch.ones_like(rows[gone]))
         left = self.lengths - lost
-        self._own()
+        self.own()
         source, hole = (
             m.flatten().nonzero()[:, 0] for m in (occupied & ~gone & (place >= left[rows]), gone & (place < left[rows]))
         )
@@ -146,6 +158,7 @@ class Pool(Paged):
             flat[hole] = flat[source]
         self.lengths = left
         self.tokens = int(left.sum())
+        self.packed = False
         self.owners[self.ordinals >= self._pages_for(left)[rows[:, 0]]] = FREE
         self._index()
 
@@ -157,8 +170,8 @@ class Pool(Paged):
     def _take(self, pages: Tensor, owners: Tensor, rows: int) -> None:
         """A pool of exactly these pages, owned by these rows (ascending)."""
         self._set_pool([t.index_select(0, pages) for t in self._pool()])
-        self.ordinals, self.owners = self.ordinals[pages], owners.clone()
-        self._index()
+        self.ordinals, self.owners, self.packed = self.ordinals[pages], owners.clone(), True
+        self._index(len(owners))
         self.shared = False
 
     def index_select(self, index: Tensor) -> None:
@@ -180,7 +193,7 @@ class Pool(Paged):
             if tensors[name].shape != shape:
                 raise ValueError(f"pages.{name} has shape {tuple(tensors[name].shape)}, not {tuple(shape)}.")
         super().load_state_dict(tensors)
-        self.tokens = int(self.lengths.sum())
+        self.tokens, self.packed = int(self.lengths.sum()), False
         self._index()
 
     def fork(self) -> Self:
@@ -188,7 +201,8 @@ class Pool(Paged):
         self.shared = True
         return super().fork()
 
-    def _own(self) -> None:
+    def own(self) -> None:
+        """Before it is written: a copy of its own, if another owner shares the pool."""
         if self.shared:
             self._set_pool([t.clone() for t in self._pool()])
             self.owners, self.ordinals = self.owners.clone(), self.ordinals.clone()

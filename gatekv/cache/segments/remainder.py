@@ -26,8 +26,8 @@ class Remainder(Part):
     later = False
     counts = False
 
-    def use(self, maps: "LessMaps | None", like: Tensor | None = None) -> None:
-        """Every call brings the adapter's low-rank maps; like: values [batch, kv_heads, tokens, head_dim] of the layer.
+    def use(self, maps: "LessMaps | None", window: "RecentWindow | None" = None) -> None:
+        """Every call brings the adapter's low-rank maps; window: of the layer.
 
         Raises:
             ValueError: they are not there any more.

@@ -8,13 +8,16 @@ from typing import TYPE_CHECKING
 import torch
 
 from gatekv.ops import backends, segments
+from gatekv.ops.joint import Rectangle
 from gatekv.ops.page_table import PageTable
+from gatekv.ops.paged_attention import CHUNK
 from gatekv.parts import Part
 
 if TYPE_CHECKING:
     from gatekv.cache.segments.pages import Pages
 
 Tensor = torch.Tensor
+WASTE = 1.5  # times the pages that are held may be read as a rectangle
 Read = tuple[Tensor, Tensor, Tensor, PageTable]  # queries, keys, values, table: what paged attention takes
 
 
@@ -85,6 +88,18 @@ class Paged(Segment):
     def reads(self, q: Tensor) -> Iterable[Read]:
         """What paged attention takes of each of `stores` in turn, where q [batch, heads, queries, head_dim] ask."""
         raise NotImplementedError
+
+    def rectangles(self, q: Tensor) -> list[Rectangle] | None:
+        """The same for `gatekv.ops.joint`, where its pages are few and lie in rows of equal length; else None."""
+        found = []
+        for store, read in zip(self.stores(), self.reads(q)):
+            asked, keys, values, table = read
+            if store.backend != "torch" or table.longest * table.rows > min(CHUNK, WASTE * len(table.pages)):
+                return None
+            k, v = store.unrolled(keys), store.unrolled(values)
+            hidden = None if table.each is not None else ~store.held_places()[:, None]
+            found.append(Rectangle(k, v, hidden, None if asked is q else asked))
+        return found
 
     def __len__(self) -> int:
         return sum(store.tokens for store in self.stores())

@@ -1,14 +1,37 @@
 """The dense end of a layer's cache: the recent window and what has not been folded into pages yet."""
 
-from typing import Self, cast
+from typing import NamedTuple, Self, cast
 
 import torch
 
 from gatekv.cache.segments.segment import Segment, Shape
 from gatekv.ops import segments
+from gatekv.ops.joint import Rectangle
 from gatekv.ops.order import along, order_of
 
 Tensor = torch.Tensor
+
+
+class New(NamedTuple):
+    """Tokens that come into the window; shapes and meaning as its attributes have them."""
+
+    keys: Tensor
+    values: Tensor
+    flags: Tensor
+    valid: Tensor
+    scores: Tensor | None = None
+    psi: Tensor | None = None
+
+    def cut(self, start: int, end: int) -> "New":
+        """Those from start to end alone."""
+        if (start, end) == (0, self.valid.shape[1]):
+            return self
+        part = slice(start, end)
+        scores = None if self.scores is None else self.scores[..., part]
+        psi = None if self.psi is None else self.psi[:, :, part]
+        return New(
+            self.keys[:, :, part], self.values[:, :, part], self.flags[..., part], self.valid[:, part], scores, psi
+        )
 
 
 class RecentWindow(Segment):
@@ -34,6 +57,16 @@ class RecentWindow(Segment):
         self.psi: Tensor | None = None
         self.shared = False
 
+    @property
+    def dtype(self) -> torch.dtype:
+        """Of keys and values."""
+        return self._buffers[0].dtype
+
+    @property
+    def kv_heads(self) -> int:
+        """Of keys and values."""
+        return self._buffers[0].shape[1]
+
     def __len__(self) -> int:
         return self.valid.shape[1]
 
@@ -47,6 +80,14 @@ class RecentWindow(Segment):
 
     def attend(self, q: Tensor, scale: float, visible: Tensor | None = None) -> tuple[Tensor, Tensor]:
         return segments.dense_segment(q, self.keys, self.values, visible, scale)
+
+    def rectangle(self, visible: Tensor | None = None) -> Rectangle:
+        """For `gatekv.ops.joint`; visible as for `attend`."""
+        k, v = self.keys, self.values
+        hidden = None
+        if visible is not None:
+            hidden = ~visible.expand(*k.shape[:2], -1, -1).flatten(0, 1)
+        return Rectangle(k.flatten(0, 1), v.flatten(0, 1), hidden)
 
     def append(
         self,
@@ -71,6 +112,10 @@ class RecentWindow(Segment):
         self.scores = None if self.scores is None else torch.cat([self.scores, cast(Tensor, scores).float()], -1)
         self.psi = psi if self.psi is None else torch.cat([self.psi, cast(Tensor, psi)], 2)
         self.shared = False
+
+    def first(self) -> New:
+        """The oldest token."""
+        return New(self.keys, self.values, self.flags, self.valid, self.scores, self.psi).cut(0, 1)
 
     def rewrite(self, flags: Tensor, scores: Tensor) -> None:
         """Give the last tokens the flags and scores [batch, kv_heads, n] that they waited for."""

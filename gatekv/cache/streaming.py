@@ -1,0 +1,98 @@
+"""Behind the prompt, token by token: each one that comes pushes another out of a buffer of fixed size."""
+
+from typing import TYPE_CHECKING, cast
+
+import torch
+
+from gatekv.attention import AttentionCall
+from gatekv.cache import alignment
+from gatekv.cache.segments.sinks import CachePositionSinks, Rotary
+from gatekv.cache.segments.window import New
+from gatekv.cache.stages import Decode, Mask
+from gatekv.ops import segments
+from gatekv.ops.joint import Rectangle, joint_attention, log_sum_exp
+from gatekv.support import LATER
+
+if TYPE_CHECKING:
+    from gatekv.cache.eviction import FixedBuffer
+    from gatekv.cache.layer import KVLayer
+
+Tensor = torch.Tensor
+
+
+class Streaming(Decode):
+    """However many come, they are taken one by one: what each one evicts is gone for the next."""
+
+    def attend(self, layer: "KVLayer", call: AttentionCall, q: Tensor, k: Tensor, v: Tensor, mask: Mask,
+               scale: float) -> Tensor:  # fmt: skip
+        if layer.recording:
+            name = type(layer.config.policy.scorer).__name__
+            raise ValueError(
+                f"assisted decoding takes tokens back, and {name} cannot bring back what they evicted: "
+                "use KVCache(…, decode='keep') with it."
+            )
+        b, _, n, _ = q.shape
+        fed, store, evictor = alignment.look(layer, mask, b, n), layer.store, cast("FixedBuffer", layer.evictor)
+        sinks, scorer = cast("CachePositionSinks | None", store.sinks), layer.config.policy.scorer
+        store.remainder.use(call.less, layer.window)
+        index = layer.real if n == 1 and mask is None else layer.real + fed.valid.cumsum(-1) - 1
+        entering = scorer.enter(k, index)
+        if sinks is None and layer.config.sinks:  # a prompt shorter than the sinks leaves the rest of them to come
+            entering = entering.masked_fill((index < layer.config.sinks)[:, None], torch.inf)
+        layer.open, outs, flags = True, [], fed.flags(k.shape[1])
+        alignment.remember(layer, fed)
+        tokens = New(k, v, flags, fed.valid, entering)
+        for i in range(n):
+            new, asked = tokens.cut(i, i + 1), q if n == 1 else q[:, :, i : i + 1]
+            layer.seen, layer.folded, layer.real = layer.seen + 1, layer.folded + 1, layer.real + new.valid
+            if sinks is not None:
+                sinks.step(cast(Rotary, tuple(t[:, i : i + 1] for t in cast(Rotary, call.rotary))), new.valid)
+            step = _replaced if evictor.full else _appended
+            outs.append(step(layer, evictor, asked, new, scale, mask is None))
+        if sinks is not None:
+            sinks.now = LATER
+        return outs[0] if n == 1 else torch.cat(outs, 2)
+
+
+# One token: answer its query among what is kept and itself, renew scores, evict. Attention counts among the kept alone:
+# a policy decides the same with a remainder or without.
+
+
+def _appended(layer: "KVLayer", evictor: "FixedBuffer", q: Tensor, new: New, scale: float, sure: bool) -> Tensor:
+    """Where heads have room yet, or several memories share it. q: [batch, heads, 1, head_dim]; sure: no pad is new."""
+    store, scorer = layer.store, layer.config.policy.scorer
+    store.pages.append(new.keys, new.values, new.flags, layer.real - 1, new.scores)
+    kept = segments.merge([part.attend(q, scale) for part in store.segments()])
+    out = segments.merge([kept, *store.remainder.answers(q, scale)])[0]
+    if layer.config.needs.attention:
+        store.watch(scorer.observe, q, kept[1], scale, new.valid)
+    evictor.trim(layer)
+    return out.to(q.dtype)
+
+
+def _replaced(layer: "KVLayer", evictor: "FixedBuffer", q: Tensor, new: New, scale: float, sure: bool) -> Tensor:
+    """The same where every head holds what it may."""
+    store, pages, (b, kv) = layer.store, layer.store.pages, new.keys.shape[:2]
+    memories, rest, scores = store.rectangles(q), store.remainder.answers(q, scale), None
+    if memories is None:
+        own = segments.dense_segment(q, new.keys, new.values, None, scale)
+        out, lse = kept = segments.merge([*(part.attend(q, scale) for part in store.segments()), own])
+    else:
+        mine = Rectangle(new.keys.flatten(0, 1), new.values.flatten(0, 1))
+        out, said, paid = joint_attention(q, [*memories, mine], scale)
+        kept = out, log_sum_exp(said, q) if rest else said
+    if layer.config.needs.attention:
+        if memories is None:
+            parts = [pages.unrolled(pages.received(q, lse, scale)), (own[1] - lse).exp().view(b * kv, -1).mean(1, True)]
+            attention = torch.cat(parts, -1)
+        else:
+            attention = torch.cat([paid[0], paid[-1]], -1).mean(1)
+        old = torch.cat([pages.unrolled(cast(Tensor, pages.scores)).view(b, kv, -1), cast(Tensor, new.scores)], -1)
+        seen = layer.config.policy.scorer.observe(old, attention.view(old.shape).float())
+        if layer.config.sinks:
+            seen = torch.where(old.isinf(), old, seen)
+        if not sure:
+            seen = torch.where(new.valid[:, None], seen, old)
+        scores, new = seen[..., :-1].flatten(0, 1), new._replace(scores=seen[..., -1:])
+    evictor.replace(layer, new, layer.real - 1, sure, scores)
+    return (segments.merge([kept, *rest])[0] if rest else out).to(q.dtype)

@@ -27,15 +27,25 @@ class Width:
         """Bytes of one layer's old tokens, so many a head."""
         raise NotImplementedError
 
+    def share(self, head_dim: int, itemsize: int) -> float:
+        """Bytes of an old token's key and value, of those of a whole one with numbers of itemsize bytes."""
+        raise NotImplementedError
+
     def fit(self, ratio: float, length: int, head_dim: int, itemsize: int, evicts: bool) -> tuple[Self, float]:
         """(width, share of the tokens to keep) for `ratio` of the bytes of a prompt of `length` tokens.
 
-        evicts: whether tokens may go; their share is 1 where all fit.
+        evicts: whether tokens may go; their share is 1 where all fit. A width that can itself give way overrides this.
 
         Raises:
             ValueError: there is no such share ("unreachable").
         """
-        raise NotImplementedError
+        cost = self.share(head_dim, itemsize)
+        kept = (ratio - self.window / length * (1 - cost)) / cost
+        if kept <= 0:
+            raise ValueError(f"budget {ratio} is unreachable: {self.window} of {length} tokens keep their full width.")
+        if kept < 1 and not evicts:
+            raise ValueError(f"budget {ratio} is unreachable: all tokens cost more, and this policy evicts none.")
+        return self, min(kept, 1.0)
 
 
 class RemainderPolicy:

@@ -3,7 +3,6 @@
 from dataclasses import asdict
 from typing import Any
 
-from gatekv.config import check_choice
 from gatekv.policies.adakv import Ada
 from gatekv.policies.budgets import Above, Decay, Global, Rule, Threshold, Uniform
 from gatekv.policies.controls import Random, SinksRecent, ValueNorm
@@ -125,11 +124,22 @@ def rebuilt(said: dict[str, dict | None]) -> Policy:
     """The policy that was `described`.
 
     Raises:
-        ValueError: a name that is not registered here.
+        ValueError: a name that is not registered here, or a class that takes no such fields.
     """
     parts: dict[str, Any] = {}
     for field, known in {"scorer": SCORERS, **PARTS}.items():
-        if (part := said.get(field)) is not None:
-            check_choice(f"{field} of a saved policy", part["name"], known)
-            parts[field] = known[part["name"]](**part["fields"])
+        if (part := said.get(field)) is None:
+            continue
+        name = part["name"]
+        if name not in known:
+            raise ValueError(
+                f"the {field} {name!r} of a saved policy is not known here: import the module that registers it "
+                "(gatekv.policies.register_policy) first."
+            )
+        try:
+            parts[field] = known[name](**part["fields"])
+        except TypeError as error:
+            raise ValueError(
+                f"the {field} {name!r} of a saved policy had other fields than {known[name].__name__} has: {error}."
+            ) from error
     return Policy(**parts)

@@ -69,7 +69,8 @@ class Needs:
     Attributes:
         queries: of the prompt's last, how many a decision at its end looks at. gate: an adapter's gate, which reads
         tokens as they come. maps: an adapter's low-rank maps. rotary: positions as RoPE's (cos, sin). attention: what
-        each step's query pays to what is held. scope: who must have seen the prompt before anything is decided.
+        each step's query pays to what is held. kinds: what each token of the prompt is. scope: who must have seen the
+        prompt before anything is decided.
     """
 
     queries: int
@@ -77,4 +78,5 @@ class Needs:
     maps: bool
     rotary: bool
     attention: bool
+    kinds: bool
     scope: Literal["token", "layer", "model"]

@@ -6,14 +6,26 @@ from pathlib import Path
 
 import pytest
 import torch
-from conftest import VOCAB, MaskedMemory, assert_close, padded_batch, plain_logits, positions_of, recurrent_logits, tiny
+from conftest import (
+    VOCAB,
+    MaskedMemory,
+    assert_close,
+    gated,
+    padded_batch,
+    plain_logits,
+    positions_of,
+    recurrent_logits,
+    tiny,
+)
 from torch import nn
 
 import gatekv
 from gatekv.attention import AttentionCall
 from gatekv.cache.forecast import forecast
 from gatekv.cache.kvcache import distinct_bytes
-from gatekv.evaluation import frontier
+from gatekv.evaluation import frontier, results
+from gatekv.evaluation.names import gate_of, learned
+from gatekv.evaluation.records import Records
 from gatekv.evaluation.tasks.item import Item, log_loss
 from gatekv.modules import base_model, wrappers
 from gatekv.policies import Policy, Scorer, View, budgets, register_policy, resolve
@@ -21,6 +33,7 @@ from gatekv.policies.layers import Layers
 from gatekv.policies.parts import RemainderPolicy, Width
 from gatekv.policies.plugins import import_plugins
 from gatekv.policies.registry import KINDS
+from gatekv.training.less_config import LessConfig
 
 EXAMPLES = sorted((Path(__file__).resolve().parents[2] / "docs" / "examples").glob("*.py"))
 ALONE = ["value_aware", "snapkv+int8", "snapkv+mean_rest"]
@@ -356,3 +369,90 @@ def test_parts_that_say_nothing_are_asked_in_vain():
     for ask in (lambda: Width().segment(None), lambda: Width().share(8, 2), RemainderPolicy().segment):
         with pytest.raises(NotImplementedError):
             ask()
+
+
+# -- in evaluation
+
+
+class LearnedNorm(gatekv.policies.gate.GateAlone):
+    """A gate's policy whose name does not say so."""
+
+
+@dataclasses.dataclass
+class OddKinds(gatekv.policies.KeyDiff):
+    """Keeps tokens of odd kinds."""
+
+    kinds = True
+
+    def score(self, view):
+        assert view.kinds is not None
+        return (view.kinds[:, None] % 2 + 0.0).expand(view.keys.shape[:3])
+
+
+def test_what_a_policy_is_is_asked_of_the_policy_and_told_by_its_records(own_names, monkeypatch):
+    register_policy("my_norm", LearnedNorm)
+    register_policy("gateless", gatekv.policies.KeyDiff)
+    register_policy("untrained_look", gatekv.policies.KeyDiff)
+    register_policy("odd", OddKinds)
+    build = lambda *_: Item(list(range(1, 61)), [([61, 62, 63], [64, 65])], log_loss)  # noqa: E731
+    monkeypatch.setattr(frontier, "token_kinds", lambda tokenizer: torch.arange(97))
+    records = Records(None, {})
+    names = ["my_norm+global", "untrained_alone+global", "gateless", "untrained_look", "odd", "value_aware+mean_rest"]
+    model = gated(dtype=torch.float32, window=4, sinks=2)
+    frontier.evaluate(model, None, [""], names, [0.8], "ppl", "agnostic", 2, 0, records, progress=False, build=build)
+    found = {line["policy"]: line for line in records.lines}
+    assert not any(line["refused"] for line in records.lines) and set(found) == {"full", *names}
+    assert {p: line["gate"] for p, line in found.items() if line["gate"]} == {
+        "my_norm+global": "trained", "untrained_alone+global": "untrained"
+    }  # fmt: skip
+    assert not any(line["maps"] for line in records.lines) and records.lines[0]["policy"] == "full"
+    for kind in KINDS.values():
+        for name in ("my_norm", "gateless", "untrained_look", "odd", "value_aware", "mean_rest"):
+            kind.pop(name, None)  # who reads the records knows none of these
+    (pair,) = results.comparisons(records.lines)
+    assert pair["learned"] == "my_norm+global" and pair["training_free"] not in ("my_norm+global", "full")
+    rows = {row["policy"]: row for row in results.rows(records.lines)}
+    assert learned(rows["my_norm+global"]) and not learned(rows["gateless"]) and not learned(rows["untrained_look"])
+
+
+def test_records_that_do_not_say_whose_gate_judged_are_read_by_their_policies_names():
+    gates = {"gate+global": "trained", "gate_alone": "trained", "untrained_alone+ada": "untrained", "snapkv": None,
+             "some_later_policy": None}  # fmt: skip
+    assert {name: gate_of({"policy": name}) for name in gates} == gates
+    assert learned({"policy": "snapkv+less"}) and learned({"policy": "gate"}) and not learned({"policy": "h2o+qaq"})
+
+
+def test_evaluate_scores_what_a_plugin_registers(tmp_path, monkeypatch):
+    from gatekv.hardware import choose
+    from gatekv.options import load
+    from gatekv.recipes import evaluate
+
+    words = ["--plugins", ",".join(map(str, EXAMPLES)), "--policies", "value_aware+int8,snapkv", "--budgets", ".5"]
+    assert evaluate.check(load(words, evaluate.EvaluateOptions))[0] == ["value_aware+int8", "snapkv"]
+    with pytest.raises(ValueError, match="--plugins .*nowhere.py is no file"):
+        evaluate.main(["--plugins", "nowhere.py"])
+    model = tiny(dtype=torch.float32)
+    monkeypatch.setattr(evaluate, "load_adapted", lambda *_: (model, None, choose("cpu", "float32"), "tiny"))
+    build = lambda *_: Item(list(range(1, 81)), [([81, 82, 83], [84, 85])], log_loss)  # noqa: E731
+    monkeypatch.setitem(frontier.TASKS, "ppl", build)
+    found = evaluate.main([*words, "--tasks", "ppl", "--n_ppl", "2", "--out", str(tmp_path)])
+    rows = {row["policy"]: row for row in found["rows"]}
+    assert rows["value_aware+int8"]["score"] is not None and rows["value_aware+int8"]["gate"] is None
+    assert f"--plugins {words[1]}" in found["run"]["command"]
+
+
+def test_generate_asks_the_policy_whether_it_needs_a_budget(own_names):
+    from gatekv.recipes.generate import budget_of
+
+    register_policy("my_norm", LearnedNorm)
+    found = {p: budget_of(p, "") for p in ("full", "gate", "my_norm", "my_norm+ada", "value_aware", "fastgen", None)}
+    assert found == {"full": None, "gate": None, "my_norm": None, "my_norm+ada": 0.25, "value_aware": 0.25,
+                     "fastgen": 0.25, None: 0.25}  # fmt: skip
+    assert budget_of("gate", "512") == 512
+
+
+def test_maps_are_trained_for_policies_by_what_they_are(own_names):
+    register_policy("my_norm", LearnedNorm)
+    with pytest.raises(ValueError, match="'my_norm\\+ada' needs a gate"):
+        LessConfig(policy="my_norm+ada")
+    assert LessConfig(policy="value_aware").policy == "value_aware"

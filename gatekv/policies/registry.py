@@ -75,9 +75,9 @@ def register_policy(name: str, kind: type) -> None:
     saved caches. Register it in every process that reads what another saved. docs/add-a-method.md shows how.
 
     Args:
-        name: letters, digits and underscores, not in use. kind: a dataclass whose fields all have a default, derived
-            from `Scorer`, or in `gatekv.policies` from `budgets.Rule`, `layers.Layers`, `parts.Width` or
-            `parts.RemainderPolicy`.
+        name: letters, digits and underscores, a digit not first; not in use.
+        kind: a dataclass whose fields all have a default, derived from `Scorer`, or in `gatekv.policies` from
+            `budgets.Rule`, `layers.Layers`, `parts.Width` or `parts.RemainderPolicy`.
 
     Raises:
         ValueError: the name is taken or no name, or the class is none of these.
@@ -89,7 +89,9 @@ def register_policy(name: str, kind: type) -> None:
             f"{', '.join(base.__name__ for base in KINDS)}; got {kind!r}."
         )
     if not isinstance(name, str) or not name.isidentifier():
-        raise ValueError(f"a policy's name is made of letters, digits and underscores; got {name!r}.")
+        raise ValueError(
+            f"a policy's name is made of letters, digits and underscores, a digit not first; got {name!r}."
+        )
     if any(name in table and table[name] is not kind for table in KINDS.values()):
         raise ValueError(f"the policy name {name!r} is taken: choose another.")
     try:

@@ -233,6 +233,44 @@ def test_copies_reordered_rows_and_files_go_on_alike(policy, tmp_path):
     torch.testing.assert_close(decoded(model, swapped, mask[order], LATER[order]), wanted[order])
 
 
+@torch.no_grad()
+@pytest.mark.parametrize("policy", ["gate+global+int8", "gate+uniform+mean_rest", "gate_alone+ada+int8"])
+def test_a_gate_decides_beside_them(policy):
+    model, options = gated(window=4, sinks=2), {"decode": "keep"} if "rest" in policy else {}
+    cache, mask = cached(model, policy, [58, 70], 0.5, **options)
+    alone = gatekv.KVCache(model, policy, 0.5, **options)
+    ids, _ = padded_batch([58, 70])
+    recurrent_logits(model, ids[1:], mask[1:], alone, [])
+    for layer in cache.evicting():
+        rest = layer.store.remainder if "rest" in policy else layer.store.narrow
+        assert rest.count.all() if "rest" in policy else len(rest)
+    wanted = decoded(model, alone, mask[1:], LATER[:1])
+    assert_close(decoded(model, cache, mask, LATER[[0, 0]])[1:], wanted, torch.ones_like(LATER[:1]))
+
+
+@torch.no_grad()
+@pytest.mark.parametrize("policy", ALONE)
+def test_a_prompt_in_pieces_is_a_prompt_and_turns_hold_their_budgets(policy):
+    model = tiny()
+    ids, mask = padded_batch([160])
+    whole, _ = cached(model, policy, [160])
+    pieces = gatekv.KVCache(model, policy, 0.6, prompt_tokens=160)
+    recurrent_logits(model, ids, mask, pieces, [30, 31])
+    torch.testing.assert_close(decoded(model, pieces, mask, LATER[:1]), decoded(model, whole, mask, LATER[:1]))
+    turns = gatekv.KVCache(model, policy, 0.6, turns=True)
+    for turn in (1, 2):
+        model(ids[:, (turn - 1) * 80 : turn * 80], past_key_values=turns)
+        if turn == 2:
+            turns.compress()
+        assert {int(flags.sum()) for layer in turns.flags() for flags in layer[0]} == {turn * 48}
+        for layer in turns.evicting():
+            if "int8" in policy:
+                assert len(layer.store.narrow) == 3 * (turn * 48 - 32)
+            if "rest" in policy:
+                assert layer.store.remainder.count.unique().tolist() == [turn * 32]
+    assert torch.isfinite(decoded(model, turns, mask, LATER[:1])).all()
+
+
 def test_a_file_whose_policy_is_not_registered_says_what_is_missing(tmp_path, own_names):
     model = tiny()
     cache, _ = cached(model, "value_aware+int8", [60])

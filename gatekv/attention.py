@@ -142,10 +142,11 @@ class AttentionCall:
         if self.gate is not None and self.gate.reads == "keys":
             self.hidden = key_features(k, self.rotary)
 
-    def part(self, start: int, end: int) -> "AttentionCall":
-        """The call of new tokens number start to end - 1 alone."""
-        rotary = None if self.rotary is None else (self.rotary[0][:, start:end], self.rotary[1][:, start:end])
-        return replace(self, hidden=self.hidden[:, start:end], rotary=rotary)
+    def columns(self, of: Callable[[torch.Tensor], torch.Tensor]) -> "AttentionCall":
+        """The call of some of the new tokens, or all in another order: `of` tells which from a tensor [batch or 1,
+        tokens, ...]."""
+        rotary = None if self.rotary is None else (of(self.rotary[0]), of(self.rotary[1]))
+        return replace(self, hidden=of(self.hidden), rotary=rotary)
 
     @property
     def replaces(self) -> bool:

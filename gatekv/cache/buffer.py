@@ -40,19 +40,19 @@ class Buffer(Part):
         recent = selection.recent if guarded else 0 * selection.recent
         return cls(room - max(config.eviction_delay - 1, 0), recent)
 
-    def trim(self, store: CompressedStore, worth: Callable[[Pages], torch.Tensor], seen: int) -> None:
+    def trim(self, store: CompressedStore, worth: Callable[[Pages], torch.Tensor], real: torch.Tensor) -> None:
         """Drop the least worthy tokens of each head until it holds no more than there is room for.
 
-        worth: (pages) -> [P, block_size]; seen: slots so far.
+        worth: (pages) -> [P, block_size]; real: [batch, 1], real tokens so far.
         """
         stores = store.stores()
-        for pages, gone in zip(stores, self.excess(stores, [worth(pages) for pages in stores], seen)):
+        for pages, gone in zip(stores, self.excess(stores, [worth(pages) for pages in stores], real)):
             store.evict(pages, gone)
 
-    def excess(self, stores: list[Pages], worths: list[torch.Tensor], seen: int) -> list[torch.Tensor]:
+    def excess(self, stores: list[Pages], worths: list[torch.Tensor], real: torch.Tensor) -> list[torch.Tensor]:
         """[P, block_size] bool of each store: the tokens of lowest worth that must go until every head fits.
 
-        stores: share the head's room. worths: [P, block_size] of each; ties: the earlier goes. seen: slots so far.
+        stores: share the head's room. worths: [P, block_size] of each; ties: the earlier goes. real: [batch, 1].
         Returns [] where all fit.
         """
         excess = sum(store.lengths for store in stores) - self.room.flatten()
@@ -62,7 +62,7 @@ class Buffer(Part):
         parts = []
         for store, worth in zip(stores, worths):
             rows = store.owners.clamp_min(0).long()[:, None]
-            kept = seen - store.positions <= young[rows]
+            kept = store.ages(real) <= young[rows]
             parts.append(store.unrolled(worth.masked_fill(kept, torch.inf), fill=torch.inf))
         order = torch.cat(parts, -1).argsort(dim=-1, stable=True)
         rank = torch.empty_like(order).scatter_(

@@ -12,6 +12,7 @@ import torch
 
 from gatekv.attention import AttentionCall
 from gatekv.cache import stages
+from gatekv.cache.alignment import Seen
 from gatekv.cache.buffer import Buffer
 from gatekv.cache.config import CacheConfig
 from gatekv.cache.decision import Selection
@@ -50,14 +51,14 @@ class Evictor(Part):
     def __init__(self, config: CacheConfig) -> None:
         self.config = config
 
-    def on_tokens(self, layer: "KVLayer", call: AttentionCall, k: Tensor, valid: Tensor) -> Flags:
-        """Flags of new tokens with keys k [batch, kv_heads, n, head_dim], valid [batch, n].
+    def on_tokens(self, layer: "KVLayer", call: AttentionCall, k: Tensor, new: Seen) -> Flags:
+        """Flags of new tokens with keys k [batch, kv_heads, n, head_dim], whose pads stand on the left.
 
         Raises:
             ValueError: before anything has changed.
         """
         layer.open = True
-        return Flags(valid[:, None].expand(k.shape[:3]), None)
+        return Flags(new.valid[:, None].expand(k.shape[:3]), None)
 
     def on_prompt_end(self, layer: "KVLayer") -> None:
         """The prompt or turn is whole: decide, or wait for the layers that follow."""
@@ -119,9 +120,9 @@ class Evictor(Part):
 
 def _prompt_end(layer: "KVLayer") -> PromptEnd:
     q, window = cast(Tensor, layer.evidence.queries), layer.window
-    asked = torch.arange(layer.seen - q.shape[2], layer.seen, device=q.device)
+    asks = torch.arange(q.shape[2], 0, -1, device=q.device) <= layer.real
     live = window.flags & window.valid[:, None]
-    return PromptEnd(q, asked >= layer.seen - layer.real, window.keys, live, layer.seen, layer.evidence.scaling)
+    return PromptEnd(q, asks, window.keys, live, layer.real, layer.evidence.scaling)
 
 
 class KeepAll(Evictor):
@@ -171,4 +172,4 @@ class FixedBuffer(Evictor):
         return self.buffer.forecast_bytes(shape)
 
     def on_fold(self, layer: "KVLayer") -> None:
-        self.buffer.trim(layer.store, lambda pages: cast(Tensor, pages.scores), layer.seen)
+        self.buffer.trim(layer.store, lambda pages: cast(Tensor, pages.scores), layer.real)

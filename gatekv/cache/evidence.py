@@ -5,6 +5,7 @@ from typing import TYPE_CHECKING, cast
 import torch
 
 from gatekv.cache.segments.sinks import Rotary
+from gatekv.ops.order import along, order_of
 from gatekv.parts import Part
 from gatekv.support import LATER
 
@@ -33,25 +34,38 @@ class Evidence(Part):
         self.scaling: float = LATER
         self.known: dict | None = None
 
-    def observe(self, config: "CacheConfig", call: "AttentionCall", q: Tensor, scaling: float) -> None:
-        """Keep what will be looked at of new tokens with queries q [batch, heads, n, head_dim]."""
+    def observe(self, config: "CacheConfig", call: "AttentionCall", q: Tensor, scaling: float, valid: Tensor,
+                before: Tensor | None = None) -> None:  # fmt: skip
+        """Keep what will be looked at of new tokens with queries q [batch, heads, n, head_dim], valid [batch, n].
+
+        before: [batch, 1], real tokens of the prompt or turn that came earlier, where the new pads belong before them.
+        """
         turned = config.needs.rotary and not (config.keep_later or config.turns)
-        self.known = {} if config.defer else None
-        self.scaling = scaling
-        if last := config.queries:
-            self.queries = torch.cat([*([] if self.queries is None else [self.queries]), q], 2)[:, :, -last:]
         if turned and call.rotary is None:
             raise ValueError(
                 "positions='slot' turns queries by RoPE, and this model's attention gets no `position_embeddings`: use "
                 "positions='original'."
             )
-        if turned or config.defer:
-            old, new = self.rotary, call.rotary
-            if old is not None and new is not None:
-                new = torch.cat([old[0], new[0]], 1), torch.cat([old[1], new[1]], 1)
-            self.rotary = new
+        self.known = {} if config.defer else None
+        self.scaling = scaling
+
+        def behind(old: Tensor | None, new: Tensor, dim: int) -> Tensor:
+            if before is not None:
+                held = 0 if old is None else old.shape[dim]
+                real = torch.cat([torch.arange(held, 0, -1, device=q.device) <= before, valid], 1)
+                return along(new if old is None else torch.cat([old, new], dim), order_of(real), dim)
+            return new if old is None else torch.cat([old, new], dim)
+
+        if last := config.queries:
+            self.queries = behind(self.queries, q, 2)[:, :, -last:]
+        if (turned or config.defer) and call.rotary is not None:
+            new = call.rotary
+            old = (None, None) if self.rotary is None else tuple(t.expand(len(new[0]), -1, -1) for t in self.rotary)
+            if self.rotary is not None:
+                new = cast(Rotary, tuple(t.expand(len(cast(Tensor, old[0])), -1, -1) for t in new))
+            self.rotary = cast(Rotary, tuple(behind(a, b, 1) for a, b in zip(old, new)))
         if config.defer:
-            self.hidden = torch.cat([*([] if self.hidden is None else [self.hidden]), call.hidden], 1)
+            self.hidden = behind(self.hidden, call.hidden, 1)
 
     def forget(self) -> None:
         """It has been decided."""

@@ -5,6 +5,7 @@ from typing import TYPE_CHECKING, cast
 import torch
 
 from gatekv.attention import AttentionCall, sink_tokens
+from gatekv.cache.alignment import Seen
 from gatekv.cache.buffer import Buffer
 from gatekv.cache.config import CacheConfig
 from gatekv.cache.decision import Selection, admit_rows, protected_tokens, rooms
@@ -64,8 +65,8 @@ class GateEvictor(Evictor):
             out.append(limits.masked_fill((index[row] <= length) & too_short, -torch.inf))
         return torch.stack(out)[:, None]
 
-    def on_tokens(self, layer: "KVLayer", call: AttentionCall, k: Tensor, valid: Tensor) -> Flags:
-        config, window = self.config, layer.window
+    def on_tokens(self, layer: "KVLayer", call: AttentionCall, k: Tensor, new: Seen) -> Flags:
+        config, window, valid = self.config, layer.window, new.valid
         if call.gate is None:
             raise ValueError("the adapter was disabled or unloaded while this cache was in use; enable it again.")
         if config.full_prompt_gate and layer.seen:
@@ -74,7 +75,8 @@ class GateEvictor(Evictor):
                 "prefill_chunk_size, or train a gate with context='causal'."
             )
         layer.open, scored = True, window.scores is not None
-        if self.postpones and layer.decided and self.stream.postpone(call.hidden, config.eviction_delay):
+        waits = self.postpones and layer.decided and not new.ragged
+        if waits and self.stream.postpone(call.hidden, config.eviction_delay):
             flags = valid[:, None].expand(k.shape[:3])  # what it will say is written over them
             return Flags(flags, flags.float() if scored else None)
         self.stream.gate = call.gate
@@ -125,7 +127,8 @@ class Threshold(GateEvictor):
         if config.keep_later and (config.dense_prefill or config.full_prompt_gate):
             # What follows is not judged, nor shields them.
             guarded = protected_tokens(config, valid, before, config.window)
-            layer.window.flags = layer.window.flags | guarded[..., layer.folded - layer.base :]
+            guarded = guarded[..., layer.folded - layer.base :] & layer.window.valid[:, None]
+            layer.window.flags = layer.window.flags | guarded
         self.hand_over(layer, self.successor())
 
     def successor(self, selection: Selection | None = None) -> Evictor:
@@ -181,6 +184,6 @@ class Decay(GateEvictor):
 
     def on_fold(self, layer: "KVLayer") -> None:
         def worth(pages: "Pages") -> Tensor:
-            return faded(cast(Tensor, pages.scores), layer.seen - pages.positions)
+            return faded(cast(Tensor, pages.scores), pages.ages(layer.real))
 
-        self.buffer.trim(layer.store, worth, layer.seen)
+        self.buffer.trim(layer.store, worth, layer.real)

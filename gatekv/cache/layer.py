@@ -31,10 +31,12 @@ class KVLayer(Part, Memory, CacheLayerMixin):
         evidence: what the next decision will look at. siblings: the cache's layers.
         seen: slots; folded: those that have left the window; base: where the current prompt or turn begins.
         real: [batch, 1], real tokens seen. unmet: [batch] bool, rows whose budget could not be kept; None: undecided.
+        history: [batch, seen] bool, the real ones, where pads do not all stand on the left; padded: there are pads.
         first_call: tokens of the first call, 0 before it. calls, open, expected: see `gatekv.cache.refusals`.
     """
 
-    saved = ("seen", "folded", "base", "first_call", "real", "unmet", "window", "store", "evictor", "evidence")
+    saved: tuple[str, ...] = ("seen", "folded", "base", "first_call", "padded", "real", "unmet", "history")
+    saved += ("window", "store", "evictor", "evidence")
     borrowed, is_croppable = ("siblings",), True
 
     def __init__(self, config: CacheConfig, layer_idx: int) -> None:
@@ -46,11 +48,12 @@ class KVLayer(Part, Memory, CacheLayerMixin):
         """Forget everything; the cache is as new."""
         self.window, self.store, self.real = LATER, LATER, LATER  # `lazy_initialization` makes them
         self.unmet: Tensor | None = None
+        self.history: Tensor | None = None
         self.stage: Stage = DensePrefill() if self.config.dense_prefill else Prefill()
         self.evictor: Evictor = evictor_of(self.config)
         self.evidence = Evidence()
         self.seen = self.folded = self.base = self.first_call = self.calls = 0
-        self.is_initialized = self.recording = self.open = self.expected = False
+        self.is_initialized = self.recording = self.open = self.expected = self.padded = False
 
     # -- what transformers asks of a cache layer
 
@@ -145,6 +148,6 @@ class KVLayer(Part, Memory, CacheLayerMixin):
 
     def leave(self, tokens: int) -> None:
         """The first tokens leave the window, for the store or for good."""
-        self.store.take(self.window, tokens, self.folded)
+        self.store.take(self.window, tokens, self.real)
         self.folded += tokens
         self.evictor.on_fold(self)

@@ -5,6 +5,7 @@ from typing import TYPE_CHECKING, cast
 import torch
 
 from gatekv.attention import sink_tokens
+from gatekv.cache import alignment
 from gatekv.cache.config import CacheConfig
 from gatekv.cache.decision import Selection, Undecided, choose
 from gatekv.cache.eviction import Evictor, FixedBuffer, KeepAll
@@ -80,7 +81,7 @@ class OneShot(Evictor):
         window = layer.window
         window.flags = self.flags(layer, selection)
         if layer.folded > layer.base:
-            layer.store.filter(selection.keep, layer.base)
+            layer.store.filter(selection.keep, layer.real)
         layer.unmet = selection.unmet
         if self.buffered:
             sinks = sink_tokens(window.valid, self.config.sinks)[:, None]
@@ -92,7 +93,7 @@ class OneShot(Evictor):
 
     def flags(self, layer: "KVLayer", selection: Selection) -> Tensor:
         """[batch, kv_heads, window] bool: what becomes of the tokens in the window."""
-        return selection.keep[..., layer.folded - layer.base :]
+        return selection.keep[..., layer.folded - layer.base :] & layer.window.valid[:, None]
 
     def successor(self, selection: Selection | None = None) -> Evictor:
         if self.config.turns:
@@ -102,13 +103,13 @@ class OneShot(Evictor):
 
 def _kinds(layer: "KVLayer") -> Tensor | None:
     """[batch, slots since base] of what the cache was told about its tokens; 0 for later ones."""
-    kinds, slots = layer.config.kinds, layer.seen - layer.base
+    kinds = layer.config.kinds
     if kinds is None:
         return None
     if len(kinds) != len(layer.real):
         raise ValueError(f"kinds has {len(kinds)} rows, the prompt {len(layer.real)}: give one row a sequence (beam).")
-    kinds = kinds[:, layer.base : layer.seen].to(layer.real.device)
-    return torch.nn.functional.pad(kinds, (0, slots - kinds.shape[1]))
+    kinds = torch.nn.functional.pad(kinds.to(layer.real.device), (0, max(layer.seen - kinds.shape[1], 0)))
+    return alignment.pads_first(layer, kinds[:, : layer.seen])[:, layer.base :]
 
 
 class GateOneShot(GateEvictor, OneShot):
@@ -145,8 +146,10 @@ class GateOneShot(GateEvictor, OneShot):
             return super().scores(layer)
         held = cast(Tensor, layer.window.scores)
         scores = held.new_full((*held.shape[:2], layer.seen), -torch.inf)  # what flags evicted
-        layer.store.pages.scatter(scores, cast(Tensor, layer.store.pages.scores))
-        scores[..., layer.folded :] = held.masked_fill(~layer.window.flags, -torch.inf)
+        layer.store.pages.scatter(scores, cast(Tensor, layer.store.pages.scores), layer.real)
+        mine = held.masked_fill(~layer.window.flags, -torch.inf)
+        there = scores[..., layer.folded :]  # where the window has a pad between turns, older tokens stand in pages
+        scores[..., layer.folded :] = torch.where(layer.window.valid[:, None], mine, there)
         return scores
 
     def reader(self) -> object:

@@ -40,6 +40,13 @@ def crop(layer: "KVLayer", tokens_to_remove: int) -> None:
                 "compressed prompt. Call cache.activate_past_recording() before they are fed (the last "
                 f"{ROLLBACK} can be taken back then), or keep a cache.snapshot()."
             )
+        if layer.history is not None:
+            if not bool(layer.history[:, -remove:].all()):
+                raise ValueError(
+                    f"cannot take back {remove} tokens: there are pads among them, behind tokens that stay. Keep a "
+                    "cache.snapshot() from before they were fed."
+                )
+            layer.history = layer.history[:, :-remove]
         window = layer.window
         layer.real = layer.real - window.valid[:, len(window) - remove :].sum(-1, keepdim=True)
         window.drop(back=remove)

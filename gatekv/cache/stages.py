@@ -4,14 +4,18 @@ Recurrent form of the law (gatekv.attention): tokens enter the window; when they
 if they are flagged, to the remainder if not. That waits for FOLD tokens; meanwhile the mask hides the dead.
 """
 
+from functools import partial
 from typing import TYPE_CHECKING, cast
 
 import torch
 
-from gatekv.attention import AttentionCall, live_mask, valid_tokens
+from gatekv.attention import AttentionCall, live_mask
+from gatekv.cache import alignment
 from gatekv.cache.gate_stream import FOLD
 from gatekv.cache.segments.sinks import CachePositionSinks, Rotary
 from gatekv.ops import segments
+from gatekv.ops.order import along, order_of
+from gatekv.support import LATER
 
 if TYPE_CHECKING:
     from gatekv.cache.eviction import FixedBuffer
@@ -20,6 +24,10 @@ if TYPE_CHECKING:
 Tensor = torch.Tensor
 Mask = Tensor | None
 PIECE = 512  # tokens of a long call that attend together, so that what they evict is gone for the next piece
+
+
+def _cut(start: int, end: int, x: Tensor) -> Tensor:
+    return x[:, start:end]
 
 
 class Stage:
@@ -44,24 +52,34 @@ class Stage:
             ValueError: before anything has changed.
         """
         b, _, n, _ = q.shape
-        valid, remainder = valid_tokens(mask, b, n, q.device), layer.store.remainder
+        fed, remainder = alignment.look(layer, mask, b, n), layer.store.remainder
+        order = order_of(fed.valid) if fed.ragged else None
+        new = fed
+        if order is not None:
+            q, k, v, mask = (along(x, order, 2) for x in (q, k, v, cast(Tensor, mask)))
+            call, new = call.columns(lambda x: along(x, order, 1)), fed._replace(valid=along(fed.valid, order, 1))
         remainder.use(call.less, layer.window.values)
-        keep, scores = layer.evictor.on_tokens(layer, call, k, valid)
+        keep, scores = layer.evictor.on_tokens(layer, call, k, new)
+        alignment.remember(layer, fed)
+        valid, before = new.valid, layer.fed().sum(-1, keepdim=True) if fed.ragged else None
         features, outs = remainder.features(k) if layer.evictor.evicts else None, []
-        for a, c in self.pieces(n):
+        for a, c in [(0, n)] if fed.ragged else self.pieces(n):
             parts = (keep[..., a:c], valid[:, a:c], None if scores is None else scores[..., a:c])
             psi = None if features is None else features[:, :, a:c]
             layer.window.append(k[:, :, a:c], v[:, :, a:c], *parts, psi, slack=self.slack)
+            if fed.ragged:
+                layer.window.pads_first()
             layer.seen += c - a
+            layer.real = layer.real + (c - a if mask is None else valid[:, a:c].sum(-1, keepdim=True))
             outs.append(
                 self.answer(layer, q[:, :, a:c], None if mask is None else mask[:, :, a:c, : layer.seen], scale)
             )
             self.after_piece(layer)
-        layer.real = layer.real + (n if mask is None else valid.sum(-1, keepdim=True))
         if self.observes:
-            layer.evidence.observe(layer.config, call, q, scale)
+            layer.evidence.observe(layer.config, call, q, scale, valid, before)
         self.finish(layer)
-        return outs[0] if len(outs) == 1 else torch.cat(outs, 2)
+        out = outs[0] if len(outs) == 1 else torch.cat(outs, 2)
+        return out if order is None else torch.empty_like(out).scatter_(2, order[:, None, :, None].expand_as(out), out)
 
     def pieces(self, n: int) -> list[tuple[int, int]]:
         """(first, behind the last) of the tokens that attend together."""
@@ -84,7 +102,7 @@ class Stage:
         if self.whole and mask is None and n == len(window) and not len(store):
             gqa, attend = q.shape[1] != k.shape[1], torch.nn.functional.scaled_dot_product_attention
             return attend(q, k, v, is_causal=n > 1, scale=scale, enable_gqa=gqa)
-        near = None if mask is None else mask[..., layer.folded :]
+        near = None if mask is None else alignment.columns(layer, mask, n)
         waiting = None if self.whole else window
         rest = store.remainder.answers(q, scale, waiting, near, layer.config.eviction_delay)
         visible = self.visible(layer, n, near)
@@ -118,11 +136,12 @@ class Stage:
         window = layer.window
         held = torch.zeros(*window.flags.shape[:2], layer.seen, dtype=torch.bool, device=window.flags.device)
         for pages in layer.store.stores():
-            pages.scatter(held, True)
+            pages.scatter(held, True, layer.real)
         slots = torch.arange(layer.folded, layer.seen, device=held.device)
         live = live_mask(slots.new_tensor([layer.seen]), slots, window.flags, layer.config.eviction_delay)[:, :, 0]
-        held[..., layer.folded :] = (live | torch.tensor(self.whole)) & window.valid[:, None]
-        return held
+        live, valid = live | torch.tensor(self.whole), window.valid[:, None]
+        held[..., layer.folded :] = torch.where(valid, live, held[..., layer.folded :])
+        return alignment.as_fed(layer, held)
 
 
 class Prefill(Stage):
@@ -140,7 +159,7 @@ class Prefill(Stage):
         outs = []
         for a, c in ((0, end - start), (end - start, n)):  # what follows the prompt sees it compressed
             seen_by = None if mask is None else mask[:, :, a:c, : start + c]
-            part = call.part(a, c), q[:, :, a:c], k[:, :, a:c], v[:, :, a:c], seen_by, scale
+            part = call.columns(partial(_cut, a, c)), q[:, :, a:c], k[:, :, a:c], v[:, :, a:c], seen_by, scale
             outs.append(super().attend(layer, *part) if a == 0 else layer.stage.attend(layer, *part))
         return torch.cat(outs, 2)
 
@@ -192,7 +211,8 @@ class Streaming(Decode):
                 "use KVCache(…, decode='keep') with it."
             )
         b, _, n, _ = q.shape
-        valid, store = valid_tokens(mask, b, n, q.device), layer.store
+        fed, store = alignment.look(layer, mask, b, n), layer.store
+        valid = fed.valid
         scorer, sinks = layer.config.policy.scorer, cast("CachePositionSinks | None", store.sinks)
         store.remainder.use(call.less, layer.window.values)
         index = layer.real + valid.long().cumsum(-1) - 1
@@ -200,19 +220,19 @@ class Streaming(Decode):
         if sinks is None:  # a prompt shorter than the sinks leaves the rest of them to come
             entering = entering.masked_fill((index < layer.config.sinks)[:, None], torch.inf)
         layer.open, outs = True, []
+        alignment.remember(layer, fed)
         for i in range(n):
             new = slice(i, i + 1)
             flags = valid[:, None, new].expand(*k.shape[:2], 1)
-            store.pages.append(k[:, :, new], v[:, :, new], flags, layer.seen, entering[..., new])
-            layer.seen, layer.folded = layer.seen + 1, layer.folded + 1
+            store.pages.append(k[:, :, new], v[:, :, new], flags, index[:, new], entering[..., new])
+            layer.seen, layer.folded, layer.real = layer.seen + 1, layer.folded + 1, layer.real + valid[:, new]
             if sinks is not None:
-                sinks.step(cast(Rotary, tuple(t[:, new] for t in cast(Rotary, call.rotary))))
+                sinks.step(cast(Rotary, tuple(t[:, new] for t in cast(Rotary, call.rotary))), valid[:, new])
             kept = segments.merge([part.attend(q[:, :, new], scale) for part in store.segments()])
             outs.append(segments.merge([kept, *store.remainder.answers(q[:, :, new], scale)])[0].to(q.dtype))
             if scorer.watches:  # attention among the kept alone: a policy decides the same with a remainder or without
-                store.watch(scorer.observe, q[:, :, new], kept[1], scale)
+                store.watch(scorer.observe, q[:, :, new], kept[1], scale, valid[:, new])
             cast("FixedBuffer", layer.evictor).on_fold(layer)
         if sinks is not None:
-            sinks.step(None)
-        layer.real = layer.real + valid.sum(-1, keepdim=True)
+            sinks.now = LATER
         return torch.cat(outs, 2)

@@ -66,39 +66,46 @@ class CompressedStore(Part):
         if evicted is not None:
             self.remainder.fold(store, evicted)
 
-    def take(self, window: RecentWindow, leave: int, start: int) -> None:
+    def take(self, window: RecentWindow, leave: int, real: Tensor) -> None:
         """Move the first `leave` tokens out of the window: the flagged ones here, the others to the remainder.
 
-        start: slot of the window's first token.
+        real: [batch, 1], real tokens seen, the window's among them.
         """
         keys, values, flags = (t[:, :, :leave] for t in (window.keys, window.values, window.flags))
         scores = None if self.pages.scores is None else cast(Tensor, window.scores)[..., :leave]
+        start = real - len(window)  # number of its first column among the row's real tokens, were it one
         self.pages.append(keys, values, flags, start, scores)
         features = None if window.psi is None else window.psi[:, :, :leave]
         if self.remainder.takes(features):
-            slots = torch.arange(start, start + leave, device=flags.device, dtype=torch.int32).expand(flags.shape)
+            places = (start + torch.arange(leave, device=flags.device)).int()[:, None].expand(flags.shape)
             gone = ~flags & window.valid[:, None, :leave]
-            evicted = Tokens(*(t.flatten(0, 1) for t in (keys, values, slots, gone)))
+            evicted = Tokens(*(t.flatten(0, 1) for t in (keys, values, places, gone)))
             self.remainder.fold(self.pages, evicted, features)
         window.drop(front=leave)
 
-    def filter(self, keep: Tensor, base: int) -> None:
-        """Hold of the pages' tokens at slots >= base those that keep [batch, kv_heads, slots - base] flags."""
+    def filter(self, keep: Tensor, real: Tensor) -> None:
+        """Hold of the pages' tokens among the last n slots those that keep [batch, kv_heads, n] flags.
+
+        real: [batch, 1], real tokens seen.
+        """
         self.pages.scores = None
-        self.evict(self.pages, self.pages.unwanted(keep, base))
+        self.evict(self.pages, self.pages.unwanted(keep, real))
         self.pages.shrink()
 
-    def watch(self, observe: Callable[[Tensor, Tensor], Tensor], q: Tensor, lse: Tensor, scale: float) -> None:
+    def watch(self, observe: Callable[[Tensor, Tensor], Tensor], q: Tensor, lse: Tensor, scale: float,
+              asks: Tensor) -> None:  # fmt: skip
         """Renew the scores of what is held by the attention it just received: observe = `Scorer.observe`.
 
-        q: [batch, heads, 1, head_dim]; lse: [batch, heads, 1], over everything that the query saw.
+        q: [batch, heads, 1, head_dim]; lse: [batch, heads, 1], over everything that the query saw; asks: [batch, 1]
+        bool, False at pads, whose attention is none.
         """
         kv_heads = self.pages.kv_heads
+        asks = asks.repeat_interleave(kv_heads, 0)
         for store, (part, keys, _, table) in zip(self.stores(), self.reads(q)):
             paid = store.unrolled(paged_mass(part, keys, table, lse, scale).float())
             old = store.unrolled(cast(Tensor, store.scores))
             new = observe(*(t.view(len(q), kv_heads, -1) for t in (old, paid))).flatten(0, 1)
-            store.scores = store.rolled(torch.where(old.isinf(), old, new))
+            store.scores = store.rolled(torch.where(old.isinf() | ~asks, old, new))
 
     def absorb(self, end: PromptEnd) -> None:
         """A prompt or turn has ended: old tokens get their width."""

@@ -10,6 +10,7 @@ from torch import nn
 
 from gatekv.config import GateSpec
 from gatekv.gates.gate import Gate, State
+from gatekv.ops.order import along, order_of
 
 
 class AttentionGate(Gate):
@@ -31,7 +32,8 @@ class AttentionGate(Gate):
 
         Args:
             hidden: [batch, tokens, width].
-            valid: [batch, tokens] bool, False at pads; None = all real.
+            valid: [batch, tokens] bool, False at pads, which stand before the others where there is a state; None = all
+                real.
             state: what the previous call returned, or None at the start of a sequence.
 
         Returns:
@@ -43,10 +45,14 @@ class AttentionGate(Gate):
         q, k, v = self.qkv(x).view(b, n, 3, self.heads, self.head_dim).unbind(2)
         valid = hidden.new_ones(b, n, dtype=torch.bool) if valid is None else valid
         past = self.context - 1
+        begun = state is not None
         if state is None:  # an empty ring is a ring of invalid tokens, so every call has the same shape of work
             empty = k.new_zeros(b, past, self.heads, self.head_dim)
             state = (empty, empty, valid.new_zeros(b, past))
         k, v, valid = (torch.cat([old, new], 1) for old, new in zip(state, (k, v, valid)))
+        if begun:  # pads between the ring and new tokens are no distance
+            order = order_of(valid)
+            k, v, valid = (along(t, order, 1) for t in (k, v, valid))
         out = self._banded(q, k, v, valid)
         last = slice(k.shape[1] - past, None)  # cloned: a view would keep the whole prompt alive
         ring = k[:, last].clone(), v[:, last].clone(), valid[:, last].clone()

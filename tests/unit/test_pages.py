@@ -81,7 +81,8 @@ def test_any_sequence_of_operations_equals_plain_lists(operations, seed, block):
         elif name == "crop":
             model.next = max(0, model.next - a)
             model.rows = [[t for t in r if t[0] < model.next] for r in model.rows]
-            gone = pages.unwanted(torch.zeros(batch, KV, 64, dtype=torch.bool), base=model.next)
+            seen = torch.full((batch, 1), model.next + 64)
+            gone = pages.unwanted(torch.zeros(batch, KV, 64, dtype=torch.bool), seen)
             keys, values, positions, held, _ = pages.taken(gone)
             assert held.sum() == gone.sum() and not keys[~held].any() and not values[~held].any()
             assert sorted(positions[held].tolist()) == sorted(pages.positions[gone].tolist())
@@ -168,7 +169,7 @@ def test_positions_are_int32_and_scores_travel_with_their_tokens():
     rows = pages.owners[:, None].expand_as(held)[held]
     assert torch.equal(pages.scores[held], pages.positions[held].float() + rows * 100)
     into = torch.full((1, KV, 40), -torch.inf)
-    pages.scatter(into, pages.scores)
+    pages.scatter(into, pages.scores, torch.tensor([[40]]))
     assert torch.equal(into[into > -torch.inf], scores[into > -torch.inf]) and int((into > -torch.inf).sum()) == len(
         pages
     )

@@ -24,7 +24,7 @@ def bits_of(layer):
     out = torch.stack([held, held]).long() * 16
     for pair, store in layer.store.narrow.pages.items():
         for part, bits in zip(out, pair):
-            store.scatter(part, bits)
+            store.scatter(part, bits, layer.real)
     return out
 
 

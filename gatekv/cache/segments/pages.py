@@ -41,17 +41,20 @@ class Pages(Pool):
     def reads(self, q: Tensor) -> list[Read]:
         return [(q, self.keys, self.values, self.table)]
 
-    def append(self, keys: Tensor, values: Tensor, keep: Tensor, start: int, scores: Tensor | None = None) -> None:
+    def append(
+        self, keys: Tensor, values: Tensor, keep: Tensor, start: Tensor | int, scores: Tensor | None = None
+    ) -> None:
         """Add the flagged tokens of a dense piece.
 
-        keys, values: [batch, kv_heads, n, head_dim]; keep: [batch, kv_heads, n] bool; start: slot of the first token;
-        scores: [batch, kv_heads, n], needed if the store holds scores.
+        keys, values: [batch, kv_heads, n, head_dim]; keep: [batch, kv_heads, n] bool; start: number of the first
+        token in its row, [batch, 1] or one for all; scores: [batch, kv_heads, n], needed if the store holds scores.
         """
         keep = keep.flatten(0, 1)
         rows, slots = keep.nonzero(as_tuple=True)
         if not len(rows):
             return
-        sources = [keys.flatten(0, 1)[rows, slots], values.flatten(0, 1)[rows, slots], (slots + start).int()]
+        first = start.flatten()[rows // self.kv_heads] if isinstance(start, Tensor) else start
+        sources = [keys.flatten(0, 1)[rows, slots], values.flatten(0, 1)[rows, slots], (slots + first).int()]
         if self.scores is not None:
             sources.append(cast(Tensor, scores).flatten(0, 1)[rows, slots].float())
         if self.counts is not None:
@@ -126,20 +129,28 @@ class Pages(Pool):
         self.shrink()
         return out
 
-    def unwanted(self, keep: Tensor, base: int = 0) -> Tensor:
-        """[P, block_size] bool: tokens at slots >= base that keep [batch, kv_heads, slots - base] does not flag."""
-        slots = self.positions.long() - base
+    def ages(self, real: Tensor) -> Tensor:
+        """[P, block_size] int64: how many of its row's tokens have come since, 1 for the newest; real: [batch, 1],
+        tokens of each row. Anything where a slot holds none."""
+        rows, _ = self._held()
+        return real.flatten()[rows // self.kv_heads] - self.positions
+
+    def unwanted(self, keep: Tensor, real: Tensor) -> Tensor:
+        """[P, block_size] bool: the tokens among a row's last n that keep [batch, kv_heads, n] does not flag; real: see
+        `ages`."""
+        slots = keep.shape[-1] - self.ages(real)
         rows, _ = self._held()
         kept = keep.flatten(0, 1)[rows.expand_as(slots), slots.clamp_min(0)] if keep.shape[-1] else slots < 0
         return (slots >= 0) & ~kept & self.occupied()
 
-    def scatter(self, into: Tensor, source: Tensor | bool | float, first: int = 0) -> None:
-        """Write `source` ([P, block_size, ...] or a scalar) into the held ones of the slots from `first` on, which
-        into [batch, kv_heads, slots, ...] stands for; no held one is earlier."""
+    def scatter(self, into: Tensor, source: Tensor | bool | float, real: Tensor) -> None:
+        """Write `source` ([P, block_size, ...] or a scalar) into [batch, kv_heads, slots, ...], which ends with each
+        row's newest token, at the slots of what is held; no held one is earlier. real: see `ages`."""
         occupied = self.occupied()
         rows, _ = self._held()
         source = source[occupied] if isinstance(source, Tensor) else source
-        into.flatten(0, 1)[rows.expand_as(occupied)[occupied], self.positions.long()[occupied] - first] = source
+        place = (into.shape[2] - self.ages(real))[occupied]
+        into.flatten(0, 1)[rows.expand_as(occupied)[occupied], place] = source
 
     @classmethod
     def forecast_bytes(cls, shape: Shape, tokens: float, key_bytes: int | None = None) -> int:

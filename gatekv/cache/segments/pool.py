@@ -21,7 +21,7 @@ class Pool(Paged):
     Attributes:
         keys, values: [P, block_size, head_dim], the pool (keys may be narrower, see `narrow`, and both may be records
             of bytes, see `gatekv.cache.quantised`); unused slots are finite, never read.
-        positions: [P, block_size] int32, slot in the sequence as fed (pads counted).
+        positions: [P, block_size] int32, number among its row's real tokens.
         scores: [P, block_size] float32 while a later trim needs them, else None. counts: [P, block_size] int32, how
             many tokens each one stands for, where evicted ones merge into kept ones, else None.
         owners: [P] int32, row of each page, FREE where it has none. ordinals: [P] int32, its number within the row.

@@ -15,17 +15,21 @@ class PromptEnd:
     """One layer's end of a prompt or turn.
 
     Attributes:
-        queries: [batch, heads, n, head_dim], the last n slots'. asks: [batch, n] bool, False at pads.
-        keys: [batch, kv_heads, t, head_dim], of the tail; live: [batch, kv_heads, t] bool, which of it will stay.
-        seen: slots so far. scaling: factor on the attention logits.
+        queries: [batch, heads, n, head_dim], the last n columns'. asks: [batch, n] bool, False at pads.
+        keys: [batch, kv_heads, t, head_dim], of the window; live: [batch, kv_heads, t] bool, which of it will stay.
+        real: [batch, 1], real tokens so far. scaling: factor on the attention logits.
     """
 
     queries: Tensor
     asks: Tensor
     keys: Tensor
     live: Tensor
-    seen: int
+    real: Tensor
     scaling: float
+
+    def old(self, pages: Pages, window: int) -> Tensor:
+        """[P, block_size] bool: the tokens of `pages` but for each row's last `window`."""
+        return pages.ages(self.real) > window
 
     def energy(self, pages: Pages) -> Tensor:
         """[batch, kv_heads, head_dim]: squares of the held keys, in pages and tail, summed over tokens."""
@@ -35,19 +39,17 @@ class PromptEnd:
         near = self.keys.float().square() * self.live[..., None]
         return out.view(*near.shape[:2], -1) + near.sum(2)
 
-    def near(self, pages: Pages, first: int) -> tuple[Tensor, Tensor]:
-        """(output, log-sum-exp) of the queries among the tokens of tail and pages, whose earliest slot is `first`.
-
-        Causal: these tokens came with the queries.
-        """
+    def near(self, pages: Pages, window: int) -> tuple[Tensor, Tensor]:
+        """(output, log-sum-exp) of the queries among the window's tokens and those of `pages`, which are of the last
+        `window`. Causal: these tokens came with the queries."""
         b, kv, t, d = self.keys.shape
-        first = min(first, self.seen - t)
-        keys = self.keys.new_zeros(b, kv, self.seen - first, d)
+        n, last = max(window, t), self.queries.shape[2]
+        keys = self.keys.new_zeros(b, kv, n, d)
         live = torch.zeros(keys.shape[:3], dtype=torch.bool, device=keys.device)
-        pages.scatter(keys, pages.keys, first)
-        pages.scatter(live, True, first)
-        keys[:, :, keys.shape[2] - t :] = self.keys
-        live[:, :, keys.shape[2] - t :] = self.live
-        asked = torch.arange(self.seen - self.queries.shape[2], self.seen, device=keys.device)
-        visible = live[:, :, None] & (asked[:, None] >= torch.arange(first, self.seen, device=keys.device))
+        pages.scatter(keys, pages.keys, self.real)
+        pages.scatter(live, True, self.real)
+        keys[:, :, n - t :] = self.keys
+        live[:, :, n - t :] = self.live
+        asked = torch.arange(n - last, n, device=keys.device)
+        visible = live[:, :, None] & (asked[:, None] >= torch.arange(n, device=keys.device))
         return segments.dense_segment(self.queries, keys, keys, visible, self.scaling)

@@ -62,11 +62,10 @@ class Quantised(Narrow):
     def absorb(self, pages: Pages, end: PromptEnd) -> None:
         """Take the old tokens of `pages`, in as many bits as they matter at this end; bits are shared out among them
         alone."""
-        last = end.seen - self.width.window
-        old = pages.split(pages.positions < last)
+        old = pages.split(end.old(pages, self.width.window))
         if not len(old):
             return
-        key_bits, value_bits = self._bits(old, end, self._attention(old, pages, end, last))
+        key_bits, value_bits = self._bits(old, end, self._attention(old, pages, end))
         held = old.occupied()
         for pair in torch.stack([key_bits[held], value_bits[held]], -1).unique(dim=0).tolist():
             rows, number, counts, sources = old.picked((key_bits == pair[0]) & (value_bits == pair[1]))
@@ -76,11 +75,11 @@ class Quantised(Narrow):
                 store.keys, store.values = (r.new_zeros(0, PAGE, r.shape[-1]) for r in records)
             self.pages[tuple(pair)].add(rows, number, counts, [*records, *sources[2:]])
 
-    def _attention(self, old: Pages, pages: Pages, end: PromptEnd, last: int) -> Tensor:
+    def _attention(self, old: Pages, pages: Pages, end: PromptEnd) -> Tensor:
         """[P, block_size]: the most that any of the last queries attends to each old token, of all it attends to."""
         q = end.queries
         seen = [part.attend(q, end.scaling) for part in (old, self) if len(part)]
-        lse = segments.merge([*seen, end.near(pages, last)])[1]
+        lse = segments.merge([*seen, end.near(pages, self.width.window)])[1]
         lse = lse.masked_fill(~end.asks[:, None], torch.inf)
         return paged_mass(q, old.keys, old.table, lse, end.scaling, most=True)
 

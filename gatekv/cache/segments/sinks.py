@@ -56,14 +56,13 @@ class CachePositionSinks(Paged):
         cos, sin = (t.expand(len(room), -1, -1).gather(1, index) for t in rotary)
         self.last, self.wait = (cos, sin), (column - columns + 1).clamp_min(0)
 
-    def step(self, rotary: Rotary | None) -> None:
-        """(cos, sin) [batch or 1, 1, rotary_dim] of the token that asks now; None: it has been answered."""
-        self.now = cast(Rotary, rotary)
-        if rotary is None:
-            return
-        waits = (self.wait > 0)[:, None, None]
+    def step(self, rotary: Rotary, valid: Tensor) -> None:
+        """A token asks now: rotary (cos, sin) [batch or 1, 1, rotary_dim], valid [batch, 1] bool."""
+        self.now = rotary
+        waits = (self.wait[:, None] > 0) & valid
+        waits = waits[..., None]
         self.last = torch.where(waits, rotary[0], self.last[0]), torch.where(waits, rotary[1], self.last[1])
-        self.wait = (self.wait - 1).clamp_min(0)
+        self.wait = (self.wait - valid[:, 0].long()).clamp_min(0)
 
     def stores(self) -> list[Pages]:
         return [self.pages]

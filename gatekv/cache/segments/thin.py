@@ -43,7 +43,7 @@ class Thin(Narrow):
         first = self.channels is None
         if self.channels is None:
             self.channels = self.width.kept(end.queries, end.energy(pages), end.asks)
-        old = pages.split(pages.positions < end.seen - self.width.window)
+        old = pages.split(end.old(pages, self.width.window))
         old.narrow(self.channels.flatten(0, 1))
         if first:
             self.pages = old

@@ -6,6 +6,7 @@ import torch
 
 from gatekv.cache.segments.segment import Segment, Shape
 from gatekv.ops import segments
+from gatekv.ops.order import along, order_of
 
 Tensor = torch.Tensor
 
@@ -87,6 +88,14 @@ class RecentWindow(Segment):
         self.flags, self.valid = self.flags[..., front:end].clone(), self.valid[:, front:end].clone()
         self.scores = None if self.scores is None else self.scores[..., front:end].clone()
         self.psi = None if self.psi is None else self.psi[:, :, front:end].clone()
+
+    def pads_first(self) -> None:
+        """Move pads to the left; all else keeps its order."""
+        order = order_of(self.valid)
+        self._buffers = [along(t, order, 2) for t in (self.keys, self.values)]
+        self.flags, self.valid = along(self.flags, order, 2), along(self.valid, order, 1)
+        self.scores, self.psi = (None if t is None else along(t, order, 2) for t in (self.scores, self.psi))
+        self.shared = False
 
     @staticmethod
     def _moved(buffer: Tensor, start: int, end: int, room: int) -> Tensor:

@@ -42,7 +42,7 @@ class Int8Pages(Narrow):
         )
 
     def absorb(self, pages: Pages, end: PromptEnd) -> None:
-        old = pages.split(pages.positions < end.seen - self.window)
+        old = pages.split(end.old(pages, self.window))
         old.keys, old.values = encode(old.keys), encode(old.values)
         self.pages.absorb(old)
 

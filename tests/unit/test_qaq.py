@@ -2,7 +2,7 @@
 
 import pytest
 import torch
-from conftest import KINDS, TOLERANCE, VOCAB, gated, padded_batch, plain_logits, recurrent_logits, tiny
+from conftest import KINDS, TOLERANCE, VOCAB, gated, padded_batch, plain_logits, positions_of, recurrent_logits, tiny
 
 import gatekv
 from gatekv.attention import AttentionCall
@@ -206,9 +206,11 @@ def test_a_pair_of_widths_whose_only_row_is_dropped_answers_nothing(dtype):
     stores = [store for layer in cache.evicting() for store in layer.store.narrow.pages.values()]
     assert any(not len(store) for store in stores), "only the dropped row had these widths"
     later = torch.randint(1, VOCAB, (3, 4), generator=torch.Generator().manual_seed(1))
-    got = model(later, past_key_values=cache).logits
+    seen = torch.nn.functional.pad(mask[[2, 0, 0]], (0, 4), value=1)
+    asked = dict(attention_mask=seen, position_ids=positions_of(seen)[:, -4:])
+    got = model(later, past_key_values=cache, **asked).logits
     alone.reorder_cache(torch.tensor([2]))
-    wanted = model(later[:1], past_key_values=alone).logits
+    wanted = model(later[:1], past_key_values=alone, **{name: t[:1] for name, t in asked.items()}).logits
     torch.testing.assert_close(got[:1], wanted, rtol=TOLERANCE[dtype], atol=TOLERANCE[dtype])
 
 

@@ -4,7 +4,7 @@
     python docs/tables.py --check    # names the pages that are stale, and exits with 1
 
 The numbers come from docs/results.json, docs/sft/*.json and docs/ablation/results.json; the tables of models come from
-the families that the tests build, and from what gatekv says when it refuses one.
+the families that the tests build, and from what gatekv says when it refuses one; the examples are docs/examples/*.py.
 """
 
 import argparse
@@ -13,6 +13,7 @@ import json
 import re
 import sys
 from collections.abc import Callable
+from functools import partial
 from importlib import import_module
 from pathlib import Path
 
@@ -120,13 +121,19 @@ def options_of(module: str, name: str, *without: str) -> str:
     return "\n".join(lines) + "\n"
 
 
+def example(path: Path) -> str:
+    """A file of docs/examples, as it is."""
+    return f'```python title="{path.relative_to(ROOT)}"\n{path.read_text(encoding="utf-8")}```\n'
+
+
 def tables() -> dict[str, Callable[[], str]]:
     """Name -> what makes the Markdown of that table."""
     from gatekv.report import tables as sections
     from gatekv.report.tables import best_of, summary
 
     budgets = [0.5, 0.25, 0.125, 0.0625]
-    return {
+    quoted = {f"example-{path.stem}": partial(example, path) for path in sorted((ROOT / "docs/examples").glob("*.py"))}
+    made = {
         "frontier-short": lambda: frontier(lambda rows: summary(rows, [0.25, 0.125], SHORT)),
         "frontier-summary": lambda: frontier(lambda rows: summary(rows, budgets)),
         "frontier-tasks": lambda: frontier(lambda rows: best_of(rows, TASKS, "gate+global", [0.25, 0.125])),
@@ -140,6 +147,7 @@ def tables() -> dict[str, Callable[[], str]]:
         "gate-options": lambda: options_of("gatekv.config", "GateSpec"),
         "cpt-options": lambda: options_of("gatekv.training.config", "CPTConfig", "GateSpec"),
     }
+    return made | quoted
 
 
 def pages() -> list[Path]:

@@ -233,3 +233,10 @@ class LoadOptions(HardwareOptions):
     adapter: str = option("", "Folder, Hub name, or bundled name (smollm2-135m-gate) of a gatekv adapter.")
     model: str = option("", "Base model, folder or Hub name; left out: the adapter's, or the embedded SmolLM2-135M.")
     device_map: str = option("", "As transformers has it, for a model on several devices: auto, balanced, …")
+    plugins: list[str] = option([], "Modules or .py files that register policies of your own when imported.")
+
+    def __post_init__(self) -> None:
+        if self.plugins:  # before any policy is looked up by its name
+            from gatekv.policies.plugins import import_plugins
+
+            import_plugins(self.plugins)

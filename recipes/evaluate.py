@@ -106,17 +106,15 @@ def provenance(argv: list[str], hardware: Hardware) -> dict:
 
 def check(options: EvaluateOptions) -> tuple[list[str], list[float | int]]:
     """(policies to score, LESS's controls among them; budgets), or ValueError before anything is loaded."""
-    from gatekv import policies
-    from gatekv.evaluation import frontier
+    from gatekv.evaluation.names import resolved, without_maps
     from gatekv.policies.amount import read_budget
 
     names = [p for p in options.policies if p != "full"]
-    alone = ["+".join(part for part in p.split("+") if part != "less") for p in names]  # LESS's control, unasked
-    names = list(dict.fromkeys([*names, *alone]))
+    names = list(dict.fromkeys([*names, *map(without_maps, names)]))  # the control of maps, unasked
     budgets = [read_budget(text) for text in options.budgets]
     for name in names:
         for budget in budgets:
-            policies.resolve(name.replace(frontier.UNTRAINED, "gate"), budget)
+            resolved(name, budget)
     if options.n < 1 or options.n_ppl < 1:
         raise ValueError("--n and --n_ppl count scored answers and must be at least 1.")
     if options.tokens is not None and options.tokens < 64:
@@ -136,6 +134,7 @@ def main(argv: list[str]) -> dict:
     from gatekv import report
     from gatekv.bundled import adapter_path
     from gatekv.evaluation import frontier, results
+    from gatekv.evaluation.names import resolved
     from gatekv.evaluation.records import Records, pinned_dtype, settings
     from gatekv.evaluation.tasks.classification import classification, load_choices
     from gatekv.modules import gate_spec
@@ -162,7 +161,7 @@ def main(argv: list[str]) -> dict:
         frontier.use_gate(model, "default")
         model.eval()
     if gate_spec(model) is None:
-        names = [p for p in names if not p.startswith(("gate", frontier.UNTRAINED))]
+        names = [p for p in names if not resolved(p, 1.0).needs.gate]
 
     protection = {name: getattr(options, name) for name in ("tokens", "decode", "sinks", "window")}
     pinned = {"dtype": hardware.dtype_name, **protection}

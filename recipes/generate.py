@@ -18,11 +18,22 @@ class GenerateOptions(LoadOptions):
     """What is read, asked and held."""
 
     policy: str = option("", "Left out: the adapter's gate, else full.")
-    budget: str = option("", "A share like .25, or tokens like 512; left out: .25.")
+    budget: str = option("", "A share like .25, or tokens like 512; left out: .25, or a gate's own threshold.")
     prompt: str = option("", "Text to read; left out: a held-out text with four facts written in.")
     file: str = option("", "File to read the context from.")
     question: str = option("", "Asked after the context was compressed.")
     max_new_tokens: int = option(24, "Tokens to generate.")
+
+
+def budget_of(policy: str | None, text: str) -> float | int | None:
+    """What was asked for, or .25; None for policies that evict nothing, or by a threshold of their own."""
+    from gatekv.policies import resolve
+    from gatekv.policies.amount import read_budget
+
+    if text or policy is None:  # None: the adapter's gate
+        return read_budget(text or ".25")
+    known = resolve(policy, 0.25)
+    return 0.25 if known.scorer.evicts and known.needs.scope != "token" else None
 
 
 def main(argv: list[str]) -> None:
@@ -31,12 +42,11 @@ def main(argv: list[str]) -> None:
     import gatekv
     from gatekv.evaluation.tasks import heldout_texts
     from gatekv.facts import chat_frame, make_sample
-    from gatekv.policies.amount import read_budget
     from gatekv.textfiles import read_text
 
     model, tokenizer, _, _ = load_adapted(args)
     policy = args.policy or (None if args.adapter else "full")  # None: the adapter's gate
-    budget = read_budget(args.budget) if args.budget else None if policy in ("full", "gate") else 0.25
+    budget = budget_of(policy, args.budget)
     inputs = read_text(args.file, f"--file {args.file}") if args.file else args.prompt
     question = args.question or None
     if not inputs:

@@ -31,7 +31,7 @@ def save(cache: "KVCache", path: str) -> None:
     """See `KVCache.save`.
 
     Raises:
-        ValueError: when the prompt is not over, or the policy is not one of gatekv's own.
+        ValueError: when the prompt is not over, or a part of the policy has no name (`register_policy`).
     """
     config, layers = cache.config, cache.evicting()
     if config.defer or not layers[0].is_initialized or not layers[0].decided:

@@ -11,11 +11,12 @@ from tqdm import tqdm
 
 from gatekv.adapter import GateKVConfig
 from gatekv.cache.kvcache import KVCache
+from gatekv.cache.segments.segment import Shape
+from gatekv.evaluation.names import FULL, UNTRAINED, is_control, resolved, told
 from gatekv.evaluation.records import Records
 from gatekv.evaluation.tasks import TASKS, Generated, Item
 from gatekv.modules import wrappers
-from gatekv.ops.naive import accumulation_dtype
-from gatekv.policies import Policy, resolve
+from gatekv.policies import Policy
 from gatekv.policies.amount import share_of
 from gatekv.policies.fastgen import token_kinds
 
@@ -24,9 +25,6 @@ if TYPE_CHECKING:
     from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
     GateModel = PeftModel | PreTrainedModel
-
-UNTRAINED = "untrained"
-FULL = ("full", 1.0)
 
 
 def add_untrained(model: "PeftModel") -> None:
@@ -51,11 +49,6 @@ def use_gate(model: "PeftModel", name: str) -> None:
     tuner.set_adapter([name, *others], inference_mode=True)  # the first that has a gate judges
 
 
-def _named(policy: str) -> str:
-    """The policy as `resolve` knows it: the untrained control is a gate."""
-    return policy.replace(UNTRAINED, "gate")
-
-
 def _fitted(model: "GateModel", undecided: KVCache, policy: Policy, budget: float) -> tuple[Policy, float]:
     """(policy, budget of tokens to keep) for a budget of bytes: a state costs tokens, narrow ones leave room.
 
@@ -68,17 +61,18 @@ def _fitted(model: "GateModel", undecided: KVCache, policy: Policy, budget: floa
     length, head_dim = keys.shape[2], keys.shape[3]
     if policy.remainder is None and policy.width is None:
         return policy, budget
-    budget = share_of(budget, length)
-    if policy.needs.maps:
+    budget, token = share_of(budget, length), 2 * head_dim * keys.element_size()
+    if policy.remainder is not None:
         maps = next((w.less() for w in wrappers(model) if w.less()), None)
-        if maps is None:
+        if policy.needs.maps and maps is None:
             raise ValueError("this adapter has no low-rank maps: leave less out of --policies, or load one that has.")
-        numbers = maps.spec.state_numbers(head_dim) * accumulation_dtype(keys).itemsize
-        budget -= numbers / (2 * head_dim * keys.element_size()) / length
+        rest = policy.remainder_segment()
+        rest.use(maps)
+        budget -= rest.forecast_bytes(Shape(1, 1, head_dim, keys.dtype), 0) / token / length
         if budget <= 0:
-            raise ValueError(f"budget is unreachable: the low-rank state alone costs more than {length} tokens' share.")
-    elif policy.remainder is not None:  # beside each kept token stands how many it stands for
-        budget /= 1 + torch.int32.itemsize / (2 * head_dim * keys.element_size())
+            raise ValueError(f"budget is unreachable: the remainder alone costs more than {length} tokens' share.")
+        if rest.counts:  # beside each kept token stands how many it stands for
+            budget /= 1 + torch.int32.itemsize / token
     if policy.width is not None:
         width, budget = policy.width.fit(budget, length, head_dim, keys.element_size(), policy.scorer.evicts)
         policy = replace(policy, width=width)
@@ -89,9 +83,10 @@ def _compressed(
     model: "GateModel", undecided: KVCache, context: torch.Tensor, policy: str, budget: float, options: dict
 ) -> KVCache:
     """The context under one policy: from the shared prefill, or by a prefill of its own where flags act inside it."""
-    if policy.startswith(("gate", UNTRAINED)):
-        use_gate(cast("PeftModel", model), UNTRAINED if policy.startswith(UNTRAINED) else "default")
-    fitted, budget = _fitted(model, undecided, resolve(_named(policy), budget), budget)
+    asked = resolved(policy, budget)
+    if asked.needs.gate:
+        use_gate(cast("PeftModel", model), UNTRAINED if is_control(policy) else "default")
+    fitted, budget = _fitted(model, undecided, asked, budget)
     options = {**options, "strict": True} | ({} if fitted.scorer.streams else {"decode": "keep"})
     if fitted.needs.scope == "token":
         cache = KVCache(model, fitted, budget, **options)
@@ -152,17 +147,18 @@ def run_item(
 ) -> list[dict]:
     """What each (policy, budget) does on one item, as the fields of a record; see `Records`.
 
-    cells[0] must be FULL: KL is taken against it. kinds: [vocabulary], what each token is, for FastGen. options: of
-    `KVCache`: decode, sinks, window.
+    cells[0] must be FULL: KL is taken against it. kinds: [vocabulary], what each token is, for scorers that ask.
+    options: of `KVCache`: decode, sinks, window.
     """
     context = torch.tensor([item.context], device=model.device)
-    undecided = KVCache.undecided(model, queries=max(resolve(_named(policy), b).needs.queries for policy, b in cells))
+    asked = [resolved(policy, budget) for policy, budget in cells]
+    undecided = KVCache.undecided(model, queries=max(policy.needs.queries for policy in asked))
     model(context, past_key_values=undecided, logits_to_keep=1)
     options = options if kinds is None else {**options, "kinds": kinds[torch.tensor([item.context])]}
     full, found = None, []
-    for policy, budget in cells:
+    for (policy, budget), what in zip(cells, asked):
         record = {"policy": policy, "budget": budget, "scores": [], "kls": [], "ratio": None, "ratio_end": None}
-        record |= {"place": item.place, "refused": None}
+        record |= {"place": item.place, "refused": None, **told(policy, what)}
         found.append(record)
         try:
             cache = _compressed(model, undecided, context, policy, budget, options)
@@ -209,8 +205,8 @@ def evaluate(
     """
     cells = [FULL] + [(p, b) for p in policies if p != "full" for b in budgets]
     make: Callable[..., Item | Generated] = build or TASKS[task]
-    control = any(p.startswith(UNTRAINED) for p in policies)
-    kinds = token_kinds(tokenizer) if any(p.startswith("fastgen") for p in policies) else None
+    control = any(is_control(p) for p in policies)
+    kinds = token_kinds(tokenizer) if any(resolved(p, b).needs.kinds for p, b in cells) else None
     if control:
         add_untrained(cast("PeftModel", model))
     try:

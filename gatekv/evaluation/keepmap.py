@@ -7,6 +7,7 @@ import numpy
 import torch
 
 from gatekv.cache.kvcache import KVCache
+from gatekv.evaluation.names import is_control
 from gatekv.policies import resolve
 
 if TYPE_CHECKING:
@@ -89,7 +90,7 @@ def keep_map(
     if ids.ndim != 2 or len(ids) != 1 or not ids.numel():
         raise ValueError(f"ids must be one text's token ids, [tokens] or [1, tokens]; got shape {list(ids.shape)}.")
     for policy in policies:
-        if policy.startswith("untrained"):
+        if is_control(policy):
             raise ValueError(
                 f"policy {policy!r} needs an untrained adapter, which keep maps do not make: leave it out."
             )

@@ -45,7 +45,8 @@ class Records:
 
     A line: {"task", "mode", "seed", "index", "policy", "budget", "scores": one per question, "kls": one per ask or
     none, "ratio", "ratio_end": bytes held over those of a full cache after prefill and at the end, "place": dict or
-    null, "refused": why there is no score, or null}. A torn last line, from a run that was killed, is cut off.
+    null, "refused": why there is no score, or null, "gate": whose gate judged, "trained", "untrained" or null, "maps":
+    whether low-rank maps had a part}. A torn last line, from a run that was killed, is cut off.
 
     Args:
         path: of the file; None: nothing is written. pinned: settings that all lines share, JSON values.

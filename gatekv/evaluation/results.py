@@ -1,6 +1,6 @@
 """From records to results.json: rows with intervals, grids, and paired comparisons."""
 
-from gatekv.evaluation.frontier import FULL, UNTRAINED
+from gatekv.evaluation.names import FULL, TRAINED, gate_of
 from gatekv.evaluation.statistics import interval, mean, paired_interval
 
 
@@ -32,6 +32,7 @@ def rows(lines: list[dict]) -> list[dict]:
         group = sorted(group, key=lambda line: (line["seed"], line["index"]))
         seeds = grouped(group, "seed")
         row = {"policy": policy, "budget": budget, "task": task, "mode": mode, "seeds": [s for (s,) in seeds]}
+        row |= {name: group[0][name] for name in ("gate", "maps") if name in group[0]}
         refused = [line["refused"] for line in group if line["refused"]]
         if refused:
             out.append(row | {"score": None, "kl": None, "n": 0, "refused": refused[0], "refusals": len(refused)})
@@ -70,8 +71,9 @@ def comparisons(lines: list[dict]) -> list[dict]:
             here = {p: part for (p, b), part in cells.items() if b == budget}
             shared = sorted(set.intersection(set(full), *map(set, here.values())))
             picked = {p: [part[s][values] for s in shared] for p, part in here.items()}
-            learned = [p for p in here if p.startswith("gate")]
-            free = [p for p in here if not p.startswith(("gate", UNTRAINED))]
+            gates = {p: gate_of(next(iter(part.values()))) for p, part in here.items()}
+            learned = [p for p in here if gates[p] == TRAINED]
+            free = [p for p in here if gates[p] is None]
             if not (learned and free and shared):
                 continue
             a, b = (better(names, key=lambda p: mean(picked[p])) for names in (learned, free))

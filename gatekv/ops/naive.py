@@ -300,7 +300,8 @@ def dequantise(records: Tensor, bits: int, outliers: int, head_dim: int, dtype: 
         for channel, number in zip(record[len(record) - outliers :].tolist(), apart):
             vector[channel] = number
         vectors.append(vector)
-    return torch.stack(vectors).view(*records.shape[:-1], head_dim)
+    flat = torch.stack(vectors) if vectors else torch.empty(0, head_dim, dtype=dtype, device=records.device)
+    return flat.view(*records.shape[:-1], head_dim)
 
 
 def merge(segments: list[tuple[Tensor, Tensor]]) -> tuple[Tensor, Tensor]:

@@ -52,7 +52,8 @@ def dequantise(records: Tensor, bits: int, outliers: int, head_dim: int, dtype: 
         return records.view(dtype)
     code_bytes = -(-head_dim * bits // 8)
     codes, numbers, channels = records.split([code_bytes, records.shape[-1] - code_bytes - outliers, outliers], dim=-1)
-    numbers = numbers.contiguous().view(dtype)
+    # A copy even of what counts as contiguous: of no vector or one, a slice keeps strides that no wider dtype divides.
+    numbers = numbers.clone(memory_format=torch.contiguous_format).view(dtype)
     scale, zero = (n.to(torch.promote_types(dtype, torch.float32)) for n in (numbers[..., :1], numbers[..., 1:2]))
     x = torch.addcmul(zero, _unpack(codes, bits)[..., :head_dim].to(scale.dtype), scale).to(dtype)
     return x.scatter_(-1, channels.long(), numbers[..., 2:])

@@ -57,6 +57,7 @@ class FastGen(Scorer):
     queries = ALL
     partners = {"rule": Global}
     absolute = True
+    kinds = True
 
     def __post_init__(self) -> None:
         if not 0 < self.recover <= 1:

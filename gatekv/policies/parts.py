@@ -27,15 +27,25 @@ class Width:
         """Bytes of one layer's old tokens, so many a head."""
         raise NotImplementedError
 
+    def share(self, head_dim: int, itemsize: int) -> float:
+        """Bytes of an old token's key and value, of those of a whole one with numbers of itemsize bytes."""
+        raise NotImplementedError
+
     def fit(self, ratio: float, length: int, head_dim: int, itemsize: int, evicts: bool) -> tuple[Self, float]:
         """(width, share of the tokens to keep) for `ratio` of the bytes of a prompt of `length` tokens.
 
-        evicts: whether tokens may go; their share is 1 where all fit.
+        evicts: whether tokens may go; their share is 1 where all fit. A width that can itself give way overrides this.
 
         Raises:
             ValueError: there is no such share ("unreachable").
         """
-        raise NotImplementedError
+        cost = self.share(head_dim, itemsize)
+        kept = (ratio - self.window / length * (1 - cost)) / cost
+        if kept <= 0:
+            raise ValueError(f"budget {ratio} is unreachable: {self.window} of {length} tokens keep their full width.")
+        if kept < 1 and not evicts:
+            raise ValueError(f"budget {ratio} is unreachable: all tokens cost more, and this policy evicts none.")
+        return self, min(kept, 1.0)
 
 
 class RemainderPolicy:
@@ -59,7 +69,8 @@ class Needs:
     Attributes:
         queries: of the prompt's last, how many a decision at its end looks at. gate: an adapter's gate, which reads
         tokens as they come. maps: an adapter's low-rank maps. rotary: positions as RoPE's (cos, sin). attention: what
-        each step's query pays to what is held. scope: who must have seen the prompt before anything is decided.
+        each step's query pays to what is held. kinds: what each token of the prompt is. scope: who must have seen the
+        prompt before anything is decided.
     """
 
     queries: int
@@ -67,4 +78,5 @@ class Needs:
     maps: bool
     rotary: bool
     attention: bool
+    kinds: bool
     scope: Literal["token", "layer", "model"]

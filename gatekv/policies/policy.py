@@ -43,6 +43,7 @@ class Policy:
             maps=getattr(self.remainder, "maps", False),
             rotary=scorer.slots,
             attention=scorer.watches,
+            kinds=scorer.kinds,
             scope=scope,
         )
 

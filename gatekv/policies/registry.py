@@ -3,7 +3,6 @@
 from dataclasses import asdict
 from typing import Any
 
-from gatekv.config import check_choice
 from gatekv.policies.adakv import Ada
 from gatekv.policies.budgets import Above, Decay, Global, Rule, Threshold, Uniform
 from gatekv.policies.controls import Random, SinksRecent, ValueNorm
@@ -76,9 +75,9 @@ def register_policy(name: str, kind: type) -> None:
     saved caches. Register it in every process that reads what another saved. docs/add-a-method.md shows how.
 
     Args:
-        name: letters, digits and underscores, not in use. kind: a dataclass whose fields all have a default, derived
-            from `Scorer`, or in `gatekv.policies` from `budgets.Rule`, `layers.Layers`, `parts.Width` or
-            `parts.RemainderPolicy`.
+        name: letters, digits and underscores, a digit not first; not in use.
+        kind: a dataclass whose fields all have a default, derived from `Scorer`, or in `gatekv.policies` from
+            `budgets.Rule`, `layers.Layers`, `parts.Width` or `parts.RemainderPolicy`.
 
     Raises:
         ValueError: the name is taken or no name, or the class is none of these.
@@ -90,7 +89,9 @@ def register_policy(name: str, kind: type) -> None:
             f"{', '.join(base.__name__ for base in KINDS)}; got {kind!r}."
         )
     if not isinstance(name, str) or not name.isidentifier():
-        raise ValueError(f"a policy's name is made of letters, digits and underscores; got {name!r}.")
+        raise ValueError(
+            f"a policy's name is made of letters, digits and underscores, a digit not first; got {name!r}."
+        )
     if any(name in table and table[name] is not kind for table in KINDS.values()):
         raise ValueError(f"the policy name {name!r} is taken: choose another.")
     try:
@@ -125,11 +126,22 @@ def rebuilt(said: dict[str, dict | None]) -> Policy:
     """The policy that was `described`.
 
     Raises:
-        ValueError: a name that is not registered here.
+        ValueError: a name that is not registered here, or a class that takes no such fields.
     """
     parts: dict[str, Any] = {}
     for field, known in {"scorer": SCORERS, **PARTS}.items():
-        if (part := said.get(field)) is not None:
-            check_choice(f"{field} of a saved policy", part["name"], known)
-            parts[field] = known[part["name"]](**part["fields"])
+        if (part := said.get(field)) is None:
+            continue
+        name = part["name"]
+        if name not in known:
+            raise ValueError(
+                f"the {field} {name!r} of a saved policy is not known here: import the module that registers it "
+                "(gatekv.policies.register_policy) first."
+            )
+        try:
+            parts[field] = known[name](**part["fields"])
+        except TypeError as error:
+            raise ValueError(
+                f"the {field} {name!r} of a saved policy had other fields than {known[name].__name__} has: {error}."
+            ) from error
     return Policy(**parts)

@@ -51,7 +51,7 @@ class Scorer(ABC):
         slots: while decoding, sinks are looked at as if positions counted places in the cache.
         partners: what its paper puts beside it ("rule", "layers", "remainder"), unless a policy names another.
         absolute: without a budget, what scores above 0 is kept. gate: scores are of an adapter's gate, which reads
-        tokens as they come. evicts: False: everything is kept, whatever the budget.
+        tokens as they come. evicts: False: everything is kept, whatever the budget. kinds: it goes by `View.kinds`.
     """
 
     sinks: int | None = 0
@@ -66,6 +66,7 @@ class Scorer(ABC):
     absolute: bool = False
     gate: bool = False
     evicts: bool = True
+    kinds: bool = False
 
     @abstractmethod
     def score(self, view: View) -> torch.Tensor:

@@ -54,12 +54,6 @@ class Channels(Width):
         scores = q.sum(3).mean(2) * energy
         return scores.topk(d - int(d * self.prune), dim=-1).indices.sort(-1).values
 
-    def fit(self, ratio: float, length: int, head_dim: int, itemsize: int, evicts: bool) -> tuple["Channels", float]:
-        """See `Width.fit`."""
-        saved = int(head_dim * self.prune) / head_dim / 2
-        share = (ratio - self.window / length * saved) / (1 - saved)
-        if share <= 0:
-            raise ValueError(f"budget {ratio} is unreachable: {self.window} of {length} tokens keep their full width.")
-        if share < 1 and not evicts:
-            raise ValueError("budget is unreachable: this policy drops channels, and no token.")
-        return self, min(share, 1.0)
+    def share(self, head_dim: int, itemsize: int) -> float:
+        """See `Width.share`."""
+        return 1 - int(head_dim * self.prune) / head_dim / 2

@@ -1,5 +1,7 @@
 """How a policy is drawn, in pictures and page alike: colour and marker say the scorer, dashes the budget rule."""
 
+from gatekv.evaluation.names import TRAINED, gate_by_name
+
 # Pairs: on light ground, on dark ground. Trained gates are the subject, so blue is theirs alone; controls step back.
 # The others keep apart under red-green blindness by lightness and, where that is not enough, by marker.
 BLUE, PALE, GREY, BLACK = ("#1f5fbf", "#7db3ff"), ("#5f7fae", "#93a9cc"), ("#767676", "#9c9c9c"), ("#111111", "#eeeeee")
@@ -23,11 +25,9 @@ KINDS = ("full", "learned", "free", "control", "untrained")
 
 def kind(policy: str) -> str:
     """Which of KINDS a policy's name belongs to: "gate+global" is learned, "snapkv" is free (of training)."""
-    scorer = policy.split("+")[0]
-    if scorer.startswith("untrained"):
-        return "untrained"
-    if scorer.startswith("gate"):
-        return "learned"
+    scorer, gate = policy.split("+")[0], gate_by_name(policy)
+    if gate is not None:
+        return "learned" if gate == TRAINED else "untrained"
     return "full" if scorer == "full" else "control" if scorer in CONTROLS else "free"
 
 

@@ -1,5 +1,6 @@
 """Markdown tables of what recipes measured: results.json of evaluate.py, of ablation.py and of compare.py."""
 
+from gatekv.evaluation.names import TRAINED, gate_by_name, gate_of
 from gatekv.policies.amount import budget_text
 
 
@@ -75,8 +76,8 @@ def best_of(rows: list[dict], tasks: dict[tuple[str, str], str], policy: str, bu
     lines.append("|---|---|---|---|---|")
     for (task, mode), label in tasks.items():
         here = _at(rows, task, mode)
-        learned = ("gate", "untrained", "paper", "full")
-        free = [p for p in dict.fromkeys(p for p, _ in here) if not p.startswith(learned)]
+        names = {p: gate_of(row) for (p, _), row in here.items()}
+        free = [p for p, gate in names.items() if gate is None and not p.startswith(("paper", "full"))]
         best = []
         for b in budgets:
             scored = [here[p, b] for p in free if (p, b) in here and here[p, b]["score"] is not None]
@@ -107,7 +108,9 @@ def ablation_table(results: list[dict], budgets: list[float]) -> str:
                     cells += f" {row[key]:.3f} |" if row[key] is not None else " – |"
                     held += [row["bytes_ratio"]] if row[key] is not None else []
             own = policy in ("gate_alone+global", "gate+decay")
-            name = result["name"] if own else f"{result['name']}, {policy}" if policy.startswith("gate") else policy
+            name = (
+                result["name"] if own else f"{result['name']}, {policy}" if gate_by_name(policy) == TRAINED else policy
+            )
             took = f"{result['seconds'] / 60:.1f} min" if result["seconds"] and "untrained" not in policy else ""
             lines.append(f"| {name} |{cells} {max(held, default=0):.3f} | {took} |")
     return "\n".join(lines)
@@ -122,7 +125,13 @@ def runs_table(tasks: dict[str, list[dict]], budget: float) -> str:
     lines = ["| |" + "".join(f" {h} |" for h in heads), "|---|" + "---|" * len(heads)]
     first = next(iter(tasks.values()))
     for arm, policy in dict.fromkeys((r["arm"], r["policy"]) for r in first if r["budget"] in (1.0, budget)):
-        name = f"{arm}, whole cache" if policy == "full" else arm if policy.startswith("gate") else f"{arm}, `{policy}`"
+        name = (
+            f"{arm}, whole cache"
+            if policy == "full"
+            else arm
+            if gate_by_name(policy) == TRAINED
+            else f"{arm}, `{policy}`"
+        )
         cells = []
         for rows in tasks.values():
             r = next(r for r in rows if (r["arm"], r["policy"]) == (arm, policy) and r["budget"] in (1.0, budget))

@@ -11,6 +11,7 @@ from huggingface_hub import EvalResult, ModelCardData
 
 from gatekv.bases import HUB_NAME
 from gatekv.bundled import ADAPTERS
+from gatekv.evaluation.names import learned
 from gatekv.training.options import FREE
 
 WEIGHTS = "adapter_model.safetensors"
@@ -58,15 +59,11 @@ def _sets(sources: list[str]) -> list[str]:
     return [n for n in names if n.count("/") == 1 and not n.startswith((".", "/")) and not Path(n).exists()]
 
 
-def _learned(policy: str) -> bool:
-    return policy.startswith("gate") or "less" in policy.split("+")
-
-
 def _measured(rows: list[dict]) -> list[EvalResult]:
     """The adapter's own rows, as the Hub's model index has them."""
     found = []
     for r in rows:
-        if r["score"] is None or not _learned(r["policy"]):
+        if r["score"] is None or not learned(r):
             continue
         where = {"mode": r["mode"], "policy": r["policy"], "budget": r["budget"], "bytes_ratio": r["bytes_ratio"]}
         name = f"{r['task']}, {r['mode']}, {r['policy']} at {r['budget']:g}"

@@ -51,9 +51,10 @@ class LessConfig(RunConfig):
             raise ValueError(
                 f"target_keep={self.target_keep} and budget_spread={self.budget_spread} must span budgets of at most 1."
             )
-        if resolve(self.policy, self.target_keep).remainder is not None:
+        policy = resolve(self.policy, self.target_keep)
+        if policy.remainder is not None:
             raise ValueError(f"policy {self.policy!r}: leave +less out, the remainder is what is trained.")
-        gate = self.policy.startswith("gate")
+        gate = policy.needs.gate
         if gate and not (self.adapter or self.train_gate):
             raise ValueError(
                 f"policy {self.policy!r} needs a gate: name a trained one's adapter with --adapter, or train one from "

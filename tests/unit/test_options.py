@@ -2,6 +2,7 @@
 
 import importlib
 import json
+import sys
 from dataclasses import dataclass
 from types import SimpleNamespace
 
@@ -119,3 +120,33 @@ def test_the_command_lists_recipes_and_names_the_nearest(capsys, monkeypatch):
 
 def test_options_can_be_written_as_json():
     assert json.loads(json.dumps(vars(load(["red"], Mine))))["what"] == "red"
+
+
+def test_plugins_are_imported_before_a_policy_is_looked_up(tmp_path, monkeypatch):
+    from gatekv.policies import SCORERS
+    from gatekv.policies.plugins import import_plugins
+
+    text = (
+        "from gatekv.policies import KeyDiff, register_policy\n"
+        "class Mine(KeyDiff):\n    'A scorer.'\n"
+        "register_policy(NAME, Mine)\n"
+    )
+    (tmp_path / "random.py").write_text("NAME = 'by_file'\n" + text)
+    (tmp_path / "by_module_of_mine.py").write_text("NAME = 'by_module'\n" + text)
+    (tmp_path / "broken_plugin_of_mine.py").write_text("import no_such_package_of_mine\n")
+    monkeypatch.syspath_prepend(tmp_path)
+    try:
+        words = ["--plugins", f"{tmp_path / 'random.py'},by_module_of_mine"]
+        for _ in range(2):  # a second time nothing is run again, and no name is taken
+            assert load(words, LoadOptions).plugins == words[1].split(",")
+        assert {"by_file", "by_module"} <= set(SCORERS) and sys.modules["random"].Random
+    finally:
+        SCORERS.pop("by_file", None), SCORERS.pop("by_module", None)
+        for name in ("by_module_of_mine", f"gatekv plugin {(tmp_path / 'random.py').resolve()}"):
+            sys.modules.pop(name, None)
+    for name, match in (("no_such_plugin", "no such module can be imported"), ("no/such.py", "is no file: name a .py")):
+        with pytest.raises(ValueError, match=f"--plugins .*{name.split('/')[0]}.*{match}"):
+            import_plugins([name])
+    for name in ("broken_plugin_of_mine", str(tmp_path / "broken_plugin_of_mine.py")):
+        with pytest.raises(ModuleNotFoundError, match="no_such_package_of_mine"):
+            import_plugins([name])

@@ -2,7 +2,7 @@
 
 import pytest
 import torch
-from conftest import KINDS, VOCAB, gated, padded_batch, plain_logits, recurrent_logits, tiny
+from conftest import KINDS, TOLERANCE, VOCAB, gated, padded_batch, plain_logits, positions_of, recurrent_logits, tiny
 
 import gatekv
 from gatekv.attention import AttentionCall
@@ -192,6 +192,26 @@ def test_a_question_a_turn_a_copy_and_a_file(tmp_path):
     torch.testing.assert_close(model(later, past_key_values=twin).logits, wanted)
     torch.testing.assert_close(model(later, past_key_values=loaded).logits, wanted)
     torch.testing.assert_close(model(later.flip(0), past_key_values=swapped).logits.flip(0), wanted)
+
+
+@torch.no_grad()
+@pytest.mark.parametrize("dtype", [torch.float64, torch.float32])
+def test_a_pair_of_widths_whose_only_row_is_dropped_answers_nothing(dtype):
+    model = tiny(dtype=dtype, num_hidden_layers=3)
+    ids, mask = padded_batch([36, 120, 36])
+    cache = gatekv.KVCache(model, "h2o+qaq", 0.7, decode="keep")
+    recurrent_logits(model, ids, mask, cache, [])
+    alone = cache.snapshot()
+    cache.reorder_cache(torch.tensor([2, 0, 0]))
+    stores = [store for layer in cache.evicting() for store in layer.store.narrow.pages.values()]
+    assert any(not len(store) for store in stores), "only the dropped row had these widths"
+    later = torch.randint(1, VOCAB, (3, 4), generator=torch.Generator().manual_seed(1))
+    seen = torch.nn.functional.pad(mask[[2, 0, 0]], (0, 4), value=1)
+    asked = dict(attention_mask=seen, position_ids=positions_of(seen)[:, -4:])
+    got = model(later, past_key_values=cache, **asked).logits
+    alone.reorder_cache(torch.tensor([2]))
+    wanted = model(later[:1], past_key_values=alone, **{name: t[:1] for name, t in asked.items()}).logits
+    torch.testing.assert_close(got[:1], wanted, rtol=TOLERANCE[dtype], atol=TOLERANCE[dtype])
 
 
 @torch.no_grad()

@@ -53,3 +53,20 @@ def test_slots_that_were_never_written_decode_to_something_finite():
     for bits in (2, 4, 8, 16):
         size = quantise.record_bytes(bits, 2, 64, 2)
         assert not quantise.dequantise(torch.zeros(2, 3, size, dtype=torch.uint8), bits, 2, 64, torch.bfloat16).any()
+
+
+@pytest.mark.parametrize("dtype", DTYPES)
+@pytest.mark.parametrize("bits", [2, 4, 8, 16])
+def test_a_store_of_no_page_or_of_one_record_decodes(dtype, bits):
+    x = vectors(13, dtype)
+    records = quantise.quantise(x, bits, 2)
+    whole = quantise.dequantise(records, bits, 2, 13, dtype)
+    for rows, slots in (
+        (slice(0), slice(None)),
+        (slice(None), slice(0)),
+        (slice(1), slice(1)),
+        (slice(2, 3), slice(4, 5)),
+    ):
+        part = records[rows, slots]
+        assert torch.equal(quantise.dequantise(part, bits, 2, 13, dtype), whole[rows, slots])
+        assert naive.dequantise(part, bits, 2, 13, dtype).shape == whole[rows, slots].shape

@@ -146,7 +146,7 @@ def test_shares_of_bytes_and_errors():
     assert channels.fit(0.9, 640, 64, 2, evicts=False) == (channels, 1.0)
     with pytest.raises(ValueError, match="keep their full width"):
         channels.fit(0.01, 640, 64, 2, evicts=True)
-    with pytest.raises(ValueError, match="drops channels, and no token"):
+    with pytest.raises(ValueError, match="all tokens cost more, and this policy evicts none"):
         channels.fit(0.5, 640, 64, 2, evicts=False)
     with pytest.raises(ValueError, match="prune is the share"):
         Channels(prune=1.0)

@@ -78,6 +78,11 @@ class Part:
         return vars(self) | dict.fromkeys(self.borrowed)
 
 
+def frozen(tensor: Tensor) -> bool:
+    """Whether a tensor was made in inference mode and cannot be written here, outside of it."""
+    return tensor.is_inference() and not torch.is_inference_mode_enabled()
+
+
 def below(tensors: dict[str, Tensor], name: str) -> dict[str, Tensor]:
     """The tensors whose names begin with `name` and a dot, without these."""
     return {full.removeprefix(f"{name}."): t for full, t in tensors.items() if full.startswith(f"{name}.")}

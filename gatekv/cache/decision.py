@@ -178,15 +178,14 @@ def _shared(config: CacheConfig, scores: Tensor, valid: Tensor, counts: Tensor) 
     skipped, _ = whole_layers(policy.scorer.skip_layers, 1.0, layers)
     if not (others := [i for i in range(layers) if i not in skipped]):
         return counts
-    lengths, weights = valid.sum(-1).tolist(), policy.layers.weights(scores[others], valid)
+    index = torch.tensor(others, device=counts.device)
+    lengths, weights = valid.sum(-1).tolist(), policy.layers.weights(scores.index_select(0, index), valid)
     rows = []
     for w, n in zip(weights.T.tolist(), lengths):
         _, rest = whole_layers(policy.scorer.skip_layers, share_of(policy.budget, n), layers)
         found = torch.tensor(policy.layers.rooms(w, rest, n, config.sinks + config.window))
         rows.append(torch.maximum(found, needed(config, n, found)))
-    counts = counts.clone()
-    counts[others] = torch.stack(rows, -1).to(counts)
-    return counts
+    return counts.index_copy(0, index, torch.stack(rows, -1).to(counts))
 
 
 def _never_none(keep: Tensor, scores: Tensor, protected: Tensor, valid: Tensor) -> Tensor:

@@ -6,6 +6,7 @@ import torch
 
 from gatekv.cache.segments.segment import Paged
 from gatekv.ops.page_table import PageTable
+from gatekv.parts import frozen
 
 Tensor = torch.Tensor
 FREE = -1
@@ -87,8 +88,9 @@ class Pool(Paged):
         total = int(need.sum())
         if total > self.free:
             self._grow(max(total - self.free, len(self.owners) // 100))
-        rows = torch.repeat_interleave(need, output_size=total)
-        within = torch.arange(total, device=rows.device) - (need.cumsum(0) - need)[rows]
+        ends, number = need.cumsum(0), torch.arange(total, device=need.device)
+        rows = torch.searchsorted(ends, number, right=True)
+        within = number - (ends - need)[rows]
         used = len(self.table.pages)
         if self.packed:
             pages = torch.arange(used, used + total, device=rows.device)
@@ -203,7 +205,7 @@ class Pool(Paged):
 
     def own(self) -> None:
         """Before it is written: a copy of its own, if another owner shares the pool."""
-        if self.shared:
+        if self.shared or frozen(self.keys):
             self._set_pool([t.clone() for t in self._pool()])
             self.owners, self.ordinals = self.owners.clone(), self.ordinals.clone()
             self.shared = False

@@ -17,7 +17,7 @@ if TYPE_CHECKING:
     from gatekv.cache.segments.pages import Pages
 
 Tensor = torch.Tensor
-WASTE = 1.5  # times the pages that are held may be read as a rectangle
+UNEVEN = 128  # pages, of rows of unequal length, up to which reading more than is held costs less than its calls
 Read = tuple[Tensor, Tensor, Tensor, PageTable]  # queries, keys, values, table: what paged attention takes
 
 
@@ -91,11 +91,13 @@ class Paged(Segment):
 
     def rectangles(self, q: Tensor) -> list[Rectangle] | None:
         """The same for `gatekv.ops.joint`, where its pages are few and lie in rows of equal length; else None."""
-        found = []
-        for store, read in zip(self.stores(), self.reads(q)):
-            asked, keys, values, table = read
-            if store.backend != "torch" or table.longest * table.rows > min(CHUNK, WASTE * len(table.pages)):
+        for store in self.stores():
+            table = store.table
+            most = CHUNK if table.even is not None else UNEVEN
+            if store.backend != "torch" or len(table.pages) > most or table.longest * table.rows > most:
                 return None
+        found = []
+        for store, (asked, keys, values, table) in zip(self.stores(), self.reads(q)):
             k, v = store.unrolled(keys), store.unrolled(values)
             hidden = None if table.each is not None else ~store.held_places()[:, None]
             found.append(Rectangle(k, v, hidden, None if asked is q else asked))

@@ -8,6 +8,7 @@ from gatekv.cache.segments.segment import Segment, Shape
 from gatekv.ops import segments
 from gatekv.ops.joint import Rectangle
 from gatekv.ops.order import along, order_of
+from gatekv.parts import frozen
 
 Tensor = torch.Tensor
 
@@ -104,7 +105,7 @@ class RecentWindow(Segment):
         if old == 0 and slack == 0:
             self._buffers = [keys, values]
         else:
-            if self.shared or old + new > self._buffers[0].shape[2]:
+            if self.shared or frozen(self._buffers[0]) or old + new > self._buffers[0].shape[2]:
                 self._buffers = [self._moved(b, 0, old, new + slack) for b in self._buffers]
             for buffer, piece in zip(self._buffers, (keys, values)):
                 buffer[:, :, old : old + new] = piece

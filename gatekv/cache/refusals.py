@@ -76,9 +76,10 @@ def check_call(layer: "KVLayer", new: int, mask: torch.Tensor | None) -> None:
             "own (assisted decoding never does: use uniform, ada or a threshold gate, and even layers, there)."
         )
     if prompt and end is not None and new == 1 < layer.first_call and layer.seen + new < end:
-        logger.warning_once(
-            f"gatekv: prompt_tokens={end}, and a single token comes after {layer.seen}. If it is decoded, the prompt "
-            "was shorter, and nothing is compressed yet: pass its length as fed, pads included."
+        raise ValueError(
+            f"prompt_tokens={end}, and a single token comes after {layer.seen}: the prompt was shorter, and nothing is "
+            "compressed yet. Pass its length as fed, pads included (a prompt in pieces has no piece of one token but "
+            "its last)."
         )
     second = not prompt and layer.seen == layer.first_call and end is None
     if second and 1 < new != layer.first_call and not (config.turns or layer.recording):

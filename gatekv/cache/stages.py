@@ -117,10 +117,10 @@ class Stage:
         parts = [part.attend(q, scale) for part in store.segments()]
         if parts or rest:
             return segments.merge([*parts, window.attend(q, scale, visible), *rest])[0].to(q.dtype)
-        k, v = (t.repeat_interleave(groups, 1) for t in (window.keys, window.values))
-        if visible is not None and visible.shape[1] > 1:
-            visible = visible.repeat_interleave(groups, 1)
-        return torch.nn.functional.scaled_dot_product_attention(q, k, v, attn_mask=visible, scale=scale)
+        # Head by head of a group, so that no key or value is copied for its queries.
+        attend, own = torch.nn.functional.scaled_dot_product_attention, (window.keys, window.values)
+        heads = q.unflatten(1, (-1, groups)).unbind(2)
+        return torch.stack([attend(x, *own, attn_mask=visible, scale=scale) for x in heads], 2).flatten(1, 2)
 
     def visible(self, layer: "KVLayer", n: int, near: Mask) -> Mask:
         """[batch, 1 or kv_heads, n, window] bool: what the last n tokens may see of the window; None: everything.

@@ -9,14 +9,14 @@ from gatekv.ops.segments import merge, rows_segment
 Tensor = torch.Tensor
 CHUNK = 1024  # pages whose float32 copy is alive at a time: it should stay in the processor's cache
 FEW_QUERIES = 64  # queries of a row (of all heads in a group) up to which an answer per page is cheap
-QUERY_BLOCK = 1024
+SCORES = 2**24  # of a block of queries that are alive at a time
 
 
 def paged_segment(q: Tensor, keys: Tensor, values: Tensor, table: PageTable, scale: float) -> tuple[Tensor, Tensor]:
     """See `gatekv.ops.naive.paged_segment`."""
     b, h, n, d = q.shape
     x = (group_queries(q, table.rows // b).to(accumulation_dtype(q)) * scale).reshape(table.rows, -1, d)
-    answer = _row_by_row if x.shape[1] > FEW_QUERIES else _even_rows if table.even else _page_by_page
+    answer = _many_queries if x.shape[1] > FEW_QUERIES else _even_rows if table.even else _page_by_page
     out, lse = answer(x, keys, values, table)
     return out.reshape(b, h, n, -1), lse.reshape(b, h, n)
 
@@ -76,18 +76,22 @@ def _even_rows(x: Tensor, keys: Tensor, values: Tensor, table: PageTable) -> tup
     return merge(answers)
 
 
-def _row_by_row(x: Tensor, keys: Tensor, values: Tensor, table: PageTable) -> tuple[Tensor, Tensor]:
-    """Many queries: each row's pages are gathered once and read by all of them."""
+def _many_queries(x: Tensor, keys: Tensor, values: Tensor, table: PageTable) -> tuple[Tensor, Tensor]:
+    """Rows of about as many pages (up to twice) are gathered once and read together, by blocks of queries."""
     out, lse = x.new_zeros(*x.shape[:2], values.shape[-1]), x.new_full(x.shape[:2], -torch.inf)
-    starts, lengths = table.starts.tolist(), table.lengths.tolist()
-    for r in range(table.rows):
-        if not lengths[r]:
-            continue
-        pages = table.pages[starts[r] : starts[r + 1]]
-        k, v = (pool.index_select(0, pages).flatten(0, 1)[: lengths[r]].to(x.dtype) for pool in (keys, values))
-        for a in range(0, x.shape[1], QUERY_BLOCK):
-            block = slice(a, a + QUERY_BLOCK)
-            s = x[r, block] @ k.T
-            lse[r, block] = s.logsumexp(-1)
-            out[r, block] = torch.exp(s - lse[r, block, None]) @ v
+    pages = [table.even] * table.rows if table.even is not None else table.starts.diff().tolist()
+    alike: dict[int, list[int]] = {}
+    for row, count in enumerate(pages):
+        if count:
+            alike.setdefault((count - 1).bit_length(), []).append(row)
+    for rows in alike.values():
+        index = torch.tensor(rows, device=x.device)
+        held = table.block_table.index_select(0, index)[:, : max(pages[row] for row in rows)].flatten()
+        k, v = (pool.index_select(0, held).view(len(rows), -1, pool.shape[-1]).to(x.dtype) for pool in (keys, values))
+        lengths = table.lengths.index_select(0, index)
+        hidden = (torch.arange(k.shape[1], device=x.device) >= lengths[:, None])[:, None, None]
+        step, asked = max(1, SCORES // (len(rows) * k.shape[1])), x.index_select(0, index)
+        for a in range(0, x.shape[1], step):
+            block = slice(a, a + step)
+            out[index, block], lse[index, block] = rows_segment(asked[:, block], k, v, hidden)
     return out, lse

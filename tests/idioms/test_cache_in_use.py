@@ -223,8 +223,12 @@ def test_where_the_prompt_ends_is_said_where_it_is_guessed(policy, caplog):
         after(model, told, NEXT)
         assert not caplog.text, "who says where it ends hears nothing"
         longer = fed(model, policy, prompt_tokens=IDS.shape[1] + 8)
-        after(model, longer, NEXT[:, :1])
-        assert "a single token comes after 60" in caplog.text
+        before = longer.memory()
+        with pytest.raises(ValueError, match="a single token comes after 60"):
+            after(model, longer, NEXT[:, :1])
+        assert longer.memory() == before
+        after(model, longer, NEXT), after(model, longer, NEXT[:, :3])
+        assert longer.memory()["bytes"] < before["bytes"], "the rest of the prompt came, and it was compressed"
 
 
 @contextlib.contextmanager

@@ -43,7 +43,7 @@ def decoded(run: Run) -> None:
 
 def chunks(run: Run) -> None:
     """A prompt that comes in pieces; the last piece may not be allowed to run past its end."""
-    for piece in run.prompt[:, :60].split([30, 1, 29], 1):
+    for piece in run.prompt[:, :60].split([30, 2, 28], 1):
         run.feed(piece)
     before, rest = run.cache.snapshot(), run.prompt[:, 60:]
     over = run.branch(before)

@@ -115,7 +115,7 @@ def test_a_row_held_whole_is_the_plain_model_and_the_long_one_is_compressed(name
         assert (got[0, -1] - wanted[0, -1]).abs().max() > 1e-4
 
 
-@pytest.mark.parametrize("name,cuts", [("gate", [7, 20, 21]), ("sparse", [30]), ("snapkv", [11, 12])])
+@pytest.mark.parametrize("name,cuts", [("gate", [7, 20, 22]), ("sparse", [30]), ("snapkv", [11, 13])])
 @pytest.mark.parametrize("budget", [0.5, 20])
 def test_chunks_change_nothing(name, cuts, budget):
     model = model_for(name)

@@ -33,7 +33,7 @@ ADAPTERS = {  # "plain" has none
     "calibrated": dict(window=6, sinks=2),
 }
 KEEP, DENSE, SPARSE = dict(decode="keep"), dict(prefill="dense"), dict(prefill="sparse")
-SLOTS = StreamingLLM(positions="slot")
+SLOTS = StreamingLLM(positions="cache")
 POLICIES = {  # name -> (adapter, policy, budget, options)
     "full": ("plain", "full", None, {}),
     "random": ("mlp", "random", 0.5, {}),

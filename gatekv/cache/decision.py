@@ -153,7 +153,7 @@ def _choose(config: CacheConfig, layers: list[Undecided], valid: Tensor) -> list
     for layer, count, last in zip(layers, counts, recent):
         there = layer.scores.device
         mine = protected_tokens(config, valid.to(there), layer.before, last.to(there))
-        guarded.append(policy.scorer.sure(layer.view(), mine, count.to(there)).to(home))
+        guarded.append(policy.scorer.always_keep(layer.view(), mine, count.to(there)).to(home))
     protected = torch.stack(guarded).expand(scores.shape)
     rule = cast(Ranking, policy.rule)  # a threshold decides nothing here
     keep = _never_none(rule.keep(scores, protected, valid, counts), scores, protected, valid)

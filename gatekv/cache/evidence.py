@@ -43,8 +43,8 @@ class Evidence(Part):
         turned = config.needs.rotary and not (config.keep_later or config.turns)
         if turned and call.rotary is None:
             raise ValueError(
-                "positions='slot' turns queries by RoPE, and this model's attention gets no `position_embeddings`: use "
-                "positions='original'."
+                "positions='cache' turns queries by RoPE, and this model's attention gets no `position_embeddings`: "
+                "use positions='original'."
             )
         self.known = {} if config.defer else None
         self.scaling = scaling

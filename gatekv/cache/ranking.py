@@ -27,7 +27,9 @@ class OneShot(Evictor):
 
     def __init__(self, config: CacheConfig) -> None:
         super().__init__(config)
-        self.page_scores = self.buffered = config.policy.scorer.streams and not (config.keep_later or config.turns)
+        self.page_scores = self.buffered = config.policy.scorer.evicts_in_decode and not (
+            config.keep_later or config.turns
+        )
 
     def on_prompt_end(self, layer: "KVLayer") -> None:
         together = layer.siblings.layers if self.config.needs.scope == "model" else [layer]

@@ -100,7 +100,7 @@ def _check_modes(
     """When flags act, before and behind the prompt's end."""
     check_choice("prefill", prefill, ("dense", "sparse"))
     check_choice("decode", decode, ("evict", "keep"))
-    if decode == "evict" and (whole or not policy.scorer.streams):
+    if decode == "evict" and (whole or not policy.scorer.evicts_in_decode):
         what = "a gate that reads the whole prompt" if whole else type(policy.scorer).__name__
         raise ValueError(f"decode='evict': {what} decides once, at the prompt's end; leave decode out.")
     if turns and streaming:
@@ -130,9 +130,9 @@ def _check_gates(policy: Policy, learned: bool, spec: GateSpec, turns: bool) -> 
 
 def _check_extras(model: nn.Module, policy: Policy, learned: bool, decode: str, prefill: str) -> None:
     """Slot positions, narrow tokens, a remainder: what goes with what."""
-    if policy.scorer.slots and policy.width is not None:
-        raise ValueError("positions='slot' and narrow tokens are not made for each other: leave think or qaq out.")
-    later = policy.rule.fades if learned else policy.scorer.streams
+    if policy.scorer.cache_positions and policy.width is not None:
+        raise ValueError("positions='cache' and narrow tokens are not made for each other: leave think or qaq out.")
+    later = policy.rule.fades if learned else policy.scorer.evicts_in_decode
     if policy.remainder is not None and policy.width is not None and later and decode == "evict":
         raise ValueError(
             "narrow tokens cannot be folded later: leave think, qaq or the remainder out (less, merge_similar, "
@@ -144,8 +144,8 @@ def _check_extras(model: nn.Module, policy: Policy, learned: bool, decode: str, 
                 "merging rewrites what is kept, where a whole prompt is decided: with a gate use prefill='dense' and "
                 "decode='keep'."
             )
-        if policy.scorer.slots:
-            raise ValueError("positions='slot' and merging are not made for each other: leave the remainder out.")
+        if policy.scorer.cache_positions:
+            raise ValueError("positions='cache' and merging are not made for each other: leave the remainder out.")
     if policy.needs.maps:
         maps = next((w.less() for w in wrappers(model) if w.less()), None)
         if maps is None:

@@ -87,7 +87,7 @@ def _compressed(
     if asked.needs.gate:
         use_gate(cast("PeftModel", model), UNTRAINED if is_control(policy) else "default")
     fitted, budget = _fitted(model, undecided, asked, budget)
-    options = {**options, "strict": True} | ({} if fitted.scorer.streams else {"decode": "keep"})
+    options = {**options, "strict": True} | ({} if fitted.scorer.evicts_in_decode else {"decode": "keep"})
     if fitted.needs.scope == "token":
         cache = KVCache(model, fitted, budget, **options)
         model(context, past_key_values=cache, logits_to_keep=1)

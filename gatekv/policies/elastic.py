@@ -28,7 +28,7 @@ class ElasticCache(Scorer):
     sinks: int = 4
     window: int = 25
     queries = ALL
-    streams = True
+    evicts_in_decode = True
     decode = "evict"
     partners = {"remainder": MergeNear}
 

@@ -29,7 +29,7 @@ class Gate(Scorer):
     sinks: int | None = None
     window: int | None = None
     gate = True
-    streams = True
+    evicts_in_decode = True
     decode = "evict"
 
     def __post_init__(self) -> None:

@@ -22,9 +22,9 @@ class H2O(Scorer):
     recent_share: float = 0.5
     sinks: int = 0
     queries = ALL
-    streams = True
+    evicts_in_decode = True
     decode = "evict"
-    watches = True
+    needs_attention = True
 
     def __post_init__(self) -> None:
         if not 0 <= self.recent_share < 1:

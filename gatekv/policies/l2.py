@@ -22,7 +22,7 @@ class L2Norm(Scorer):
     skip_layers: tuple[int, ...] = (0, 1)
     sinks: int = 0
     window: int = 0
-    streams = True
+    evicts_in_decode = True
 
     def score(self, view: View) -> torch.Tensor:
         return self.enter(view.keys, None)

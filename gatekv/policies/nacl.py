@@ -54,7 +54,7 @@ class NACL(Scorer):
         draw = (hashed(self.seed, view).double() + 0.5) / 2**32
         return self.attention(view) - (-draw.log()).log()
 
-    def sure(self, view: View, protected: torch.Tensor, counts: torch.Tensor) -> torch.Tensor:
+    def always_keep(self, view: View, protected: torch.Tensor, counts: torch.Tensor) -> torch.Tensor:
         free = (counts[:, None] - protected.sum(-1)).clamp_min(0)
         best = free - (free * self.sampled).round().long()
         rivals = self.attention(view).masked_fill(protected | ~view.valid[:, None], -torch.inf)

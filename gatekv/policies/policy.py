@@ -41,8 +41,8 @@ class Policy:
             queries=max(scorer.queries if ranks else 0, self.width.window if self.width else 0),
             gate=scorer.gate,
             maps=getattr(self.remainder, "maps", False),
-            rotary=scorer.slots,
-            attention=scorer.watches,
+            rotary=scorer.cache_positions,
+            attention=scorer.needs_attention,
             kinds=scorer.kinds,
             scope=scope,
         )

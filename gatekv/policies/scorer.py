@@ -1,9 +1,10 @@
 """What a scorer is, and what it may look at when it decides."""
 
+import warnings
 from abc import ABC, abstractmethod
 from collections.abc import Callable
 from dataclasses import dataclass
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Any
 
 import torch
 
@@ -12,6 +13,7 @@ if TYPE_CHECKING:
     from gatekv.cache.segments.sinks import CachePositionSinks
 
 ALL = 2**31 - 1  # of a prompt's queries
+OLD_NAMES = {"streams": "evicts_in_decode", "watches": "needs_attention", "sure": "always_keep"}  # until 0.3
 
 
 @dataclass
@@ -44,11 +46,11 @@ class Scorer(ABC):
         sinks, window: first and last real tokens that are protected, inside the budget; None: as the adapter says.
         queries: how many of the prompt's last queries `score` looks at.
         skip_layers: layers left whole; the others pay for them.
-        streams: can go on after the prompt, within a buffer of the size that the prompt's decision left. Then each
-            held token has a score, which `observe` renews, and the lowest goes at every step.
+        evicts_in_decode: can go on after the prompt, within a buffer of the size that the prompt's decision left. Then
+            each held token has a score, which `observe` renews, and the lowest goes at every step.
         decode: "evict" if the paper does go on, "keep" if tokens after the prompt all stay.
-        watches: `observe` needs the attention that each step's query pays.
-        slots: while decoding, sinks are looked at as if positions counted places in the cache.
+        needs_attention: `observe` needs the attention that each step's query pays.
+        cache_positions: while decoding, sinks are looked at as if positions counted places in the cache.
         partners: what its paper puts beside it ("rule", "layers", "remainder"), unless a policy names another.
         absolute: without a budget, what scores above 0 is kept. gate: scores are of an adapter's gate, which reads
         tokens as they come. evicts: False: everything is kept, whatever the budget. kinds: it goes by `View.kinds`.
@@ -58,15 +60,21 @@ class Scorer(ABC):
     window: int | None = 0
     queries: int = 0
     skip_layers: tuple[int, ...] = ()
-    streams: bool = False
+    evicts_in_decode: bool = False
     decode: str = "keep"
-    watches: bool = False
-    slots: bool = False
+    needs_attention: bool = False
+    cache_positions: bool = False
     partners: dict[str, type] = {}
     absolute: bool = False
     gate: bool = False
     evicts: bool = True
     kinds: bool = False
+
+    def __init_subclass__(cls, **kwargs: Any) -> None:
+        super().__init_subclass__(**kwargs)
+        for old in OLD_NAMES.keys() & vars(cls).keys():
+            warnings.warn(f"{cls.__name__}.{old} is called {OLD_NAMES[old]} now.", FutureWarning, stacklevel=2)
+            setattr(cls, OLD_NAMES[old], vars(cls)[old])
 
     @abstractmethod
     def score(self, view: View) -> torch.Tensor:
@@ -76,7 +84,7 @@ class Scorer(ABC):
         """How many of the last tokens stay whatever their score, of counts [...] that may stay; at least a window."""
         return counts.new_full(counts.shape, window)
 
-    def sure(self, view: View, protected: torch.Tensor, counts: torch.Tensor) -> torch.Tensor:
+    def always_keep(self, view: View, protected: torch.Tensor, counts: torch.Tensor) -> torch.Tensor:
         """[batch, 1 or kv_heads, tokens] bool: what of counts [batch] is taken whatever its score, `protected` too."""
         return protected
 

@@ -1,5 +1,6 @@
 """StreamingLLM (arXiv 2309.17453): attention sinks and a sliding window."""
 
+import warnings
 from dataclasses import dataclass
 
 import torch
@@ -17,19 +18,22 @@ class StreamingLLM(Scorer):
 
     Args:
         sinks: attention sinks (paper: 4).
-        positions: "original": as most comparisons have it; "slot": the paper's, where positions count places in the
+        positions: "original": as most comparisons have it; "cache": the paper's, where positions count places in the
             cache, so that a text may be longer than any the model was trained on.
     """
 
     sinks: int = 4
     window: int = 1
     positions: str = "original"
-    streams = True
+    evicts_in_decode = True
     decode = "evict"
 
     def __post_init__(self) -> None:
-        check_choice("positions", self.positions, ("original", "slot"))
-        self.slots = self.positions == "slot"
+        if self.positions == "slot":
+            warnings.warn("positions='slot' is called 'cache' now.", FutureWarning, stacklevel=3)
+            self.positions = "cache"
+        check_choice("positions", self.positions, ("original", "cache"))
+        self.cache_positions = self.positions == "cache"
 
     def score(self, view: View) -> torch.Tensor:
         return real_index(view.valid)[:, None].float().expand(view.keys.shape[:3])
@@ -38,4 +42,4 @@ class StreamingLLM(Scorer):
         return index[:, None].float().expand(keys.shape[:3])
 
     def segment(self, pages: Pages) -> CachePositionSinks | None:
-        return CachePositionSinks(pages) if self.slots else None
+        return CachePositionSinks(pages) if self.cache_positions else None

@@ -18,9 +18,9 @@ class TOVA(Scorer):
     sinks: int = 0
     window: int = 1
     queries = 1
-    streams = True
+    evicts_in_decode = True
     decode = "evict"
-    watches = True
+    needs_attention = True
 
     def score(self, view: View) -> torch.Tensor:
         return window_attention(view, 1)[..., 0, :].mean((1, 2))[:, None].expand(view.keys.shape[:3])

@@ -22,7 +22,7 @@ POLICIES = {
     "h2o": ("h2o", 0.5, {}),
     "tova": ("tova", 0.5, {}),
     "streaming_llm": ("streaming_llm", 0.5, {}),
-    "slot": (StreamingLLM(positions="slot"), 0.5, {}),
+    "slot": (StreamingLLM(positions="cache"), 0.5, {}),
     "l2 evict": ("l2", 0.9, {"decode": "evict", "window": 1}),
     "elastic": ("elastic", 0.8, {}),
     "d2o": ("h2o+merge_similar", 0.5, {}),

@@ -255,7 +255,7 @@ def test_a_prompt_in_pieces_is_a_prompt_and_turns_hold_their_budgets(policy):
     ids, mask = padded_batch([160])
     whole, _ = cached(model, policy, [160])
     pieces = gatekv.KVCache(model, policy, 0.6, prompt_tokens=160)
-    recurrent_logits(model, ids, mask, pieces, [30, 31])
+    recurrent_logits(model, ids, mask, pieces, [30, 32])
     torch.testing.assert_close(decoded(model, pieces, mask, LATER[:1]), decoded(model, whole, mask, LATER[:1]))
     turns = gatekv.KVCache(model, policy, 0.6, turns=True)
     for turn in (1, 2):

@@ -257,8 +257,8 @@ def test_what_cannot_be_is_refused_with_the_cure():
         MergeNear(spare=-1)
     with pytest.raises(ValueError, match="with a gate use prefill='dense' and decode='keep'"):
         gatekv.KVCache(model, "gate+global+merge_near", 0.5)
-    with pytest.raises(ValueError, match="positions='slot' and merging"):
-        gatekv.KVCache(model, Policy(StreamingLLM(positions="slot"), remainder=MergeNear()), 0.5)
+    with pytest.raises(ValueError, match="positions='cache' and merging"):
+        gatekv.KVCache(model, Policy(StreamingLLM(positions="cache"), remainder=MergeNear()), 0.5)
     with pytest.raises(ValueError, match="narrow tokens cannot be folded later"):
         gatekv.KVCache(model, ThinK(D2O(skip_layers=())), 0.5)
     with pytest.raises(ValueError, match="names two of less, merge_similar"):

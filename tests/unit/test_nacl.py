@@ -16,7 +16,7 @@ def chosen(scorer, v, counts):
     recent = scorer.recent(counts, scorer.window)
     length = v.valid.sum(-1)
     protected = ((index < scorer.sinks) | (index >= (length - recent)[:, None])) & v.valid
-    sure = scorer.sure(v, protected[:, None], counts)
+    sure = scorer.always_keep(v, protected[:, None], counts)
     rule = gatekv.policies.BUDGETS["uniform"]()
     return rule.keep(scorer.score(v)[None], sure[None], v.valid, counts[None])[0], sure, protected
 

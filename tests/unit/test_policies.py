@@ -3,6 +3,7 @@
 import pytest
 import torch
 
+import gatekv
 from gatekv.policies import BUDGETS, SCORERS, L2Norm, Random, SinksRecent, SnapKV, ValueNorm, View, resolve
 from gatekv.policies.adakv import Ada
 from gatekv.policies.amount import budget_text, checked_budget, count_of, read_budget, share_of
@@ -184,3 +185,14 @@ def test_a_budget_is_a_share_or_a_number_of_tokens():
     assert [budget_text(b) for b in (0.125, 512, None)] == ["12.5 %", "512 tokens", "no budget"]
     assert share_of(512, 1024) == 0.5 and share_of(512, 100) == 1.0 and share_of(0.3, 100) == 0.3
     assert all(count_of(512, n) == min(512, n) for n in range(1, 5000)), "to the token, whatever the rounding"
+
+
+def test_older_names_of_public_things_still_serve_and_say_what_they_are_called():
+    with pytest.warns(FutureWarning, match="Mine.streams is called evicts_in_decode now"):
+
+        class Mine(gatekv.policies.KeyDiff):
+            streams = True
+
+    assert Mine.evicts_in_decode
+    with pytest.warns(FutureWarning, match="positions='slot' is called 'cache' now"):
+        assert gatekv.policies.StreamingLLM(positions="slot").cache_positions

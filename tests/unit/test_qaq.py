@@ -326,4 +326,4 @@ def test_errors():
     with pytest.raises(ValueError, match="names two of think, qaq"):
         gatekv.policies.resolve("snapkv+qaq+think", 0.5)
     with pytest.raises(ValueError, match="not made for each other"):
-        gatekv.KVCache(tiny(), QAQ(StreamingLLM(positions="slot")), 0.5)
+        gatekv.KVCache(tiny(), QAQ(StreamingLLM(positions="cache")), 0.5)

@@ -23,7 +23,7 @@ POLICIES = {
     "l2-one": L2Norm(skip_layers=(0,)),
     "d2o-one": D2O(skip_layers=(-1,)),
     "elastic-variance": ElasticCache(window=3),
-    "slot": StreamingLLM(positions="slot"),
+    "slot": StreamingLLM(positions="cache"),
     "sparse": "gate+global",
     "decay": "gate+decay",
 }  # fmt: skip

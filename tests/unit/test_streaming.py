@@ -17,7 +17,7 @@ POLICIES = {
     "tova": TOVA(),
     "l2": L2Norm(skip_layers=()),
     "streaming_llm": StreamingLLM(sinks=2),
-    "streaming_llm-slot": StreamingLLM(sinks=2, positions="slot"),
+    "streaming_llm-slot": StreamingLLM(sinks=2, positions="cache"),
 }
 
 
@@ -115,7 +115,7 @@ def test_slot_positions_are_places_in_the_cache(ratio):
     angles = torch.cat([angles, angles], -1)
     at = lambda x, places: rotate(x, (1.5 * angles[:, places].cos(), 1.5 * angles[:, places].sin()))  # noqa: E731
     everywhere = list(range(PROMPT + STEPS))
-    cache = gatekv.KVCache(tiny(dtype=torch.float64), StreamingLLM(sinks=sinks, positions="slot"), ratio)
+    cache = gatekv.KVCache(tiny(dtype=torch.float64), StreamingLLM(sinks=sinks, positions="cache"), ratio)
     layer, room = cache.evicting()[0], int(ratio * PROMPT)
     layer.expect(0)
     layer.update(k[:, :, :0], v[:, :, :0])

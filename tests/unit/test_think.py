@@ -155,4 +155,4 @@ def test_shares_of_bytes_and_errors():
     with pytest.raises(ValueError, match="names two of think"):
         gatekv.policies.resolve("snapkv+think+think", 0.5)
     with pytest.raises(ValueError, match="not made for each other"):
-        gatekv.KVCache(tiny(), ThinK(gatekv.policies.StreamingLLM(positions="slot")), 0.5)
+        gatekv.KVCache(tiny(), ThinK(gatekv.policies.StreamingLLM(positions="cache")), 0.5)

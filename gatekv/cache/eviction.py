@@ -16,7 +16,7 @@ from gatekv.cache.alignment import Seen
 from gatekv.cache.buffer import Buffer
 from gatekv.cache.config import CacheConfig
 from gatekv.cache.decision import Selection
-from gatekv.cache.gate_stream import FOLD, GateStream
+from gatekv.cache.gate_stream import FOLD
 from gatekv.cache.segments.prompt_end import PromptEnd
 from gatekv.cache.segments.segment import Shape
 from gatekv.cache.segments.window import New
@@ -131,24 +131,9 @@ def _prompt_end(layer: "KVLayer") -> PromptEnd:
 
 
 class KeepAll(Evictor):
-    """Behind a decided prompt, everything stays.
+    """Behind a decided prompt, everything stays; a gate's memory of the prompt is given back."""
 
-    Attributes:
-        stream: of the gate that has judged the prompt, or None.
-    """
-
-    saved = ("stream",)
     together = 4 * FOLD  # nobody is dead
-
-    def __init__(self, config: CacheConfig, stream: GateStream | None = None) -> None:
-        super().__init__(config)
-        self.stream = stream
-
-    def rewindable(self) -> int | None:
-        return None if self.stream is None else self.stream.rewindable()
-
-    def forecast_bytes(self, shape: Shape, wrapper: GatedAttention) -> int:
-        return 0 if self.stream is None else self.stream.forecast_bytes(shape, wrapper.gate())
 
 
 class BufferEvictor(Evictor):

@@ -132,7 +132,7 @@ class Threshold(GateEvictor):
         self.hand_over(layer, self.successor())
 
     def successor(self, selection: Selection | None = None) -> Evictor:
-        return KeepAll(self.config, self.stream) if self.config.keep_later else self
+        return KeepAll(self.config) if self.config.keep_later else self
 
 
 class Cut(GateEvictor):

@@ -12,6 +12,7 @@ from gatekv.cache.eviction import Evictor
 from gatekv.cache.evidence import Evidence
 from gatekv.cache.gate_stream import ROLLBACK
 from gatekv.cache.ranking import evictor_of
+from gatekv.cache.readable import Readable
 from gatekv.cache.segments.window import RecentWindow
 from gatekv.cache.siblings import Siblings
 from gatekv.cache.stages import DensePrefill, Prefill, Stage
@@ -23,7 +24,7 @@ from gatekv.support import LATER
 Tensor = torch.Tensor
 
 
-class KVLayer(Part, Memory, CacheLayerMixin):
+class KVLayer(Readable, Part, Memory, CacheLayerMixin):
     """Cache layer of one full-attention layer; `attend` is called by the attention function.
 
     Attributes:
@@ -54,8 +55,6 @@ class KVLayer(Part, Memory, CacheLayerMixin):
         self.evidence = Evidence()
         self.seen = self.folded = self.base = self.first_call = self.calls = 0
         self.is_initialized = self.recording = self.open = self.expected = self.padded = False
-
-    # -- what transformers asks of a cache layer
 
     def lazy_initialization(self, key_states: Tensor, value_states: Tensor | None) -> None:
         self.window = RecentWindow(key_states, self.evictor.window_scores)
@@ -109,8 +108,6 @@ class KVLayer(Part, Memory, CacheLayerMixin):
         self.evictor.record()
 
     crop = rollback.crop
-
-    # -- what attention asks
 
     @torch.compiler.disable
     def attend(

@@ -176,7 +176,7 @@ class GateOneShot(GateEvictor, OneShot):
         if self.config.turns:
             return self
         if self.config.keep_later:
-            return KeepAll(self.config, self.stream)
+            return KeepAll(self.config)
         kind = Decay if self.config.policy.rule.fades else Cut
         return kind(self.config, self.stream, selection)
 

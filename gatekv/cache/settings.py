@@ -138,7 +138,7 @@ def _check_extras(model: nn.Module, policy: Policy, learned: bool, decode: str, 
             "narrow tokens cannot be folded later: leave think, qaq or the remainder out (less, merge_similar, "
             "merge_near, what comes with d2o and elastic), or use decode='keep'."
         )
-    if policy.remainder is not None and not policy.needs.maps:
+    if policy.remainder_segment().counts:
         if learned and (prefill == "sparse" or decode == "evict"):
             raise ValueError(
                 "merging rewrites what is kept, where a whole prompt is decided: with a gate use prefill='dense' and "

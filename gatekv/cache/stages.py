@@ -144,11 +144,16 @@ class Stage:
         held = torch.zeros(*window.flags.shape[:2], layer.seen, dtype=torch.bool, device=window.flags.device)
         for pages in layer.store.stores():
             pages.scatter(held, True, layer.real)
-        slots = torch.arange(layer.folded, layer.seen, device=held.device)
-        live = live_mask(slots.new_tensor([layer.seen]), slots, window.flags, layer.config.eviction_delay)[:, :, 0]
-        live, valid = live | torch.tensor(self.whole), window.valid[:, None]
-        held[..., layer.folded :] = torch.where(valid, live, held[..., layer.folded :])
+        near, valid = held[..., layer.folded :], window.valid[:, None]
+        held[..., layer.folded :] = torch.where(valid, self.held_in_window(layer), near)
         return alignment.as_fed(layer, held)
+
+    def held_in_window(self, layer: "KVLayer") -> Tensor:
+        """[batch, kv_heads, window] bool: what the next query can still see of it."""
+        window = layer.window
+        slots = torch.arange(len(window), device=window.flags.device)
+        live = live_mask(slots.new_tensor([len(window)]), slots, window.flags, layer.config.eviction_delay)[:, :, 0]
+        return (live | torch.tensor(self.whole)) & window.valid[:, None]
 
 
 class Prefill(Stage):

@@ -11,8 +11,8 @@ from gatekv.cache.segments.prompt_end import PromptEnd
 from gatekv.cache.segments.segment import Paged, Read
 from gatekv.cache.segments.window import RecentWindow
 from gatekv.ops import backends
-from gatekv.ops.joint import Rectangle
 from gatekv.ops.paged_attention import paged_mass
+from gatekv.ops.rectangle import Rectangle
 from gatekv.parts import Part
 
 if TYPE_CHECKING:

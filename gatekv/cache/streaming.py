@@ -10,7 +10,8 @@ from gatekv.cache.segments.sinks import CachePositionSinks, Rotary
 from gatekv.cache.segments.window import New
 from gatekv.cache.stages import Decode, Mask
 from gatekv.ops import segments
-from gatekv.ops.joint import Rectangle, joint_attention, log_sum_exp
+from gatekv.ops.joint import joint_attention, log_sum_exp
+from gatekv.ops.rectangle import Rectangle
 from gatekv.support import LATER
 
 if TYPE_CHECKING:

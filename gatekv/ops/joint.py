@@ -1,27 +1,11 @@
 """One softmax over several rectangular memories: a decoding step in as few operations as there are memories."""
 
-from typing import NamedTuple
-
 import torch
 
 from gatekv.ops.naive import accumulation_dtype
+from gatekv.ops.rectangle import Rectangle
 
 Tensor = torch.Tensor
-
-
-class Rectangle(NamedTuple):
-    """A memory whose rows (sequence · kv_heads + head) hold equally many tokens.
-
-    Attributes:
-        keys: [rows, tokens, width]. values: [rows, tokens, head_dim].
-        hidden: [rows or 1, queries or 1, tokens] bool, what a query does not see; None: it sees all.
-        q: [batch, heads, queries, width], what these keys are asked; None: what all are asked.
-    """
-
-    keys: Tensor
-    values: Tensor
-    hidden: Tensor | None = None
-    q: Tensor | None = None
 
 
 def joint_attention(

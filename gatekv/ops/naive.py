@@ -8,8 +8,8 @@ from typing import TYPE_CHECKING
 import torch
 
 if TYPE_CHECKING:
-    from gatekv.ops.joint import Rectangle
     from gatekv.ops.page_table import PageTable
+    from gatekv.ops.rectangle import Rectangle
 
 Tensor = torch.Tensor
 WHOLE = 16  # bits of a number that is stored as it came, whatever its dtype
@@ -147,7 +147,7 @@ def dense_segment(q: Tensor, k: Tensor, v: Tensor, mask: Tensor | None, scale: f
 def joint_attention(
     q: Tensor, memories: "list[Rectangle]", scale: float, blind: bool = False
 ) -> tuple[Tensor, Tensor, list[Tensor]]:
-    """One softmax over several rectangular memories (`gatekv.ops.joint.Rectangle`), in the accumulation dtype.
+    """One softmax over several rectangular memories (`gatekv.ops.rectangle.Rectangle`), in the accumulation dtype.
 
     q: [B, H, Q, D]; R rows of sequence · kv_heads + head, G query heads in a group, a row's queries ordered (group, Q).
     blind: a query may see nothing, and gets 0. Returns out [B, H, Q, D], scores [R, G · Q, all tokens] with -inf where

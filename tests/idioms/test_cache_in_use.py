@@ -238,3 +238,27 @@ def _heard(logger, caplog):
         yield
     finally:
         logger.removeHandler(caplog.handler)
+
+
+@pytest.mark.parametrize("policy", POLICIES)
+@torch.no_grad()
+def test_keys_and_values_of_a_layer_are_what_it_holds(policy):
+    model = model_of()
+    cache = cache_of(model, policy)
+    assert cache.layers[0].keys is None and not cache.layers[0].is_initialized
+    model(IDS, past_key_values=cache)
+    for token in NEXT.split(1, 1):
+        model(token, past_key_values=cache)
+    plain = DynamicCache(config=model.config)
+    model(torch.cat([IDS, NEXT], 1), past_key_values=plain)
+    for layer, whole, flags in zip(cache.layers, plain.layers, cache.flags()):
+        assert layer.keys.shape == layer.values.shape == (2, 3, int(flags.sum(-1).max()), 8)
+        assert torch.equal((layer.values != 0).any(-1).sum(-1), flags.sum(-1))
+        if policy in ("full", "snapkv", "snapkv+global") and layer is cache.layers[0]:  # deeper ones see less
+            for row in range(2):
+                for head in range(3):
+                    kept = whole.values[row, head][flags[row, head]]
+                    mine = layer.values[row, head][-len(kept) :]
+                    torch.testing.assert_close(mine.sort(0).values, kept.sort(0).values)
+    with pytest.warns(FutureWarning, match="kept is called store now"):
+        assert cache.layers[0].kept is cache.layers[0].store

@@ -4,7 +4,7 @@ import pytest
 import torch
 
 from gatekv.ops import joint, naive, segments
-from gatekv.ops.joint import Rectangle
+from gatekv.ops.rectangle import Rectangle
 
 B, KV, G, D = 2, 3, 2, 8
 

@@ -8,9 +8,9 @@ from typing import TYPE_CHECKING
 import torch
 
 from gatekv.ops import backends, segments
-from gatekv.ops.joint import Rectangle
 from gatekv.ops.page_table import PageTable
 from gatekv.ops.paged_attention import CHUNK
+from gatekv.ops.rectangle import Rectangle
 from gatekv.parts import Part
 
 if TYPE_CHECKING:

@@ -6,8 +6,8 @@ import torch
 
 from gatekv.cache.segments.segment import Segment, Shape
 from gatekv.ops import segments
-from gatekv.ops.joint import Rectangle
 from gatekv.ops.order import along, order_of
+from gatekv.ops.rectangle import Rectangle
 from gatekv.parts import frozen
 
 Tensor = torch.Tensor

@@ -80,7 +80,7 @@ class GateEvictor(Evictor):
             flags = new.flags(k.shape[1])  # what it will say is written over them
             return Flags(flags, flags.float() if scored else None)
         self.stream.gate = call.gate
-        logits, valid, old = self.stream.read(call.hidden, valid, window)
+        logits, valid, old = self.stream.read(call.hidden, valid, window, new.ragged)
         real = layer.real - valid[:, :old].sum(-1, keepdim=True)
         sinks = sink_tokens(valid, config.sinks, real)[:, None]
         limits = self.thresholds(layer, valid, real, layer.seen - old)

@@ -7,6 +7,7 @@ from torch import nn
 
 from gatekv.cache.segments.segment import Shape
 from gatekv.cache.segments.window import RecentWindow
+from gatekv.ops.order import along, order_of
 from gatekv.parts import Part
 from gatekv.support import LATER
 
@@ -50,21 +51,28 @@ class GateStream(Part):
         return waits
 
     def read(
-        self, hidden: torch.Tensor, valid: torch.Tensor, window: RecentWindow
+        self, hidden: torch.Tensor, valid: torch.Tensor, window: RecentWindow, ragged: bool = False
     ) -> tuple[torch.Tensor, torch.Tensor, int]:
         """Logits of the tokens that waited, which end `window`, and of the new ones.
 
-        hidden: [batch, n, width], what the gate reads; valid: [batch, n] bool.
-        Returns logits [batch, kv_heads, old + n], valid [batch, old + n], old.
+        hidden: [batch, n, width], what the gate reads; valid: [batch, n] bool. ragged: there may be pads in front of
+        new tokens and behind older ones. Returns logits [batch, kv_heads, old + n], valid [batch, old + n], old.
         """
         old = 0 if self.pending is None else self.pending.shape[1]
+        order = None
         if old:
             hidden = torch.cat([cast(torch.Tensor, self.pending), hidden], 1)
             valid = torch.cat([window.valid[:, -old:], valid], 1)
+            order = order_of(valid) if ragged else None
         before, self.pending = self.state, None
-        logits, self.state = self.gate(hidden, valid, before)
+        told = hidden, valid
+        if order is not None:  # a gate's distances are those of tokens
+            told = along(hidden, order, 1), along(valid, order, 1)
+        logits, self.state = self.gate(*told, before)
+        if order is not None:
+            logits = torch.empty_like(logits).scatter_(2, order[:, None].expand_as(logits), logits)
         if self.recording and self.state is not None:
-            self.history.append(Reading(before, hidden, valid))
+            self.history.append(Reading(before, *told))
             while sum(r.hidden.shape[1] for r in self.history[1:]) >= ROLLBACK:
                 self.history.pop(0)
         return logits, valid, old

@@ -32,6 +32,7 @@ POLICIES = {
     "gate": ("gate", None, {}),
     "gate dense": ("gate", None, {"prefill": "dense"}),
     "attention gate": ("gate", None, {}),
+    "late attention gate": ("gate", None, {}),
     "gate+global": ("gate+global", 0.5, {}),
     "gate+uniform": ("gate+uniform", 0.5, {}),
     "gate keep": ("gate+global", 0.5, {"decode": "keep"}),
@@ -45,8 +46,12 @@ LENGTHS = [(60, 9, 1, 1, 3), (47, 9, 1, 1, 7), (60, 2, 1, 0, 1), (52, 0, 0, 1, 7
 def model_of(name):
     if "gate" not in name and name not in ("decay", "snapkv+less"):
         return tiny()
-    form = {"decay": dict(relaxation="decay"), "attention gate": dict(gate="attention", context_window=5)}.get(name, {})
-    return gated(**GATE, **form, **({"less_rank": 2} if "less" in name else {}))
+    form = {
+        "decay": dict(relaxation="decay"),
+        "attention gate": dict(gate="attention", context_window=5),
+        "late attention gate": dict(gate="attention", context_window=5, window=18),  # it reads sixteen at a time
+    }.get(name, {})
+    return gated(**GATE | form, **({"less_rank": 2} if "less" in name else {}))
 
 
 def laid(rows: list[list[int]], where: str, generator: torch.Generator) -> tuple[torch.Tensor, torch.Tensor]:

@@ -38,8 +38,6 @@ POLICIES = {
     "gate+less": ("gate+less", None, {}, GATE | dict(less_rank=2), True),
     "snapkv+less": ("snapkv+less", 0.6, dict(window=4), GATE | dict(less_rank=2), True),
 }
-# A gate with a memory that has tokens to read yet mistakes their distances where a call's pads stand behind them.
-EVEN = {"attention gate late"}  # so here every row is fed the same number of tokens
 OPERATIONS = ["append"] * 4 + ["ragged"] * 3 + ["fork", "back", "crop", "crop", "rows", "rows", "copy", "break"]
 MANY = 17, 40  # sequences of a policy, and operations of each, in the exhaustive run: ten thousand in all
 PROMPT = 10, 26  # tokens of a row's first piece, more than of any later one
@@ -182,7 +180,7 @@ def step(sides, operation, seed, folder):
     rng = random.Random(seed)
     side, most = rng.choice(sides), rng.randint(1, 6)
     name, pieces = side.name, some([most] * len(side.rows), rng)
-    if operation == "append" or operation == "ragged" and name in EVEN:
+    if operation == "append":
         side.feed(pieces, rng)
     elif operation == "ragged":
         side.feed([piece[: rng.randint(0, most)] if i else piece for i, piece in enumerate(pieces)], rng)

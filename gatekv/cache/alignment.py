@@ -8,7 +8,7 @@ its output back.
 import weakref
 from dataclasses import dataclass
 from functools import cached_property
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, cast
 
 import torch
 
@@ -51,6 +51,7 @@ class Masks:
 
     def __init__(self) -> None:
         self._mask: weakref.ref[Tensor] | None = None
+        self._key: tuple | None = None
         self._seen: Seen | None = None
         self._real: Seen | None = None
 
@@ -64,14 +65,10 @@ class Masks:
 
     def look(self, mask: Tensor, n: int, seen: int, real: Tensor) -> Seen:
         """mask: [batch, 1, n, seen + n] bool; real: [batch, 1], how many of the `seen` slots are real tokens."""
-        if (
-            self._mask is None
-            or self._mask() is not mask
-            or self._seen is None
-            or self._seen.valid.device != real.device
-        ):
-            self._mask, self._seen = weakref.ref(mask), self._look(mask, n, seen, real)
-        return self._seen
+        key = n, seen, len(real), real.device
+        if self._mask is None or self._mask() is not mask or self._key != key:
+            self._mask, self._key, self._seen = weakref.ref(mask), key, self._look(mask, n, seen, real)
+        return cast(Seen, self._seen)
 
     @staticmethod
     def _look(mask: Tensor, n: int, seen: int, real: Tensor) -> Seen:

@@ -1,9 +1,9 @@
 """Evictors: what one layer does about its tokens as they come. One is in charge at a time, see `evictor_of`.
 
-of a prompt or turn                     behind it
-Threshold                               itself, or KeepAll
-OneShot      (gatekv.cache.ranking)     FixedBuffer, or KeepAll
-GateOneShot  (gatekv.cache.ranking)     Cut, Decay, or KeepAll
+of a prompt or turn           behind it
+OneShot (ranking)             FixedBuffer, or KeepAll
+Threshold (gate_eviction)     itself, or KeepAll
+GateOneShot (ranking)         Cut, Decay (gate_eviction), or KeepAll
 """
 
 from typing import TYPE_CHECKING, NamedTuple, cast

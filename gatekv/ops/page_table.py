@@ -18,7 +18,8 @@ class PageTable(Part):
     Attributes:
         pages: [N] int32, index into the pool [P, block_size, head_dim]. owners: [N] int32, row of each entry,
         ascending. fill: [N] int32, tokens in each page. rows: number of rows; rows without an entry are empty.
-        even: pages of every row where all have the same number, else None; each: the same of tokens.
+        even: pages of every row where all have the same number, else None; each: the same of tokens. most: pages of the
+        longest row, or None: nobody has counted.
     """
 
     pages: Tensor
@@ -27,6 +28,7 @@ class PageTable(Part):
     rows: int
     even: int | None = None
     each: int | None = None
+    most: int | None = None
 
     @cached_property
     def starts(self) -> Tensor:
@@ -42,8 +44,8 @@ class PageTable(Part):
 
     @cached_property
     def longest(self) -> int:
-        """Pages of the longest row; one host synchronisation, once per table, if rows are uneven."""
-        return self.even if self.even is not None else int(self.starts.diff().max())
+        """Pages of the longest row."""
+        return int(self.starts.diff().max()) if self.most is None else self.most
 
     @cached_property
     def block_table(self) -> Tensor:

@@ -56,16 +56,18 @@ class Pages(Pool):
         token in its row, [batch, 1] or one for all; scores: [batch, kv_heads, n], needed if the store holds scores.
         """
         keep = keep.flatten(0, 1)
-        rows, slots = keep.nonzero(as_tuple=True)
-        if not len(rows):
+        counts = keep.sum(-1)
+        sizes = self.sizes(self.lengths + counts)
+        if sizes.tokens == self.tokens:
             return
+        rows, slots = torch.nonzero_static(keep, size=sizes.tokens - self.tokens).unbind(1)
         first = start.flatten()[rows // self.kv_heads] if isinstance(start, Tensor) else start
         sources = [keys.flatten(0, 1)[rows, slots], values.flatten(0, 1)[rows, slots], (slots + first).int()]
         if self.scores is not None:
             sources.append(cast(Tensor, scores).flatten(0, 1)[rows, slots].float())
         if self.counts is not None:
             sources.append(torch.ones_like(sources[2]))
-        self.add(rows, (keep.cumsum(-1) - 1)[rows, slots], keep.sum(-1), sources)
+        self.add(rows, (keep.cumsum(-1) - 1)[rows, slots], counts, sources, sizes)
 
     def absorb(self, other: "Pages") -> None:
         """Add all tokens of another store over the same rows, with keys as wide and scores or none alike."""

@@ -1,6 +1,6 @@
 """The pool of pages of one layer: who owns which page, how it grows, how holes are filled."""
 
-from typing import Self
+from typing import NamedTuple, Self
 
 import torch
 
@@ -11,6 +11,17 @@ from gatekv.parts import frozen
 Tensor = torch.Tensor
 FREE = -1
 POOL = ("keys", "values", "positions", "scores", "counts")
+
+
+class Sizes(NamedTuple):
+    """Of a store, as whole numbers: tokens of all rows, of the row with the least and with the most; pages likewise."""
+
+    tokens: int
+    least: int
+    most: int
+    pages: int
+    fewest: int
+    longest: int
 
 
 class Pool(Paged):
@@ -52,7 +63,7 @@ class Pool(Paged):
         self.lengths = torch.zeros(b * kv, dtype=torch.long, device=like.device)
         self.tokens = 0
         self.shared, self.packed = False, True
-        self._index()
+        self._index(Sizes(0, 0, 0, 0, 0, 0))
 
     def __len__(self) -> int:
         return self.tokens
@@ -69,35 +80,43 @@ class Pool(Paged):
         held = [name for name in POOL if vars(self)[name] is not None]
         vars(self).update(zip(held, pool))
 
-    def add(self, rows: Tensor, order: Tensor, counts: Tensor, sources: list[Tensor]) -> None:
-        """Write new tokens, number `order` among the counts [rows] new ones of row `rows`, into the pool."""
+    def add(
+        self, rows: Tensor, order: Tensor, counts: Tensor, sources: list[Tensor], sizes: "Sizes | None" = None
+    ) -> None:
+        """Write new tokens, number `order` among the counts [rows] new ones of row `rows`, into the pool.
+
+        sizes: with them in it, where they are known.
+        """
         place = order + self.lengths[rows]
+        sizes = self.sizes(self.lengths + counts) if sizes is None else sizes
         self.own()
         self.lengths = self.lengths + counts
-        self.tokens += len(rows)
-        self._allocate()
+        self._allocate(sizes)
         entry = self.table.starts.long()[rows] + place // self.block_size
         at = self.table.pages.long()[entry] * self.block_size + place % self.block_size
         for pool, source in zip(self._pool(), sources):
             pool.flatten(0, 1)[at] = source
 
-    def _allocate(self) -> None:
+    def sizes(self, lengths: Tensor) -> "Sizes":
+        """What the host has to know of rows that hold lengths [rows] tokens, in one look at the device."""
+        pages = self._pages_for(lengths)
+        return Sizes(*torch.stack([lengths.sum(), *lengths.aminmax(), pages.sum(), *pages.aminmax()]).tolist())
+
+    def _allocate(self, sizes: "Sizes") -> None:
         """Give rows whose length has grown the pages they lack: free ones first, then a larger pool."""
-        held = self.table.starts.long().diff()
-        need = self._pages_for(self.lengths) - held
-        total = int(need.sum())
+        held, used = self.table.starts.long().diff(), len(self.table.pages)
+        need, total = self._pages_for(self.lengths) - held, sizes.pages - used
         if total > self.free:
             self._grow(max(total - self.free, len(self.owners) // 100))
         ends, number = need.cumsum(0), torch.arange(total, device=need.device)
         rows = torch.searchsorted(ends, number, right=True)
         within = number - (ends - need)[rows]
-        used = len(self.table.pages)
         if self.packed:
             pages = torch.arange(used, used + total, device=rows.device)
         else:
             pages = (self.owners == FREE).nonzero()[:total, 0]
         self.owners[pages], self.ordinals[pages] = rows.int(), (held[rows] + within).int()
-        self._index(used + total)
+        self._index(sizes)
 
     def _pages_for(self, lengths: Tensor) -> Tensor:
         return (lengths + self.block_size - 1) // self.block_size
@@ -108,25 +127,21 @@ class Pool(Paged):
         self.owners = torch.cat([self.owners, self.owners.new_full((extra,), FREE)])
         self.ordinals = torch.cat([self.ordinals, self.ordinals.new_zeros(extra)])
 
-    def _index(self, used: int | None = None) -> None:
-        """The table that attention reads, after pages changed hands or rows their lengths; used: how many are owned."""
-        if self.packed and used is not None:
-            pages = torch.arange(used, device=self.owners.device)
+    def _index(self, sizes: "Sizes") -> None:
+        """The table that attention reads, after pages changed hands or rows their lengths."""
+        self.tokens = sizes.tokens
+        if self.packed:
+            pages = torch.arange(sizes.pages, device=self.owners.device)
         else:
             pages = (self.owners != FREE).nonzero()[:, 0]
         owners, ordinals = self.owners[pages].long(), self.ordinals[pages].long()
         order = (owners * (len(self.owners) + 1) + ordinals).argsort()
         pages, owners, ordinals = pages[order], owners[order], ordinals[order]
         fill = (self.lengths[owners] - ordinals * self.block_size).clamp(max=self.block_size)
-        each, rest = divmod(len(pages), len(self.lengths))
-        row = torch.arange(len(self.lengths), device=owners.device)
-        alike = [self.lengths == self.tokens // len(self.lengths)]
-        if each and not rest:
-            alike.append(owners.view(-1, each) == row[:, None])
-        tokens, *even = torch.stack([part.all() for part in alike]).tolist()
         tables = pages.int(), owners.int(), fill.int(), len(self.lengths)
-        count = self.tokens // len(self.lengths) if tokens else None
-        self.table = PageTable(*tables, each if even and even[0] else None, count)
+        even = sizes.longest if sizes.fewest == sizes.longest > 0 else None
+        each = sizes.most if sizes.least == sizes.most else None
+        self.table = PageTable(*tables, even, each, sizes.longest)
 
     def _held(self) -> tuple[Tensor, Tensor]:
         """(row of each page [P, 1] int64, place of each slot in its row [P, block_size]); a free page has row 0."""
@@ -159,21 +174,20 @@ class Pool(Paged):
             flat = pool.flatten(0, 1)
             flat[hole] = flat[source]
         self.lengths = left
-        self.tokens = int(left.sum())
         self.packed = False
         self.owners[self.ordinals >= self._pages_for(left)[rows[:, 0]]] = FREE
-        self._index()
+        self._index(self.sizes(left))
 
     def shrink(self) -> None:
         """Give free pages back to the allocator; afterwards pages stand in the order of the table."""
         if self.free:
-            self._take(self.table.pages.long(), self.table.owners, self.table.rows)
+            self._take(self.table.pages.long(), self.table.owners)
 
-    def _take(self, pages: Tensor, owners: Tensor, rows: int) -> None:
+    def _take(self, pages: Tensor, owners: Tensor) -> None:
         """A pool of exactly these pages, owned by these rows (ascending)."""
         self._set_pool([t.index_select(0, pages) for t in self._pool()])
         self.ordinals, self.owners, self.packed = self.ordinals[pages], owners.clone(), True
-        self._index(len(owners))
+        self._index(self.sizes(self.lengths))
         self.shared = False
 
     def index_select(self, index: Tensor) -> None:
@@ -184,8 +198,7 @@ class Pool(Paged):
         within = torch.arange(len(owners), device=owners.device) - (counts.cumsum(0) - counts)[owners]
         pages = self.table.pages.long()[self.table.starts.long()[rows][owners] + within]
         self.lengths = self.lengths[rows]
-        self.tokens = int(self.lengths.sum())
-        self._take(pages, owners.int(), len(rows))
+        self._take(pages, owners.int())
 
     def load_state_dict(self, tensors: dict[str, Tensor]) -> None:
         pool, block, _ = tensors["keys"].shape
@@ -195,8 +208,8 @@ class Pool(Paged):
             if tensors[name].shape != shape:
                 raise ValueError(f"pages.{name} has shape {tuple(tensors[name].shape)}, not {tuple(shape)}.")
         super().load_state_dict(tensors)
-        self.tokens, self.packed = int(self.lengths.sum()), False
-        self._index()
+        self.packed = False
+        self._index(self.sizes(self.lengths))
 
     def fork(self) -> Self:
         """A second owner of the same pool; whichever changes first takes a copy of its own."""

@@ -62,7 +62,7 @@ class Part:
             if isinstance(value, Part):
                 value.load_state_dict(below(tensors, name))
             elif isinstance(value, int):
-                vars(self)[name] = int(tensors[name])
+                vars(self)[name] = type(value)(tensors[name])
             elif name in tensors:
                 vars(self)[name] = tensors[name]
             else:

@@ -72,6 +72,11 @@ class CacheConfig:
         ranked = self.needs.queries if self.dense_prefill or self.turns else 0
         return max(ranked, self.policy.width.window if self.policy.width else 0)
 
+    @property
+    def turns_queries(self) -> bool:
+        """Sinks will be asked as if positions counted places in the cache, by the prompt's own RoPE."""
+        return self.needs.rotary and not (self.keep_later or self.turns)
+
     @cached_property
     def eviction_delay(self) -> int:
         """Tokens behind the query that ignore their flag: only flags of later tokens can make this matter."""

@@ -40,12 +40,6 @@ class Evidence(Part):
 
         before: [batch, 1], real tokens of the prompt or turn that came earlier, where the new pads belong before them.
         """
-        turned = config.needs.rotary and not (config.keep_later or config.turns)
-        if turned and call.rotary is None:
-            raise ValueError(
-                "positions='cache' turns queries by RoPE, and this model's attention gets no `position_embeddings`: "
-                "use positions='original'."
-            )
         self.known = {} if config.defer else None
         self.scaling = scaling
 
@@ -58,7 +52,7 @@ class Evidence(Part):
 
         if last := config.queries:
             self.queries = behind(self.queries, q, 2)[:, :, -last:]
-        if (turned or config.defer) and call.rotary is not None:
+        if (config.turns_queries or config.defer) and call.rotary is not None:
             new = call.rotary
             old = (None, None) if self.rotary is None else tuple(t.expand(len(new[0]), -1, -1) for t in self.rotary)
             if self.rotary is not None:

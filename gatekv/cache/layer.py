@@ -114,10 +114,10 @@ class KVLayer(Readable, Part, Memory, CacheLayerMixin):
         self, call: AttentionCall, q: Tensor, k: Tensor, v: Tensor, mask: Tensor | None, scaling: float
     ) -> Tensor:
         """Take in new tokens, answer their queries, evict; shapes and errors as for `Stage.attend`."""
-        refusals.check_call(self, q.shape[2], mask)
+        refusals.check_call(self, call, q.shape[2], mask)
         held = self.window.dtype  # autocast may be on in one call, off in the next
         out = self.stage.attend(self, call, q.to(held), k.to(held), v.to(held), mask, scaling)
-        self.calls, self.open = self.calls + 1, False
+        self.calls, self.open, self.first_call = self.calls + 1, False, self.first_call or q.shape[2]
         return out.to(q.dtype)
 
     @property

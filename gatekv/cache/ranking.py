@@ -108,8 +108,6 @@ def _kinds(layer: "KVLayer") -> Tensor | None:
     kinds = layer.config.kinds
     if kinds is None:
         return None
-    if len(kinds) != len(layer.real):
-        raise ValueError(f"kinds has {len(kinds)} rows, the prompt {len(layer.real)}: give one row a sequence (beam).")
     kinds = torch.nn.functional.pad(kinds.to(layer.real.device), (0, max(layer.seen - kinds.shape[1], 0)))
     return alignment.pads_first(layer, kinds[:, : layer.seen])[:, layer.base :]
 

@@ -9,6 +9,7 @@ from gatekv.attention import valid_tokens
 from gatekv.cache.decision import admit_rows
 
 if TYPE_CHECKING:
+    from gatekv.attention import AttentionCall
     from gatekv.cache.layer import KVLayer
 
 logger = logging.get_logger(__name__)
@@ -52,7 +53,7 @@ def check_positions(layer: "KVLayer", new: int) -> None:
         )
 
 
-def check_call(layer: "KVLayer", new: int, mask: torch.Tensor | None) -> None:
+def check_call(layer: "KVLayer", call: "AttentionCall", new: int, mask: torch.Tensor | None) -> None:
     """Refuse a call of `new` tokens that this cache cannot take; mask: [batch, 1, new, seen + new] bool, or None.
 
     Raises:
@@ -60,6 +61,15 @@ def check_call(layer: "KVLayer", new: int, mask: torch.Tensor | None) -> None:
             budget is below what the policy protects.
     """
     config, prompt = layer.config, not layer.decided
+    if prompt and config.turns_queries and call.rotary is None:
+        raise ValueError(
+            "positions='cache' turns queries by RoPE, and this model's attention gets no `position_embeddings`: "
+            "use positions='original'."
+        )
+    if prompt and config.kinds is not None and len(config.kinds) != len(layer.real):
+        raise ValueError(
+            f"kinds has {len(config.kinds)} rows, the prompt {len(layer.real)}: give one row a sequence (beam)."
+        )
     if not config.waits:
         return
     end = config.prompt_tokens
@@ -92,9 +102,7 @@ def check_call(layer: "KVLayer", new: int, mask: torch.Tensor | None) -> None:
         if layer.seen + new >= ends:
             valid = valid_tokens(mask, len(layer.real), new, layer.real.device)[:, : ends - layer.seen]
             admit_rows(config, valid.sum(-1) + layer.real[:, 0], torch.zeros_like(layer.real[:, 0]))
-    if not layer.first_call:
-        layer.first_call = new
-    elif new > 1 and new == layer.first_call == layer.seen and end is None and not config.turns:
+    if new > 1 and new == layer.first_call == layer.seen and end is None and not config.turns:
         raise ValueError(
             f"two calls of {new} tokens look like a prompt prefilled in chunks, and this policy decides at the "
             "prompt's end, which a cache cannot see: pass KVCache(…, prompt_tokens=N), or use a threshold gate."

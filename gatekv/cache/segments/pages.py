@@ -16,8 +16,8 @@ ROW_BYTES = 12  # length, and where the table's row begins
 class Tokens(NamedTuple):
     """Tokens of each row of storage (sequence · kv_heads + head), side by side; rows may hold fewer than n.
 
-    keys, values: [rows, n, head_dim]. positions: [rows, n] slots as fed. held: [rows, n] bool, where there is a token.
-    counts: [rows, n] int32, how many tokens each one stands for, or None: itself.
+    keys, values: [rows, n, head_dim]. positions: [rows, n], numbers among the row's real tokens. held: [rows, n] bool,
+    where there is a token. counts: [rows, n] int32, how many tokens each one stands for, or None: itself.
     """
 
     keys: Tensor

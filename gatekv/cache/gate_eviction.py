@@ -160,18 +160,12 @@ class Decay(GateEvictor, BufferEvictor):
     """TRIM-KV: behind the prompt each token fades at the rate its gate gave it, and the faintest leave a buffer."""
 
     saved = ("stream", "buffer", "full")
-    loose = 1.5
     postpones = fades = True
     together = 1
 
     def __init__(self, config: CacheConfig, stream: GateStream, selection: Selection | None) -> None:
         super().__init__(config, stream)
         self.buffer, self.full = Buffer.of(config, selection, guarded=False), False
-
-    def thresholds(self, layer: "KVLayer", valid: Tensor, real: Tensor, start: int) -> Tensor:
-        if self.config.dense_prefill:
-            return super().thresholds(layer, valid, real, start)
-        return self.calibrated(layer, valid, real, start)
 
     def scored(self, logits: Tensor, sinks: Tensor) -> Tensor:
         return logits.masked_fill(sinks, torch.inf)

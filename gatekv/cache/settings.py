@@ -105,6 +105,8 @@ def _check_modes(
         raise ValueError(f"decode='evict': {what} decides once, at the prompt's end; leave decode out.")
     if turns and streaming:
         raise ValueError("turns=True has nothing to do for a threshold gate: it evicts as it goes. Leave it out.")
+    if prefill == "sparse" and policy.rule.fades:
+        raise ValueError("budget rule 'decay' ranks a whole prompt by age: use prefill='dense', or leave prefill out.")
     if prefill == "sparse" and not learned:
         raise ValueError(
             f"prefill='sparse' needs a causal gate; {type(policy.scorer).__name__} decides after the prompt."

@@ -161,3 +161,8 @@ def test_decay_belongs_to_gates_that_fade():
         gatekv.KVCache(decaying(), "gate+decay", 0.5, turns=True)
     with pytest.raises(ValueError, match="for gates"):
         gatekv.KVCache(gated(), "snapkv+decay", 0.5)
+
+
+def test_a_sparse_prefill_is_refused_before_anything_is_fed():
+    with pytest.raises(ValueError, match="ranks a whole prompt by age: use prefill='dense'"):
+        gatekv.KVCache(decaying(), "gate+decay", 0.5, prefill="sparse")

@@ -10,7 +10,7 @@ import os
 import re
 from collections.abc import Callable
 from contextvars import ContextVar
-from dataclasses import asdict, dataclass, field, fields
+from dataclasses import asdict, dataclass, fields
 from typing import TYPE_CHECKING, Any, cast
 
 import torch
@@ -29,15 +29,14 @@ from gatekv.config import GateSpec, LessSpec, check_keys, check_types, strict
 from gatekv.fingerprint import HASHES, fingerprint, tensors_sha256
 from gatekv.gates import build_gate
 from gatekv.gates.calibration import Calibration
+from gatekv.geometry import Geometry, geometry_of
 from gatekv.less.maps import LessMaps
-from gatekv.modules import ATTENTION_NAME, PARTS, attention_layers, use_attention
-from gatekv.support import kv_heads
+from gatekv.modules import PARTS, attention_layers, use_attention
 from gatekv.version import VERSION
 
 if TYPE_CHECKING:
-    from transformers import PretrainedConfig, PreTrainedModel
+    from transformers import PreTrainedModel
 
-    from gatekv.support import SelfAttention
 
 logger = logging.get_logger(__name__)
 
@@ -61,7 +60,7 @@ class GateKVConfig(PeftConfig, GateSpec, LessSpec):
     Fields: see also `gatekv.config.GateSpec` and `LessSpec`.
 
     Attributes:
-        target_modules: names of the attention modules to wrap.
+        target_modules: names, or their ends, of the attention modules to gate; None: all full-attention layers.
         lora: PEFT's LoRA beside the gate, in the same adapter: fields of peft.LoraConfig (see gatekv.lora.FIELDS), or
             None.
         base_fingerprint: shapes and a weight hash of the base model, filled in on creation, checked on loading.
@@ -71,7 +70,7 @@ class GateKVConfig(PeftConfig, GateSpec, LessSpec):
         gatekv_version: that wrote the config.
     """
 
-    target_modules: list[str] = field(default_factory=lambda: [ATTENTION_NAME])
+    target_modules: list[str] | None = None
     lora: dict | None = None
     base_fingerprint: dict | None = None
     calibration: dict | None = None
@@ -98,8 +97,6 @@ class GateKVConfig(PeftConfig, GateSpec, LessSpec):
             raise ValueError("gate='none' leaves an adapter without anything in it: set less_rank, e.g. 8, or lora.")
         if self.task_type not in (None, "CAUSAL_LM"):
             raise ValueError(f"task_type {self.task_type!r}: there is a KV cache in task_type='CAUSAL_LM' only.")
-        if strange := [name for name in self.target_modules if name.split(".")[-1] != ATTENTION_NAME]:
-            raise ValueError(f"target_modules are attention modules, named …{ATTENTION_NAME}, not {strange[0]!r:.60}.")
         if self.calibration is not None:
             known = {f.name for f in fields(Calibration)}
             check_keys("calibration", self.calibration, known)
@@ -165,14 +162,17 @@ class GateKVConfig(PeftConfig, GateSpec, LessSpec):
         return config
 
 
-def parts_of(config: GateKVConfig, shape: "PretrainedConfig", head_dim: int) -> dict[str, nn.Module]:
-    """A layer's parts, by the submodule of self_attn that holds them. shape: the language model's config."""
+def _hidden_size(model: nn.Module) -> int:
+    return model.config.get_text_config(decoder=True).hidden_size
+
+
+def parts_of(config: GateKVConfig, hidden_size: int, layer: Geometry) -> dict[str, nn.Module]:
+    """A layer's parts, by the submodule of its attention that holds them. hidden_size: of the language model."""
     parts: dict[str, nn.Module] = {}
     if config.gate != "none":
-        parts["gatekv_gate"] = build_gate(config.gate_spec(), shape.hidden_size, kv_heads(shape), head_dim)
+        parts["gatekv_gate"] = build_gate(config.gate_spec(), hidden_size, layer.kv_heads, layer.key_dim)
     if config.less_rank:
-        sizes = (shape.num_attention_heads, kv_heads(shape), head_dim)
-        parts["gatekv_less"] = LessMaps(config.less_spec(), *sizes)
+        parts["gatekv_less"] = LessMaps(config.less_spec(), layer.heads, layer.kv_heads, layer.key_dim)
     return parts
 
 
@@ -208,11 +208,9 @@ class Parts(nn.ModuleDict, BaseTunerLayer):
             self[adapter_name].to(device or modules.device_of(cast(nn.Module, self.attention)))
 
 
-def add_parts(
-    module: nn.Module, adapter_name: str, active: list[str], config: GateKVConfig, shape: "PretrainedConfig"
-) -> None:
-    """Add an adapter's parts to a self_attn, where it runs. active: the adapters in force; shape: the language model's
-    config. Under `low_cpu_mem_usage` they are on the meta device until PEFT loads them."""
+def add_parts(module: nn.Module, adapter_name: str, active: list[str], config: GateKVConfig, hidden_size: int) -> None:
+    """Add an adapter's parts to an attention module, where it runs. active: the adapters in force; hidden_size: of the
+    language model. Under `low_cpu_mem_usage` they are on the meta device until PEFT loads them."""
     device = modules.device_of(module)
     layer = modules.gate(module)
     layer.calibrations[adapter_name] = Calibration(**config.calibration) if config.calibration else None
@@ -221,7 +219,7 @@ def add_parts(
     for name in PARTS:
         if name not in module._modules:
             module.add_module(name, Parts(module))
-    for name, part in parts_of(config, shape, layer.module.head_dim).items():
+    for name, part in parts_of(config, hidden_size, layer.geometry).items():
         empty = any(p.device.type == "meta" for p in part.parameters())
         cast(Parts, module._modules[name])[adapter_name] = part if empty else part.to(device)
     for name in PARTS:
@@ -242,8 +240,17 @@ class GateKVModel(BaseTuner):
     def _pre_injection_hook(  # type: ignore[override]  # its configs are gatekv's
         self, model: "PreTrainedModel", config: GateKVConfig, adapter_name: str
     ) -> None:
-        attention_layers(model)  # says why, where a model cannot be gated
+        layers = attention_layers(model)  # says why, where a model cannot be gated
         use_attention(model)
+        names = {id(module): name for name, module in model.named_modules()}
+        if config.target_modules is None:
+            config.target_modules = sorted({names[id(module)].split(".")[-1] for _, module in layers})
+        for name in config.target_modules:
+            if not any(f".{names[id(module)]}".endswith(f".{name}") for _, module in layers):
+                raise ValueError(
+                    f"target_modules names {name!r:.60}, and no full-attention layer of {type(model).__name__} is "
+                    f"called so: they are called …{names[id(layers[0][1])].split('.')[-1]}. Leave it out to gate all."
+                )
         found, wanted = fingerprint(model), config.base_fingerprint
         if wanted is None:
             config.base_fingerprint = found
@@ -269,12 +276,12 @@ class GateKVModel(BaseTuner):
     def _shapes(self, model: "PreTrainedModel", config: GateKVConfig) -> dict[str, tuple[int, ...]]:
         """Name -> shape of every tensor that an adapter file of `config` has; nothing is allocated."""
         layers = {id(module) for _, module in attention_layers(model)}
-        shape, out = model.config.get_text_config(decoder=True), cast("dict[str, tuple[int, ...]]", {})
+        hidden_size, out = _hidden_size(model), cast("dict[str, tuple[int, ...]]", {})
         for key, module in model.named_modules():
             if id(module) not in layers or not self._check_target_module_exists(config, key):
                 continue
             with torch.device("meta"):
-                parts = parts_of(config, shape, cast("SelfAttention", module).head_dim)
+                parts = parts_of(config, hidden_size, geometry_of(module))
             for name, part in parts.items():
                 start = f"base_model.model.{key}.{name}."
                 out |= {start + k: tuple(v.shape) for k, v in part.state_dict().items()}
@@ -341,8 +348,7 @@ class GateKVModel(BaseTuner):
         current_key: str,
     ) -> None:
         if any(target is module for _, module in attention_layers(self.model)):  # no sliding layer, no image tower
-            shape = self.model.config.get_text_config(decoder=True)
-            add_parts(target, adapter_name, self.active_adapters, config, shape)
+            add_parts(target, adapter_name, self.active_adapters, config, _hidden_size(self.model))
 
     @classmethod
     def _get_adapter_state_dict(cls, model: nn.Module, *args: Any, **kwargs: Any) -> dict[str, torch.Tensor]:
@@ -364,8 +370,7 @@ class GateKVModel(BaseTuner):
     ) -> dict[str, torch.Tensor]:
         """Strict: every tensor has its place and shape, and no part is left without one; those of a folder have the
         hash that its config records too, since the file may have changed after the config was read."""
-        around = f".{ATTENTION_NAME}.base_layer."  # modules.saved_names
-        names = {k: k.replace(around, f".{ATTENTION_NAME}.") for k in state_dict}
+        names = {k: k.replace(".base_layer.", ".") for k in state_dict}  # modules.saved_names
         plain = {cls._remove_adapter_name_from_key(names[k], "default"): v for k, v in state_dict.items()}
         mapped = super()._remap_adapter_state_dict_for_load(model, config, adapter_name, plain)
         mine = re.compile(rf"\.(gatekv_gate|gatekv_less|lora_\w+)\.{re.escape(adapter_name)}(\.|$)")

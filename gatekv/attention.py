@@ -20,7 +20,7 @@ from gatekv.gates.relaxations import relax
 from gatekv.less.maps import LessMaps
 from gatekv.ops.sequence import ALONE, Sequence
 from gatekv.precision import attended, without_autocast
-from gatekv.support import LATER, check_call, refuse, visible_keys
+from gatekv.support import LATER, Geometry, check_call, refuse, visible_keys
 
 if TYPE_CHECKING:
     from gatekv.support import SelfAttention
@@ -123,6 +123,7 @@ class AttentionCall:
         gate: the gate in force or None; spec: its GateSpec. less: the low-rank maps in force, or None.
         memory: the gatekv cache layer, which answers; or None:
         context: what the pass over whole sequences asks (gatekv.passes); record: called with what was found.
+        geometry: sizes of the layer, or None where nobody told them.
         answered: set by the attention function; a model that never calls it would go on without a word.
     """
 
@@ -134,6 +135,7 @@ class AttentionCall:
     less: LessMaps | None = None
     memory: Memory | None = None
     context: PassContext = LATER
+    geometry: Geometry | None = None
     record: Callable[[object], None] = LATER
     answered: bool = False
 
@@ -222,7 +224,7 @@ def _forward(base: str) -> Callable[..., tuple[torch.Tensor, torch.Tensor | None
         if call.answered:
             refuse(module, "calls attention more than once a layer")
         call.answered = True
-        check_call(module, k, v, kwargs)
+        check_call(module, k, v, kwargs, call.geometry)
         call.prepare(k)
         sequence = ALONE if call.memory is not None else call.context.sequence
         q, k, v = map(sequence.into, (q, k, v))

@@ -8,8 +8,8 @@ from typing import cast
 import torch
 from torch import nn
 
+from gatekv.geometry import geometry_of
 from gatekv.modules import attention_layers, base_model, saved_names, wrappers
-from gatekv.support import kv_heads
 
 HASHES = ("weights", "last_layer")  # of a fingerprint; the rest are shapes
 SAMPLE = 64  # numbers of each of the last layer's tensors
@@ -50,7 +50,7 @@ def fingerprint(model: nn.Module) -> dict:
         "model_type": config.model_type,
         "hidden_size": config.hidden_size,
         "num_hidden_layers": config.num_hidden_layers,
-        "num_key_value_heads": kv_heads(config),
+        "num_key_value_heads": geometry_of(attention_layers(model)[-1][1]).kv_heads,
         "weights": _hash(parts["weights"], 4096),
         "last_layer": _hash(parts["last_layer"], SAMPLE),
     }

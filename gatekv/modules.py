@@ -16,13 +16,15 @@ from typing import TYPE_CHECKING, Any, cast
 import torch
 from torch import nn
 from transformers import Cache, PreTrainedModel
+from transformers.cache_utils import DummyLayer
 
 from gatekv import attention
 from gatekv.attention import AttentionCall, Memory
 from gatekv.config import GateSpec
+from gatekv.geometry import GATED, attends_there, attention_modules, cache_layers, geometry_of
 from gatekv.passes import PassContext, Plain, Relaxed
 from gatekv.recompute import Pass, follow_passes
-from gatekv.support import LATER, refuse, sliding_layers
+from gatekv.support import LATER, NO_INTERFACE, refuse
 
 if TYPE_CHECKING:
     from transformers import PretrainedConfig
@@ -31,13 +33,8 @@ if TYPE_CHECKING:
     from gatekv.less.maps import LessMaps
     from gatekv.support import SelfAttention
 
-ATTENTION_NAME = "self_attn"
 LEARNING = Relaxed()  # what a forward in training mode does, where no pass is running
 PARTS = ("gatekv_gate", "gatekv_less")  # submodules of a gated self_attn: adapter name -> gate, -> low-rank maps
-NO_INTERFACE = (
-    "{} computes attention by itself, not through transformers' attention interface, so gatekv cannot take part in it: "
-    "this model is not supported."
-)
 
 
 class GatedAttention:
@@ -47,12 +44,13 @@ class GatedAttention:
     in training mode: else the model's own forward runs, under the model's own config.
 
     Attributes:
-        module: the self_attn. specs, calibrations: by adapter name. running: the pass that is in force, or None.
+        module: the attention. geometry: its sizes. specs, calibrations: by adapter name. running: the pass that is in
+        force, or None.
     """
 
     def __init__(self, module: nn.Module) -> None:
         self.module = cast("SelfAttention", module)
-        self.layer_idx = self.module.layer_idx
+        self.layer_idx, self.geometry = self.module.layer_idx, geometry_of(module)
         self.specs: dict[str, GateSpec] = {}
         self.calibrations: dict[str, Calibration | None] = {}
         self.running: Pass | None = None
@@ -126,7 +124,7 @@ class GatedAttention:
             return None
         name = self.active()
         gate, spec = (self.gatekv_gate[name], self.specs[name]) if name else (None, LATER)
-        call = AttentionCall(hidden, self.layer_idx, rotary, gate, spec, self.less(), memory)
+        call = AttentionCall(hidden, self.layer_idx, rotary, gate, spec, self.less(), memory, geometry=self.geometry)
         if memory is not None:
             memory.expect(hidden.shape[1])
             return call
@@ -179,7 +177,8 @@ def _gated(plain: type[nn.Module]) -> type[nn.Module]:
         given = dict(zip(names, args)) | kwargs if args else kwargs
         call = kwargs.pop("gatekv", None)
         if call is None:
-            call = self.gatekv.call(hidden_states, given.get("past_key_values"), given.get("position_embeddings"))
+            past = given.get("past_key_values", given.get("layer_past"))  # the older name is GPT-2's and GPT-NeoX's
+            call = self.gatekv.call(hidden_states, past, given.get("position_embeddings"))
         if call is None:
             return own(self, hidden_states, *args, **kwargs)
         config, self.config = self.config, self.gatekv.config()
@@ -270,45 +269,37 @@ def gate_spec(model: nn.Module) -> GateSpec | None:
 
 
 def attention_layers(model: nn.Module) -> list[tuple[nn.Module, nn.Module]]:
-    """(parent, self_attn) of every full-attention layer of the (text) decoder.
+    """(parent, attention) of every full-attention layer of the (text) decoder, by depth.
 
     Raises:
-        ValueError: when the model has none that gatekv can wrap, or would answer wrongly; says why.
+        ValueError: when the model has none that gatekv can gate, or would answer wrongly; says why.
     """
     inner = base_model(model)
     name, config = type(inner).__name__, inner.config.get_text_config(decoder=True)
     if inner.config.is_encoder_decoder:
         raise ValueError(f"{name} is an encoder-decoder; gatekv evicts from the cache of decoder-only models.")
-    named = [(p, m) for p in inner.modules() if isinstance(m := p._modules.get(ATTENTION_NAME), nn.Module)]
-    # An image tower's attention bears the same name; it has another config and no place in the cache.
-    found = [(p, cast("SelfAttention", m)) for p, m in named if _in_cache(m, config)]
-    if not found:
-        raise ValueError(
-            f"{name} has no `{ATTENTION_NAME}` modules with a place in the cache (`layer_idx`): gatekv knows models "
-            "built like Llama, Qwen, Mistral, Gemma 3 and Phi-3."
-        )
-    if getattr(config, "num_kv_shared_layers", 0):
+    found, layers = attention_modules(inner), cache_layers(inner)
+    if any(type(layer) is DummyLayer and attends_there(found, i) for i, layer in enumerate(layers)):
         raise ValueError(f"layers of {name} read other layers' keys and values: gatekv evicts from each layer alone.")
     if getattr(config, "kv_lora_rank", None):
         raise ValueError(f"{name} caches one latent vector a token (MLA), not keys and values per head.")
-    sliding = sliding_layers(inner)
-    full = [(p, m) for p, m in found if not sliding[m.layer_idx]]
+    wanted = [i for i, layer in enumerate(layers) if type(layer) in GATED]
+    full = [(p, m) for p, m in found if cast("SelfAttention", m).layer_idx in wanted]
     if not full:
         raise ValueError(
-            f"every layer of {name} has a sliding window: its cache is bounded already. Where the window is longer "
-            "than any input (Phi-3 128k), load the model with sliding_window=None."
+            f"every layer of {name} has a sliding window, or none: its cache is bounded already. Where the window is "
+            "longer than any input (Phi-3 128k), load the model with sliding_window=None."
         )
-    for _, base in full:  # said here too, where the config tells, so as not to fail in the middle of a run
+    if without := sorted({*wanted} - {cast("SelfAttention", m).layer_idx for _, m in full}):
+        raise ValueError(
+            f"{name} keeps keys and values for layer {without[0]}, and no attention module of its own belongs to it "
+            "(several layers share one?): gatekv evicts from each layer by its own module's attention."
+        )
+    for _, module in full:  # said here too, where the config tells, so as not to fail in the middle of a run
         if getattr(config, "attn_logit_softcapping", None) is not None:
-            refuse(base, "caps its attention scores (`attn_logit_softcapping`)")
-        if isinstance(getattr(base, "sinks", None), nn.Parameter):
-            refuse(base, "has learned attention sinks (`sinks`)")
-    return cast("list[tuple[nn.Module, nn.Module]]", full)
-
-
-def _in_cache(module: nn.Module, config: "PretrainedConfig") -> bool:
-    own = getattr(module, "config", config)
-    return getattr(module, "layer_idx", None) is not None and own.model_type == config.model_type
+            refuse(module, "caps its attention scores (`attn_logit_softcapping`)")
+        geometry_of(module)
+    return full
 
 
 def base_model(model: nn.Module) -> PreTrainedModel:

@@ -15,6 +15,7 @@ from transformers import Cache
 from gatekv.attention import AttentionCall, Inputs, PassContext, relaxed_flags
 from gatekv.gates.documents import Documents
 from gatekv.gates.relaxations import logit_of
+from gatekv.geometry import output_projection
 from gatekv.less.maps import Waiting
 from gatekv.ops import segments
 from gatekv.ops.gated_attention import BLOCK, gated_attention, received_attention
@@ -268,12 +269,13 @@ class RemainderError(Remainder):
 def output_error(
     module: "SelfAttention", out: torch.Tensor, plain: torch.Tensor, valid: torch.Tensor, sequence: Sequence = ALONE
 ) -> torch.Tensor:
-    """Squared error of a layer's attention output after o_proj, as a share of the output's own square.
+    """Squared error of a layer's attention output after its output projection, as a share of the output's own square.
 
     out, plain: [batch, tokens, heads, head_dim]; valid: [batch, tokens]. Mean per row, then over rows. sequence: the
     processes that share the rows, each with some of the heads.
     """
     out, plain, valid = sequence.out_of(out), sequence.out_of(plain), sequence.part(valid, 1)
-    project = lambda t: wide(module.o_proj(t.flatten(2).to(module.o_proj.weight.dtype))) * valid[..., None]  # noqa: E731
+    last = output_projection(module)
+    project = lambda t: wide(last(t.flatten(2).to(last.weight.dtype))) * valid[..., None]  # noqa: E731
     size = sequence.mean(project(plain.detach()).square().sum((1, 2))).clamp_min(1e-6)
     return on_the_spot(lambda x: (project(x).square().sum((1, 2)) / size).mean(), out - plain.detach())

@@ -1,10 +1,8 @@
 """Which models gatekv can serve: what changes attention in a way neither form of the law knows is refused, with why."""
 
-from typing import TYPE_CHECKING, Any, TypeVar, cast
+from typing import TYPE_CHECKING, Any, NamedTuple, TypeVar
 
 import torch
-from transformers import DynamicCache, PreTrainedModel
-from transformers.cache_utils import DynamicLayer, DynamicSlidingWindowLayer
 
 if TYPE_CHECKING:
     from transformers import PretrainedConfig
@@ -22,6 +20,11 @@ UNKNOWN_TO_THE_LAW = {
     "cu_seq_lens_q": "packs several sequences into one row",
     "cache": "runs under continuous batching",
 }
+
+NO_INTERFACE = (
+    "{} computes attention by itself, not through transformers' attention interface, so gatekv cannot take part in it: "
+    "this model is not supported."
+)
 
 T = TypeVar("T")
 LATER: Any = None  # what an attribute holds that is set before it is first read
@@ -53,8 +56,27 @@ def refuse(module: torch.nn.Module, reason: str) -> None:
     )
 
 
-def check_call(module: torch.nn.Module, k: torch.Tensor, v: torch.Tensor, arguments: dict) -> None:
-    """Refuse what the law does not compute; k, v: [batch, kv_heads, tokens, head_dim].
+class Geometry(NamedTuple):
+    """Sizes of one attention layer.
+
+    Attributes:
+        heads: query heads. kv_heads: of keys and values. key_dim, value_dim: numbers of a head's key and value.
+    """
+
+    heads: int
+    kv_heads: int
+    key_dim: int
+    value_dim: int
+
+    def __str__(self) -> str:
+        values = "" if self.key_dim == self.value_dim else f" (keys) and {self.value_dim} (values)"
+        return f"{self.kv_heads} KV heads of {self.key_dim}{values} numbers"
+
+
+def check_call(
+    module: torch.nn.Module, k: torch.Tensor, v: torch.Tensor, arguments: dict, geometry: Geometry | None = None
+) -> None:
+    """Refuse what the law does not compute; k, v: [batch, kv_heads, tokens, head_dim]; geometry: what was expected.
 
     Raises:
         ValueError: with the model, the reason and, where there is one, the cure.
@@ -65,11 +87,11 @@ def check_call(module: torch.nn.Module, k: torch.Tensor, v: torch.Tensor, argume
             refuse(module, f"{reason} (`{name}`)")
     if not (getattr(module, "is_causal", True) and arguments.get("is_causal") in (None, True)):
         refuse(module, "is not causal")
-    if k.shape != v.shape:
+    if k.shape[:3] != v.shape[:3]:
         refuse(module, f"has keys of shape {tuple(k.shape[1:])} and values of shape {tuple(v.shape[1:])} a sequence")
-    heads = getattr(getattr(module, "config", None), "num_key_value_heads", None) or k.shape[1]
-    if k.shape[1] != heads:
-        refuse(module, f"has {k.shape[1]} KV heads in a layer where its config says {heads}")
+    if geometry is not None and (k.shape[1], k.shape[3], v.shape[3]) != geometry[1:]:
+        found = Geometry(geometry.heads, k.shape[1], k.shape[3], v.shape[3])
+        refuse(module, f"hands its attention {found}, where its own attributes say {geometry}")
     if arguments.get("dropout"):
         raise ValueError(
             f"{type(module).__name__} drops attention weights while training (dropout={arguments['dropout']}): gates "
@@ -87,23 +109,6 @@ def visible_keys(module: torch.nn.Module, mask: torch.Tensor | None) -> torch.Te
     return visible
 
 
-def sliding_layers(model: PreTrainedModel) -> list[bool]:
-    """Which layers have a sliding window, as transformers sees it: their cache is bounded already.
-
-    Raises:
-        ValueError: when a layer remembers something else than keys and values (linear attention, convolutions): its
-            cache layer writes in place, so a snapshot would change under its owner, and neither counts nor saves.
-    """
-    layers = DynamicCache(config=model.config.get_text_config(decoder=True)).layers
-    for layer in layers:
-        if type(layer) not in (DynamicLayer, DynamicSlidingWindowLayer):
-            raise ValueError(
-                f"{type(model).__name__} has layers that remember something else than keys and values "
-                f"({type(layer).__name__}): gatekv serves models of attention layers only."
-            )
-    return [layer.is_sliding for layer in cast("list[DynamicLayer]", layers)]
-
-
 def rotates_until(config: "PretrainedConfig") -> int | None:
     """Positions behind which a model rotates all its keys otherwise (longrope), as its text config says, or None."""
     rope = getattr(config, "rope_parameters", None) or {}
@@ -111,8 +116,3 @@ def rotates_until(config: "PretrainedConfig") -> int | None:
         if part.get("rope_type") == "longrope":
             return part.get("original_max_position_embeddings") or config.original_max_position_embeddings
     return None
-
-
-def kv_heads(config: "PretrainedConfig") -> int:
-    """KV heads of a text config; models without grouped queries do not name them."""
-    return getattr(config, "num_key_value_heads", None) or config.num_attention_heads

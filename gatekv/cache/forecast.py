@@ -22,7 +22,6 @@ from gatekv.cache.segments.pages import Pages
 from gatekv.cache.segments.segment import Shape
 from gatekv.cache.segments.window import RecentWindow
 from gatekv.modules import GatedAttention, base_model, wrappers
-from gatekv.support import kv_heads
 
 LONGEST = 1 << 24  # tokens: no prompt that a budget wants is searched for beyond
 
@@ -64,7 +63,7 @@ def forecast(cache: KVCache, length: int, new_tokens: int = 0, batch: int = 1) -
     Raises:
         BudgetError: as the end of such a prompt will, in a strict cache.
     """
-    settings, config = cache.config, base_model(cache.model).config.get_text_config(decoder=True)
+    settings = cache.config
     policy, dtype, layers = settings.policy, base_model(cache.model).dtype, wrappers(cache.model)
     counts = iter(admit(settings, length)[0])
     gated = {w.layer_idx: w for w in layers}
@@ -74,8 +73,8 @@ def forecast(cache: KVCache, length: int, new_tokens: int = 0, batch: int = 1) -
     tokens: list[int] = []
     sums = [0, 0, 0, 0]
     for i, layer in enumerate(cache.layers):
-        module = gated[i].module if i in gated else layers[0].module
-        shape = Shape(batch, kv_heads(config), module.head_dim, dtype, settings.block_size, even, beside)
+        sizes = (gated[i] if i in gated else layers[0]).geometry
+        shape = Shape(batch, sizes.kv_heads, sizes.key_dim, dtype, settings.block_size, even, beside)
         token = Foreign.forecast_bytes(shape, 1)
         if isinstance(layer, KVLayer):
             tokens.append(next(counts))

@@ -5,15 +5,18 @@ from typing import Any, cast
 
 import torch
 from torch import nn
-from transformers import Cache, DynamicCache
+from transformers import Cache
+from transformers.cache_utils import LinearAttentionLayer
 
 from gatekv.cache import refusals, storage
 from gatekv.cache.config import CacheConfig
+from gatekv.cache.hybrid import HybridKVLayer, Steps
 from gatekv.cache.layer import KVLayer
 from gatekv.cache.ranking import adopt
 from gatekv.cache.segments.foreign import Foreign
 from gatekv.cache.settings import config_of
 from gatekv.cache.siblings import Siblings
+from gatekv.geometry import cache_layers
 from gatekv.modules import attach, base_model, wrappers
 from gatekv.policies import Full, Policy, Scorer
 from gatekv.policies.scorer import ALL
@@ -88,17 +91,24 @@ class KVCache(Cache):
         self.config, config = settings, base_model(self.model).config.get_text_config(decoder=True)
         # Up to here Phi-3's generate would put another cache in our place, whatever its rotation.
         self._replaced_until = getattr(config, "original_max_position_embeddings", 0) or 0
-        layers = DynamicCache(config=config).layers
+        layers = cache_layers(base_model(self.model))
         for w in wrappers(self.model):
-            layers[w.layer_idx] = KVLayer(settings, w.layer_idx)
+            own = layers[w.layer_idx]
+            layers[w.layer_idx] = (
+                HybridKVLayer(settings, w.layer_idx, own.number_of_states)
+                if isinstance(own, LinearAttentionLayer)
+                else KVLayer(settings, w.layer_idx)
+            )
         super().__init__(layers=layers)
+        self._steps = Steps()
         self._introduce()
 
     def _introduce(self) -> None:
         """Make the layers known to each other."""
-        siblings = Siblings(
-            self.evicting(), [(i, layer) for i, layer in enumerate(self.layers) if not isinstance(layer, KVLayer)]
-        )
+        bounded = [
+            (i, layer) for i, layer in enumerate(self.layers) if Foreign(layer).attends and i not in self._ours()
+        ]
+        siblings = Siblings(self.evicting(), bounded, self._steps)
         for layer in self.evicting():
             layer.siblings = siblings
 
@@ -131,6 +141,9 @@ class KVCache(Cache):
         for i, layer in enumerate(self.layers):
             if not isinstance(layer, KVLayer):
                 cache.layers[i] = Foreign(layer).fork().layer
+            elif isinstance(layer, HybridKVLayer):
+                cast(HybridKVLayer, cache.layers[i]).state = layer.state.fork()
+        cache._steps = self._steps.fork()
         cache._introduce()
         for layer in cache.evicting():
             layer.evictor.on_prompt_end(layer)
@@ -158,6 +171,7 @@ class KVCache(Cache):
         twin.layers = [
             layer.fork() if isinstance(layer, KVLayer) else Foreign(layer).fork().layer for layer in self.layers
         ]
+        twin._steps = self._steps.fork()
         twin._introduce()
         return twin
 
@@ -202,6 +216,59 @@ class KVCache(Cache):
         """The layers that gatekv holds, by depth."""
         return [layer for layer in self.layers if isinstance(layer, KVLayer)]
 
+    def _ours(self) -> set[int]:
+        return {layer.layer_idx for layer in self.evicting()}
+
+    # -- layers that keep a state
+
+    def get_conv_state(self, layer_idx: int, state_idx: int = 0) -> torch.Tensor | None:
+        """As transformers' own; so are the next three."""
+        self._steps.use(layer_idx, self.evicting()[0])
+        return super().get_conv_state(layer_idx, state_idx)
+
+    def get_recurrent_state(self, layer_idx: int, state_idx: int = 0) -> torch.Tensor | None:
+        self._steps.use(layer_idx, self.evicting()[0])
+        return super().get_recurrent_state(layer_idx, state_idx)
+
+    def update_conv_state(self, conv_states: torch.Tensor, layer_idx: int, *args: Any, **kwargs: Any) -> torch.Tensor:
+        self._steps.use(layer_idx, self.evicting()[0])
+        return super().update_conv_state(conv_states, layer_idx, *args, **kwargs)
+
+    def update_recurrent_state(
+        self, recurrent_states: torch.Tensor, layer_idx: int, *args: Any, **kwargs: Any
+    ) -> torch.Tensor:
+        self._steps.use(layer_idx, self.evicting()[0])
+        return super().update_recurrent_state(recurrent_states, layer_idx, *args, **kwargs)
+
+    @property
+    def is_linear(self) -> list[bool]:
+        """Which layers have a state and no keys and values."""
+        return [not Foreign(layer).attends and Foreign(layer).remembers for layer in self.layers]
+
+    def reset(self) -> None:
+        """Forget everything; the cache is as new."""
+        self._build(self.config)
+
+    def crop(self, tokens_to_remove: int) -> None:
+        """Take back the last -tokens_to_remove tokens, as if they had never been seen.
+
+        Raises:
+            ValueError: they have displaced others, or run into a state; nothing has changed then.
+        """
+        refusals.check_crop(self.layers, tokens_to_remove)
+        super().crop(tokens_to_remove)
+
+    def batch_repeat_interleave(self, repeats: int) -> None:
+        """Each sequence `repeats` times, one after the other."""
+        self.reorder_cache(torch.arange(self._rows()).repeat_interleave(repeats))
+
+    def batch_select_indices(self, indices: torch.Tensor) -> None:
+        """Keep the sequences at indices [new_batch], or where a mask [batch] says True."""
+        self.reorder_cache(torch.arange(self._rows(), device=indices.device)[indices])
+
+    def _rows(self) -> int:
+        return next((len(layer.real) for layer in self.evicting() if layer.is_initialized), 0)
+
     def flags(self) -> list[torch.Tensor]:
         """What is still held: per evicting layer [batch, kv_heads, tokens seen] bool.
 
@@ -213,20 +280,39 @@ class KVCache(Cache):
         return [layer.stage.held(layer) for layer in self.evicting()]
 
     def memory(self) -> dict[str, float]:
-        """Bytes of every storage held ("bytes"), of a full cache of the same real tokens ("full_bytes"), their "ratio";
-        "whole_rows": rows whose prompt, or last turn, was too short for the budget and is held whole (see strict)."""
-        held, full = 0, 0
+        """Bytes of every storage held ("bytes"), of a full cache of the same real tokens ("full_bytes"), their "ratio".
+
+        The same of the layers that gatekv holds alone: "gated_bytes", "gated_full_bytes", "gated_ratio"; the others
+        have a sliding window, or a state. "whole_rows": rows whose prompt, or last turn, was too short for the budget
+        and is held whole (see strict).
+        """
+        held, full, gated, gated_full = 0, 0, 0, 0
         for layer in cast("list[Any]", self.layers):
-            if not layer.is_initialized:
-                continue
-            held += (own := distinct_bytes((layer if isinstance(layer, KVLayer) else Foreign(layer)).tensors()))
             if isinstance(layer, KVLayer):
-                keys = layer.window.keys
-                own = int(layer.real.sum()) * keys.shape[1] * 2 * keys.shape[3] * keys.element_size()
-            full += own
+                if layer.is_initialized:
+                    state = layer.state.tensors() if isinstance(layer, HybridKVLayer) else []
+                    other = distinct_bytes(state)
+                    held, full = held + other, full + other
+                    keys, values = layer.window.keys, layer.window.values
+                    token = keys.shape[1] * (keys.shape[3] + values.shape[3]) * keys.element_size()
+                    gated, gated_full = (
+                        gated + distinct_bytes(layer.tensors()) - other,
+                        gated_full + int(layer.real.sum()) * token,
+                    )
+            else:
+                other = distinct_bytes(Foreign(layer).tensors())
+                held, full = held + other, full + other
         unmet = next((layer.unmet for layer in self.evicting()), None)
-        whole = 0 if unmet is None else int(unmet.sum())
-        return {"bytes": held, "full_bytes": full, "ratio": held / full if full else 0.0, "whole_rows": whole}
+        held, full = held + gated, full + gated_full
+        return {
+            "bytes": held,
+            "full_bytes": full,
+            "ratio": held / full if full else 0.0,
+            "whole_rows": 0 if unmet is None else int(unmet.sum()),
+            "gated_bytes": gated,
+            "gated_full_bytes": gated_full,
+            "gated_ratio": gated / gated_full if gated_full else 0.0,
+        }
 
     def __repr__(self) -> str:
         p = self.config

@@ -1,8 +1,9 @@
 """What a cache refuses before anything in it changes, and how it notices what would make it answer wrongly."""
 
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Any
 
 import torch
+from transformers.cache_utils import LinearAttentionCacheLayerMixin
 from transformers.utils import logging
 
 from gatekv.attention import valid_tokens
@@ -34,12 +35,31 @@ def check_whole(layer: "KVLayer", new: int = 0) -> None:
     uneven = any(other.open or other.calls != layer.calls for other in layers)
     for place, other in layer.siblings.others:
         uneven |= other.get_seq_length() != layer.seen + (new if place < layer.layer_idx else 0)
+    uneven |= layer.siblings.steps.uneven(layer.calls, layer.layer_idx if new else -1)
     if uneven:
         raise ValueError(
             "an earlier call with this cache was interrupted (by an error, or Ctrl-C), and some of its layers hold "
             "tokens that others do not: call cache.reset() and feed the text anew, or go on from a "
             "cache.snapshot() that was taken before."
         )
+
+
+def check_crop(layers: "list[Any]", tokens_to_remove: int) -> None:
+    """ValueError when a state has taken in what `Cache.crop` is to take back, or keeps no past."""
+    for layer in layers:
+        if not isinstance(layer, LinearAttentionCacheLayerMixin):
+            continue
+        if tokens_to_remove and not layer.is_croppable:
+            raise ValueError(
+                f"cannot take back {-tokens_to_remove} tokens: this model's layers with a state (linear attention, "
+                "Mamba) have taken them in for good. Keep a cache.snapshot() from before they were fed; assisted "
+                "decoding does not work with such models."
+            )
+        if not layer.record_past and any(layer.has_previous_state.values()):
+            raise ValueError(
+                f"cannot take back {-tokens_to_remove} tokens: convolutions keep the last few only. Call "
+                "cache.activate_past_recording() before they are fed, or keep a cache.snapshot()."
+            )
 
 
 def check_positions(layer: "KVLayer", new: int) -> None:

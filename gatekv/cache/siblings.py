@@ -6,6 +6,7 @@ from typing import TYPE_CHECKING, Any
 from gatekv.cache.alignment import Masks
 
 if TYPE_CHECKING:
+    from gatekv.cache.hybrid import Steps
     from gatekv.cache.layer import KVLayer
 
 
@@ -13,11 +14,13 @@ class Siblings:
     """Weak references: a layer that held the others, and they it, would outlive the cache's last reference.
 
     Attributes:
-        masks: what the mask of the forward at hand says, looked at once for all layers.
+        masks: what the mask of the forward at hand says, looked at once for all layers. steps: whether the states of
+        other layers kept step.
     """
 
-    def __init__(self, layers: "list[KVLayer]", others: list[tuple[int, Any]]) -> None:
+    def __init__(self, layers: "list[KVLayer]", others: list[tuple[int, Any]], steps: "Steps") -> None:
         """layers: those that evict, by depth; others: (place in the model, layer) of those with a sliding window."""
+        self.steps = steps
         self._layers = [weakref.ref(layer) for layer in layers]
         self.masks = Masks()
         self._others = [(place, weakref.ref(layer)) for place, layer in others]

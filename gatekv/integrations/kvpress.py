@@ -22,12 +22,12 @@ except ImportError as error:
 
 from gatekv.attention import AttentionCall, Inputs, sink_tokens
 from gatekv.cache.kvcache import KVCache
+from gatekv.geometry import foreign_layers
 from gatekv.modules import attention_layers, base_model, wrappers
 from gatekv.passes import Observe
 from gatekv.policies import Gate, View
 from gatekv.policies.budgets import check_counts, ranked
 from gatekv.policies.gate import OBSERVED
-from gatekv.support import sliding_layers
 
 if TYPE_CHECKING:
     from transformers import PreTrainedModel
@@ -98,8 +98,8 @@ class GateKVPress(ScorerPress):
             )
         if any(spec.relaxation == "decay" for _, spec in gates.values()):
             raise ValueError("gates whose tokens fade evict at every step, a press once: use gatekv.KVCache.")
-        if any(sliding_layers(inner)):
-            raise ValueError("kvpress prunes layers with a sliding window as if they held everything: use KVCache.")
+        if any(foreign_layers(inner)):
+            raise ValueError("kvpress takes layers with a sliding window, or a state, for whole ones: use KVCache.")
         if inner.config._attn_implementation == "eager":
             raise ValueError("kvpress masks single heads in sdpa only: load the model with attn_implementation='sdpa'.")
 

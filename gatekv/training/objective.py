@@ -12,12 +12,11 @@ from transformers import DynamicCache
 from gatekv.attention import relaxed_flags
 from gatekv.config import GateSpec
 from gatekv.gates.relaxations import logit_of
-from gatekv.modules import base_model, gate_spec, gated_pass, wrappers
+from gatekv.modules import gate_spec, gated_pass, wrappers
 from gatekv.ops.sequence import ALONE, Sequence
 from gatekv.passes import GateOutput, Observe, PassContext, Plain, Relaxed
 from gatekv.precision import wide
 from gatekv.recompute import whole_layers
-from gatekv.support import kv_heads
 from gatekv.training import shared
 from gatekv.training.head import LogitHead
 from gatekv.training.losses import distillation_loss, hidden_loss, lm_loss, oracle_loss, row_shares, stacked
@@ -98,7 +97,7 @@ class Objective(nn.Module):
         self.spec = cast(GateSpec, gate_spec(model))
         self.sequence = ALONE
         check_objective(objective, prefill, sparsity, scope, self.spec)
-        heads = kv_heads(base_model(model).config.get_text_config(decoder=True))
+        heads = layers[0].geometry.kv_heads
         units = {"global": 1, "layer": len(layers), "head": len(layers) * heads}[scope]
         self.register_buffer("multiplier", torch.zeros(units))
 

@@ -15,10 +15,10 @@ from transformers import Cache
 from transformers.cache_utils import DynamicLayer
 
 from gatekv.gates.documents import Documents
+from gatekv.geometry import foreign_layers, remembers
 from gatekv.modules import base_model
 from gatekv.ops.naive import causal_mask
 from gatekv.ops.sequence import ALONE, Sequence
-from gatekv.support import sliding_layers
 
 Batch = Mapping[str, torch.Tensor]
 
@@ -69,11 +69,16 @@ class Rows:
         positions = batch["position_ids"] if segments is not None else (mask.cumsum(-1) - 1).clamp_min(0)
         seen: torch.Tensor | None = mask.to(ids.device)
         whole = not packed and bool(valid.all())
+        if packed and remembers(inner):
+            raise ValueError(
+                f"{type(inner).__name__} has layers that keep a state, which runs through all documents of a packed "
+                "row: pack=false."
+            )
         if whole:
             seen = None
-        elif inner.config._attn_implementation == "sdpa" and not any(sliding_layers(inner)):
+        elif inner.config._attn_implementation == "sdpa" and not any(foreign_layers(inner)):
             seen = visible(valid.to(ids.device), segments if segments is None else segments.to(ids.device))
-        elif segments is not None:
+        elif segments is not None and not remembers(inner):
             seen = None  # transformers reads the borders off positions that start anew, for sliding layers too
         documents = None if segments is None else Documents(segments, ids.device)
         positions, of_row = positions.to(ids.device), sequence.of(ids.shape[1])
@@ -85,7 +90,8 @@ class Rows:
         ids, positions = (self.sequence.part(t[:, start:], 1) for t in (self.ids, self.positions))
         holds, mask = past is not None, self.mask
         checkpointed = any(getattr(m, "gradient_checkpointing", False) for m in decoder.modules())
-        if past is None and self.whole and self.sequence.size == 1 and not checkpointed:
+        state = remembers(base_model(decoder))
+        if past is None and self.whole and self.sequence.size == 1 and not checkpointed and not state:
             past = Cache(layer_class_to_replicate=_Passing)  # without one transformers looks for packed rows, and waits
         if mask is not None and mask.ndim == 4:
             mask = mask[:, :, start:]

@@ -5,9 +5,9 @@ from accelerate import Accelerator, DistributedType
 from torch import nn
 
 from gatekv.config import GateSpec
-from gatekv.modules import base_model
+from gatekv.geometry import foreign_layers
+from gatekv.modules import base_model, wrappers
 from gatekv.ops.sequence import ALONE, Sequence
-from gatekv.support import kv_heads, sliding_layers
 
 
 def sequence_of(accelerator: Accelerator) -> Sequence:
@@ -36,13 +36,16 @@ def sequence_of(accelerator: Accelerator) -> Sequence:
 def check(model: nn.Module, spec: GateSpec, prefill: str, sequence: Sequence) -> None:
     """ValueError where rows cannot be shared: says what to change. model: with gates as spec says."""
     inner, size = base_model(model), sequence.size
-    heads = kv_heads(inner.config.get_text_config(decoder=True))
+    heads = wrappers(model)[0].geometry.kv_heads
     if heads % size:
         raise ValueError(
             f"sp_size={size} must divide the model's {heads} KV heads: in attention each process has some."
         )
-    if any(sliding_layers(inner)):
-        raise ValueError(f"{type(inner).__name__} has sliding layers, whose rows are not shared: set sp_size to 1.")
+    if any(foreign_layers(inner)):
+        raise ValueError(
+            f"{type(inner).__name__} has layers with a sliding window or a state, whose rows are not shared: set "
+            "sp_size to 1."
+        )
     if inner.config._attn_implementation != "sdpa":
         raise ValueError("sp_size above 1 needs attn_implementation='sdpa', whose masks may be left out.")
     if spec.gate == "attention":

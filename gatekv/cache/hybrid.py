@@ -1,0 +1,97 @@
+"""A layer that keeps keys and values and a state beside them (Falcon-H1, Zaya), and whether states kept step."""
+
+from typing import Any
+
+import torch
+from transformers.cache_utils import LinearAttentionCacheLayerMixin, LinearAttentionLayer
+
+from gatekv.cache.config import CacheConfig
+from gatekv.cache.layer import KVLayer
+from gatekv.cache.segments.foreign import Foreign
+
+Tensor = torch.Tensor
+
+
+class HybridKVLayer(KVLayer, LinearAttentionCacheLayerMixin):
+    """Its keys and values are evicted as everywhere; the state is transformers' own.
+
+    Attributes:
+        state: the `LinearAttentionLayer`, as a foreign segment.
+    """
+
+    saved = (*KVLayer.saved, "state")
+    is_compileable = False
+
+    def __init__(self, config: CacheConfig, layer_idx: int, number_of_states: int) -> None:
+        self.number_of_states = number_of_states
+        super().__init__(config, layer_idx)
+
+    def reset(self) -> None:
+        super().reset()
+        self.state = Foreign(LinearAttentionLayer(self.number_of_states))
+
+    def update_conv_state(self, *args: Any, **kwargs: Any) -> Tensor:
+        """As transformers' own."""
+        return self.state.layer.update_conv_state(*args, **kwargs)
+
+    def update_recurrent_state(self, *args: Any, **kwargs: Any) -> Tensor:
+        """As transformers' own."""
+        return self.state.layer.update_recurrent_state(*args, **kwargs)
+
+    @property
+    def conv_states(self) -> dict[int, Tensor | None]:  # type: ignore[override]
+        return self.state.layer.conv_states
+
+    @property
+    def recurrent_states(self) -> dict[int, Tensor | None]:  # type: ignore[override]
+        return self.state.layer.recurrent_states
+
+    @property
+    def has_previous_state(self) -> dict[int, bool]:  # type: ignore[override]
+        return self.state.layer.has_previous_state
+
+    @property
+    def record_past(self) -> bool:  # type: ignore[override]
+        return self.state.layer.record_past
+
+    @property
+    def is_croppable(self) -> bool:  # type: ignore[override]
+        return self.state.layer.is_croppable
+
+    def activate_past_recording(self) -> None:
+        super().activate_past_recording()
+        self.state.layer.activate_past_recording()
+
+    def crop(self, tokens_to_remove: int) -> None:  # type: ignore[override]
+        super().crop(tokens_to_remove)
+        self.state.layer.crop(tokens_to_remove)
+
+
+class Steps:
+    """In which forward each state of a cache was last in use: in the last one, or that was interrupted.
+
+    How often they are renewed says nothing: kernels write some of them in place.
+    """
+
+    def __init__(self) -> None:
+        self._last: dict[int, int] = {}  # layer -> number of the forward
+        self._broken = False
+
+    def use(self, layer_idx: int, first: KVLayer) -> None:
+        """A state of a layer is read or renewed; first: the first layer that evicts, which counts the forwards."""
+        number = first.calls + (layer_idx <= first.layer_idx)
+        # A layer's turn before that of a later one that is done: the forward has begun anew.
+        self._broken |= any(n == number and layer_idx < p < first.layer_idx for p, n in self._last.items())
+        self._last[layer_idx] = number
+
+    def fork(self) -> "Steps":
+        """For a copy of the cache."""
+        twin = Steps()
+        twin._last, twin._broken = dict(self._last), self._broken
+        return twin
+
+    def uneven(self, calls: int, layer_idx: int) -> bool:
+        """Whether some are behind or ahead, where `calls` forwards are done and layer_idx is at its next; a state of
+        that layer itself is used before its attention, or after."""
+        at = {p: n for p, n in self._last.items() if p != layer_idx}
+        return self._broken or any(n != calls + (p < layer_idx) for p, n in at.items())

@@ -1,0 +1,149 @@
+"""Where a model attends and with what sizes, told from the modules themselves: no list of model types stands behind it.
+
+An attention module has a place in the cache (`layer_idx`), is causal, and calls transformers' attention interface. What
+its layer keeps beside keys and values, transformers says itself (`DynamicCache`).
+"""
+
+import types
+from collections import Counter
+from typing import TYPE_CHECKING, Any
+
+from torch import nn
+from transformers import DynamicCache, PreTrainedModel
+from transformers.cache_utils import (
+    DummyLayer,
+    DynamicLayer,
+    DynamicSlidingWindowLayer,
+    LinearAttentionAndFullAttentionLayer,
+    LinearAttentionAndSlidingWindowAttentionLayer,
+    LinearAttentionLayer,
+)
+
+from gatekv.support import NO_INTERFACE, Geometry, refuse
+
+if TYPE_CHECKING:
+    pass
+
+GATED = (DynamicLayer, LinearAttentionAndFullAttentionLayer)  # every key and value of the text: these layers grow
+FOREIGN = (DynamicSlidingWindowLayer, LinearAttentionLayer, LinearAttentionAndSlidingWindowAttentionLayer)  # bounded
+NONE = (DummyLayer,)  # no attention in that layer, or another layer's keys and values
+
+
+def _first(module: nn.Module, *names: str) -> Any:
+    found = (getattr(module, name, None) for name in names)
+    return next((value for value in found if isinstance(value, int) and not isinstance(value, bool)), None)
+
+
+def geometry_of(module: nn.Module) -> Geometry:
+    """Sizes of an attention module, from its attributes, its projections, and last its config.
+
+    Families name them differently, and a config may have one number where layers differ (Gemma 4): so what belongs to
+    the module itself comes first.
+
+    Raises:
+        ValueError: they cannot be told.
+    """
+    config = module.config
+    heads = _first(module, "num_heads", "num_attention_heads") or config.num_attention_heads
+    key_dim = _first(module, "head_dim", "head_size", "attention_head_size") or _first(config, "head_dim")
+    if key_dim is None:
+        key_dim = config.hidden_size // heads
+    kv_heads = _first(module, "num_key_value_heads", "kv_heads", "num_kv_heads")
+    if kv_heads is None:
+        projection = next((p for n in ("k_proj", "key") if isinstance(p := getattr(module, n, None), nn.Module)), None)
+        width = None if projection is None else _first(projection, "out_features")  # quantised layers have it too
+        if width is not None:
+            kv_heads = width // key_dim
+        else:
+            kv_heads = heads // (_first(module, "num_key_value_groups") or 1)
+    if not kv_heads or heads % kv_heads:
+        refuse(module, f"has {heads} query heads and {kv_heads} KV heads, which do not share them evenly")
+    return Geometry(heads, kv_heads, key_dim, _first(module, "v_head_dim") or key_dim)
+
+
+def attends(module: nn.Module) -> bool:
+    """Whether a module calls transformers' attention interface itself, from a place in the cache, causally."""
+    if getattr(module, "layer_idx", None) is None or not getattr(module, "is_causal", True):
+        return False
+    methods = [f for c in type(module).__mro__ if c is not nn.Module for f in vars(c).values()]
+    codes = [f.__code__ for f in methods if isinstance(f, types.FunctionType)]
+    return any("ALL_ATTENTION_FUNCTIONS" in code.co_names for code in codes)
+
+
+def attends_there(found: list[tuple[nn.Module, nn.Module]], layer_idx: int) -> bool:
+    """Whether one of (parent, attention) is of layer `layer_idx`."""
+    return any(module.layer_idx == layer_idx for _, module in found)
+
+
+def output_projection(module: nn.Module) -> nn.Module:
+    """What an attention module ends with: [batch, tokens, heads · value_dim] -> [batch, tokens, hidden_size].
+
+    Raises:
+        ValueError: it cannot be told.
+    """
+    names = ("o_proj", "out_proj", "dense", "c_proj", "Wo")
+    found = next((p for name in names if isinstance(p := getattr(module, name, None), nn.Module)), None)
+    if found is None:
+        raise ValueError(
+            f"{type(module).__name__} has none of {', '.join(names)}, so that its output's error cannot be measured: "
+            "use a loss that is not layer by layer."
+        )
+    return found
+
+
+def foreign_layers(model: PreTrainedModel) -> list[bool]:
+    """Which layers are transformers' own: a sliding window bounds them, or a state of fixed size; errors as above."""
+    return [type(layer) not in GATED for layer in cache_layers(model)]
+
+
+def remembers(model: PreTrainedModel) -> bool:
+    """Whether some layers keep a state (linear attention, Mamba, convolutions), which runs through a packed row."""
+    return any(isinstance(layer, LinearAttentionLayer) for layer in cache_layers(model))
+
+
+def cache_layers(model: PreTrainedModel) -> list[Any]:
+    """A fresh cache layer of transformers' own for each layer of the text decoder.
+
+    Raises:
+        ValueError: when one remembers what gatekv neither copies nor counts.
+    """
+    layers = DynamicCache(config=model.config.get_text_config(decoder=True)).layers
+    for layer in layers:
+        if type(layer) not in (*GATED, *FOREIGN, *NONE):
+            raise ValueError(
+                f"{type(model).__name__} has layers that remember something else than keys and values or a state "
+                f"({type(layer).__name__}), which gatekv can neither copy nor count: it does not support this model."
+            )
+    return layers
+
+
+def attention_modules(model: PreTrainedModel) -> list[tuple[nn.Module, nn.Module]]:
+    """(parent, attention) of every layer of the text decoder that attends, by depth.
+
+    Raises:
+        ValueError: there is none, or several stand in one place of the cache.
+    """
+    name, config = type(model).__name__, model.config.get_text_config(decoder=True)
+    found = [
+        (parent, module)
+        for parent in model.modules()
+        for module in parent.children()
+        # An image tower's attention has another config, and no place in the cache.
+        if attends(module) and getattr(module, "config", config).model_type == config.model_type
+    ]
+    if not found:
+        placed = (m for m in model.modules() if getattr(m, "layer_idx", None) is not None)
+        kind = next((type(m).__name__ for m in placed if "Attention" in type(m).__name__), name)
+        if any(getattr(m, "is_causal", True) is False for m in model.modules()):
+            raise ValueError(
+                f"{kind} is not causal, so it has no cache from which tokens could leave: a model of the BERT kind "
+                "becomes a decoder by is_decoder=True in its config."
+            )
+        raise ValueError(NO_INTERFACE.format(kind))
+    places = Counter(module.layer_idx for _, module in found)
+    if twice := [place for place, count in places.items() if count > 1]:
+        raise ValueError(
+            f"{name} has {places[twice[0]]} attention modules for layer {twice[0]} of its cache: gatekv evicts from "
+            "each layer by one module's attention, so it does not support this model."
+        )
+    return sorted(found, key=lambda pair: pair[1].layer_idx)

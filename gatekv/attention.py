@@ -123,6 +123,7 @@ class AttentionCall:
         gate: the gate in force or None; spec: its GateSpec. less: the low-rank maps in force, or None.
         memory: the gatekv cache layer, which answers; or None:
         context: what the pass over whole sequences asks (gatekv.passes); record: called with what was found.
+        sinks: [heads], the layer's learned attention sinks, set by the attention function; or None.
         geometry: sizes of the layer, or None where nobody told them.
         answered: set by the attention function; a model that never calls it would go on without a word.
     """
@@ -136,6 +137,7 @@ class AttentionCall:
     memory: Memory | None = None
     context: PassContext = LATER
     geometry: Geometry | None = None
+    sinks: torch.Tensor | None = None
     record: Callable[[object], None] = LATER
     answered: bool = False
 
@@ -226,6 +228,7 @@ def _forward(base: str) -> Callable[..., tuple[torch.Tensor, torch.Tensor | None
         call.answered = True
         check_call(module, k, v, kwargs, call.geometry)
         call.prepare(k)
+        call.sinks = kwargs.get("s_aux")
         sequence = ALONE if call.memory is not None else call.context.sequence
         q, k, v = map(sequence.into, (q, k, v))
         weights = None

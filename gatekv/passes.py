@@ -19,6 +19,7 @@ from gatekv.geometry import output_projection
 from gatekv.less.maps import Waiting
 from gatekv.ops import segments
 from gatekv.ops.gated_attention import BLOCK, gated_attention, received_attention
+from gatekv.ops.learned_sinks import with_sinks
 from gatekv.ops.naive import causal_mask, dense_segment
 from gatekv.ops.on_the_spot import on_the_spot
 from gatekv.ops.remainder import left_of
@@ -132,7 +133,9 @@ class Observe(_Judging):
         with torch.enable_grad():
             said = GateOutput(*self.judge(call, valid))
         if self.received:
-            got = received_attention(q, k, window=call.spec.window, scale=scaling, mask=mask)[..., : self.split]
+            got = received_attention(q, k, window=call.spec.window, scale=scaling, mask=mask, sinks=call.sinks)[
+                ..., : self.split
+            ]
             said = said._replace(received=got if self.documents is None else self.documents.apart(got, 2))
         if self.local is not None:
             asking = slice(self.split or 0, None)
@@ -142,6 +145,7 @@ class Observe(_Judging):
                 out = gated_attention(
                     q[:, :, asking], k, v, weight, window=call.spec.window, scale=scaling,
                     mask=None if mask is None else mask[:, :, asking], decay=call.spec.relaxation == "decay",
+                    sinks=call.sinks,
                 ).transpose(1, 2)  # fmt: skip
                 real = valid if self.documents is None else self.documents.real.to(q.device)
                 error = output_error(module, out, plain[:, asking], real[:, asking], self.sequence)
@@ -192,6 +196,7 @@ class Relaxed(_Judging):
             gated_attention(
                 q[:, :, a:c], k[:, :, :c], v[:, :, :c], g[..., :c], window=call.spec.window, scale=scaling,
                 mask=None if mask is None else mask[:, :, a:c, :c], decay=call.spec.relaxation == "decay",
+                sinks=call.sinks,
             )
             for a, c, g in ((0, prompt, torch.ones_like(weight)), (prompt, n, weight)) if c > a
         ]  # fmt: skip
@@ -225,7 +230,7 @@ class Remainder(PassContext):
 
     def attend(self, call: AttentionCall, x: Inputs) -> torch.Tensor:
         """What is kept and the state, merged."""
-        return segments.merge(self.answers(call, x))[0].to(x.q.dtype)
+        return with_sinks(segments.merge(self.answers(call, x)), call.sinks)[0].to(x.q.dtype)
 
     def answers(self, call: AttentionCall, x: Inputs) -> list[tuple[torch.Tensor, torch.Tensor]]:
         """[what is kept, the remainder], each (output, log-sum-exp), for the queries behind the prompt."""
@@ -259,11 +264,13 @@ class RemainderError(Remainder):
 
     def observe(self, call: AttentionCall, module: "SelfAttention", x: Inputs, plain: torch.Tensor) -> None:
         """Record the layer's own error; gradients reach the low-rank maps and nothing else."""
-        valid, alone = x.valid(), x._replace(q=x.q.detach(), k=x.k.detach(), v=x.v.detach())
+        valid, frozen = x.valid(), x._replace(q=x.q.detach(), k=x.k.detach(), v=x.v.detach())
         with torch.enable_grad():
-            kept, far = self.answers(call, alone)
-            error = output_error(module, segments.merge([kept, far])[0].transpose(1, 2), plain, valid)
-        call.record(LayerError(error, output_error(module, kept[0].transpose(1, 2), plain, valid)))
+            kept, far = self.answers(call, frozen)
+            out = with_sinks(segments.merge([kept, far]), call.sinks)[0]
+            error = output_error(module, out.transpose(1, 2), plain, valid)
+        alone = with_sinks(kept, call.sinks)[0]
+        call.record(LayerError(error, output_error(module, alone.transpose(1, 2), plain, valid)))
 
 
 def output_error(

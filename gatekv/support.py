@@ -11,8 +11,7 @@ if TYPE_CHECKING:
 # one (not None, not False) is refused; arguments that change nothing (output_attentions, position_ids, …) are ignored.
 UNKNOWN_TO_THE_LAW = {
     "softcap": "caps its attention scores",
-    "s_aux": "has learned attention sinks",
-    "sinks": "has learned attention sinks",
+    "sinks": "has learned attention sinks that are not called `s_aux`",
     "position_bias": "adds a bias to its attention scores",
     "indices": "chooses the keys that each query reads",
     "block_indices": "chooses the keys that each query reads",

@@ -127,7 +127,7 @@ def _prompt_end(layer: "KVLayer") -> PromptEnd:
     q, window = cast(Tensor, layer.evidence.queries), layer.window
     asks = torch.arange(q.shape[2], 0, -1, device=q.device) <= layer.real
     live = window.flags & window.valid[:, None]
-    return PromptEnd(q, asks, window.keys, live, layer.real, layer.evidence.scaling)
+    return PromptEnd(q, asks, window.keys, live, layer.real, layer.evidence.scaling, layer.evidence.sinks)
 
 
 class KeepAll(Evictor):

@@ -22,17 +22,23 @@ class Evidence(Part):
     Attributes:
         queries: [batch, heads, last, head_dim], the last ones' queries. hidden: [batch, tokens, width], what a gate
         reads, of an undecided cache alone. rotary: (cos, sin) [batch or 1, tokens, rotary_dim], or None. scaling: of
-        the attention logits. known: of an undecided prompt, scores that some policy asked for already.
+        the attention logits. sinks: [heads], the model's learned ones,
+        or None. known: of an undecided prompt, scores that some policy asked for already.
     """
 
     saved = ("queries",)
+    borrowed = ("sinks",)
 
     def __init__(self) -> None:
         self.queries: Tensor | None = None
         self.hidden: Tensor | None = None
         self.rotary: Rotary | None = None
         self.scaling: float = LATER
+        self.sinks: Tensor | None = None
         self.known: dict | None = None
+
+    def tensors(self) -> list[Tensor]:
+        return [t for t in super().tensors() if t is not self.sinks]
 
     def observe(self, config: "CacheConfig", call: "AttentionCall", q: Tensor, scaling: float, valid: Tensor,
                 before: Tensor | None = None) -> None:  # fmt: skip
@@ -41,7 +47,7 @@ class Evidence(Part):
         before: [batch, 1], real tokens of the prompt or turn that came earlier, where the new pads belong before them.
         """
         self.known = {} if config.defer else None
-        self.scaling = scaling
+        self.scaling, self.sinks = scaling, call.sinks
 
         def behind(old: Tensor | None, new: Tensor, dim: int) -> Tensor:
             if before is not None:
@@ -72,8 +78,9 @@ class Evidence(Part):
 
     def index_select(self, index: Tensor) -> None:
         self.known = None if self.known is None else {}
-        rotary, self.rotary = self.rotary, None
+        rotary, self.rotary, sinks, self.sinks = self.rotary, None, self.sinks, None
         super().index_select(index)
+        self.sinks = sinks
         if rotary is not None and len(rotary[0]) > 1:
             rotary = cast(Rotary, tuple(t.index_select(0, index) for t in rotary))
         self.rotary = rotary

@@ -3,8 +3,10 @@
 from typing import Any
 
 import torch
+from transformers import Cache
 from transformers.cache_utils import LinearAttentionCacheLayerMixin, LinearAttentionLayer
 
+from gatekv.cache import refusals
 from gatekv.cache.config import CacheConfig
 from gatekv.cache.layer import KVLayer
 from gatekv.cache.segments.foreign import Foreign
@@ -95,3 +97,57 @@ class Steps:
         that layer itself is used before its attention, or after."""
         at = {p: n for p, n in self._last.items() if p != layer_idx}
         return self._broken or any(n != calls + (p < layer_idx) for p, n in at.items())
+
+
+class States(Cache):
+    """The part of a cache that has to do with layers which keep a state: each use is noted, and none is taken back."""
+
+    _steps: Steps
+
+    def evicting(self) -> list[KVLayer]:
+        """The layers that gatekv holds, by depth."""
+        return [layer for layer in self.layers if isinstance(layer, KVLayer)]
+
+    def get_conv_state(self, layer_idx: int, state_idx: int = 0) -> torch.Tensor | None:
+        """As transformers' own; so are the next three."""
+        self._steps.use(layer_idx, self.evicting()[0])
+        return super().get_conv_state(layer_idx, state_idx)
+
+    def get_recurrent_state(self, layer_idx: int, state_idx: int = 0) -> torch.Tensor | None:
+        self._steps.use(layer_idx, self.evicting()[0])
+        return super().get_recurrent_state(layer_idx, state_idx)
+
+    def update_conv_state(self, conv_states: torch.Tensor, layer_idx: int, *args: Any, **kwargs: Any) -> torch.Tensor:
+        self._steps.use(layer_idx, self.evicting()[0])
+        return super().update_conv_state(conv_states, layer_idx, *args, **kwargs)
+
+    def update_recurrent_state(
+        self, recurrent_states: torch.Tensor, layer_idx: int, *args: Any, **kwargs: Any
+    ) -> torch.Tensor:
+        self._steps.use(layer_idx, self.evicting()[0])
+        return super().update_recurrent_state(recurrent_states, layer_idx, *args, **kwargs)
+
+    @property
+    def is_linear(self) -> list[bool]:
+        """Which layers have a state and no keys and values."""
+        return [not Foreign(layer).attends and Foreign(layer).remembers for layer in self.layers]
+
+    def crop(self, tokens_to_remove: int) -> None:
+        """Take back the last -tokens_to_remove tokens, as if they had never been seen.
+
+        Raises:
+            ValueError: they have displaced others, or run into a state; nothing has changed then.
+        """
+        refusals.check_crop(self.layers, tokens_to_remove)
+        super().crop(tokens_to_remove)
+
+    def batch_repeat_interleave(self, repeats: int) -> None:
+        """Each sequence `repeats` times, one after the other."""
+        self.reorder_cache(torch.arange(self._rows()).repeat_interleave(repeats))
+
+    def batch_select_indices(self, indices: torch.Tensor) -> None:
+        """Keep the sequences at indices [new_batch], or where a mask [batch] says True."""
+        self.reorder_cache(torch.arange(self._rows(), device=indices.device)[indices])
+
+    def _rows(self) -> int:
+        return next((len(layer.real) for layer in self.evicting() if layer.is_initialized), 0)

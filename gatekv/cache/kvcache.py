@@ -5,12 +5,11 @@ from typing import Any, cast
 
 import torch
 from torch import nn
-from transformers import Cache
 from transformers.cache_utils import LinearAttentionLayer
 
 from gatekv.cache import refusals, storage
 from gatekv.cache.config import CacheConfig
-from gatekv.cache.hybrid import HybridKVLayer, Steps
+from gatekv.cache.hybrid import HybridKVLayer, States, Steps
 from gatekv.cache.layer import KVLayer
 from gatekv.cache.ranking import adopt
 from gatekv.cache.segments.foreign import Foreign
@@ -28,7 +27,7 @@ def distinct_bytes(tensors: list[torch.Tensor]) -> int:
     return sum({t.untyped_storage().data_ptr(): t.untyped_storage().nbytes() for t in tensors if t.numel()}.values())
 
 
-class KVCache(Cache):
+class KVCache(States):
     """Pass it as `past_key_values` to `generate` or to the model; it evicts in prefill and while decoding.
 
     Args:
@@ -212,62 +211,12 @@ class KVCache(Cache):
         """
         return storage.load(cls, path, model, backend)
 
-    def evicting(self) -> list[KVLayer]:
-        """The layers that gatekv holds, by depth."""
-        return [layer for layer in self.layers if isinstance(layer, KVLayer)]
-
     def _ours(self) -> set[int]:
         return {layer.layer_idx for layer in self.evicting()}
-
-    # -- layers that keep a state
-
-    def get_conv_state(self, layer_idx: int, state_idx: int = 0) -> torch.Tensor | None:
-        """As transformers' own; so are the next three."""
-        self._steps.use(layer_idx, self.evicting()[0])
-        return super().get_conv_state(layer_idx, state_idx)
-
-    def get_recurrent_state(self, layer_idx: int, state_idx: int = 0) -> torch.Tensor | None:
-        self._steps.use(layer_idx, self.evicting()[0])
-        return super().get_recurrent_state(layer_idx, state_idx)
-
-    def update_conv_state(self, conv_states: torch.Tensor, layer_idx: int, *args: Any, **kwargs: Any) -> torch.Tensor:
-        self._steps.use(layer_idx, self.evicting()[0])
-        return super().update_conv_state(conv_states, layer_idx, *args, **kwargs)
-
-    def update_recurrent_state(
-        self, recurrent_states: torch.Tensor, layer_idx: int, *args: Any, **kwargs: Any
-    ) -> torch.Tensor:
-        self._steps.use(layer_idx, self.evicting()[0])
-        return super().update_recurrent_state(recurrent_states, layer_idx, *args, **kwargs)
-
-    @property
-    def is_linear(self) -> list[bool]:
-        """Which layers have a state and no keys and values."""
-        return [not Foreign(layer).attends and Foreign(layer).remembers for layer in self.layers]
 
     def reset(self) -> None:
         """Forget everything; the cache is as new."""
         self._build(self.config)
-
-    def crop(self, tokens_to_remove: int) -> None:
-        """Take back the last -tokens_to_remove tokens, as if they had never been seen.
-
-        Raises:
-            ValueError: they have displaced others, or run into a state; nothing has changed then.
-        """
-        refusals.check_crop(self.layers, tokens_to_remove)
-        super().crop(tokens_to_remove)
-
-    def batch_repeat_interleave(self, repeats: int) -> None:
-        """Each sequence `repeats` times, one after the other."""
-        self.reorder_cache(torch.arange(self._rows()).repeat_interleave(repeats))
-
-    def batch_select_indices(self, indices: torch.Tensor) -> None:
-        """Keep the sequences at indices [new_batch], or where a mask [batch] says True."""
-        self.reorder_cache(torch.arange(self._rows(), device=indices.device)[indices])
-
-    def _rows(self) -> int:
-        return next((len(layer.real) for layer in self.evicting() if layer.is_initialized), 0)
 
     def flags(self) -> list[torch.Tensor]:
         """What is still held: per evicting layer [batch, kv_heads, tokens seen] bool.

@@ -50,7 +50,7 @@ class OneShot(Evictor):
         window, evidence = layer.window, layer.evidence
         queries = cast(Tensor, evidence.queries)  # None only for scorers that look at no query
         parts = (window.keys, window.values, queries, window.valid, evidence.scaling, layer.layer_idx)
-        return View(*parts, lambda: self.gate_logits(layer), _kinds(layer))
+        return View(*parts, lambda: self.gate_logits(layer), _kinds(layer), evidence.sinks)
 
     def gate_logits(self, layer: "KVLayer") -> Tensor:
         """[batch, kv_heads, n], for scorers that look at them.

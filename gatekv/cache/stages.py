@@ -14,8 +14,9 @@ from gatekv.attention import AttentionCall, live_mask
 from gatekv.cache import alignment
 from gatekv.cache.gate_stream import FOLD
 from gatekv.cache.segments.window import New
-from gatekv.ops import segments
+from gatekv.ops import learned_sinks, segments
 from gatekv.ops.joint import joint_attention, log_sum_exp
+from gatekv.ops.learned_sinks import with_sinks
 from gatekv.ops.order import along, order_of
 from gatekv.ops.paged_attention import FEW_QUERIES
 
@@ -75,7 +76,7 @@ class Stage:
             asked, seen_by = q, mask
             if len(pieces) > 1:
                 asked, seen_by = q[:, :, a:c], None if mask is None else mask[:, :, a:c, : layer.seen]
-            outs.append(self.answer(layer, asked, seen_by, scale))
+            outs.append(self.answer(layer, asked, seen_by, scale, call.sinks))
             self.after_piece(layer)
         if self.observes:
             layer.evidence.observe(layer.config, call, q, scale, valid, before)
@@ -94,13 +95,15 @@ class Stage:
     def finish(self, layer: "KVLayer") -> None:
         """The call has been answered: hand over, if this stage is at its end."""
 
-    def answer(self, layer: "KVLayer", q: Tensor, mask: Mask, scale: float) -> Tensor:
+    def answer(self, layer: "KVLayer", q: Tensor, mask: Mask, scale: float, sinks: Tensor | None = None) -> Tensor:
         """The window's last tokens' queries q [batch, heads, n, head_dim], with all that the layer holds.
 
-        mask: [batch, 1, n, seen] bool or None.
+        mask: [batch, 1, n, seen] bool or None; sinks: [heads], learned ones, or None.
         """
         n, window, store = q.shape[2], layer.window, layer.store
         if self.whole and mask is None and n == len(window) and not len(store):
+            if sinks is not None:
+                return learned_sinks.attend(q, window.keys, window.values, sinks, scale, None, causal=True)
             gqa, attend = q.shape[1] != window.kv_heads, torch.nn.functional.scaled_dot_product_attention
             return attend(q, window.keys, window.values, is_causal=n > 1, scale=scale, enable_gqa=gqa)
         near = None if mask is None else alignment.columns(layer, mask, n)
@@ -111,12 +114,14 @@ class Stage:
         if n * groups <= FEW_QUERIES and (memories := store.rectangles(q)) is not None:
             memories = [*memories, window.rectangle(visible)]
             out, scores, _ = joint_attention(q, memories, scale, blind=mask is not None)
-            if rest:
-                out = segments.merge([(out, log_sum_exp(scores, q)), *rest])[0]
+            if rest or sinks is not None:
+                out = with_sinks(segments.merge([(out, log_sum_exp(scores, q)), *rest]), sinks)[0]
             return out.to(q.dtype)
         parts = [part.attend(q, scale) for part in store.segments()]
         if parts or rest:
-            return segments.merge([*parts, window.attend(q, scale, visible), *rest])[0].to(q.dtype)
+            return with_sinks(segments.merge([*parts, window.attend(q, scale, visible), *rest]), sinks)[0].to(q.dtype)
+        if sinks is not None:
+            return learned_sinks.attend(q, window.keys, window.values, sinks, scale, visible, causal=False)
         # Head by head of a group, so that no key or value is copied for its queries.
         attend, own = torch.nn.functional.scaled_dot_product_attention, (window.keys, window.values)
         heads = q.unflatten(1, (-1, groups)).unbind(2)

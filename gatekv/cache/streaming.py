@@ -11,6 +11,7 @@ from gatekv.cache.segments.window import New
 from gatekv.cache.stages import Decode, Mask
 from gatekv.ops import segments
 from gatekv.ops.joint import joint_attention, log_sum_exp
+from gatekv.ops.learned_sinks import share_of_keys, with_sinks
 from gatekv.ops.rectangle import Rectangle
 from gatekv.support import LATER
 
@@ -49,7 +50,7 @@ class Streaming(Decode):
             if sinks is not None:
                 sinks.step(cast(Rotary, tuple(t[:, i : i + 1] for t in cast(Rotary, call.rotary))), new.valid)
             step = _replaced if evictor.full else _appended
-            outs.append(step(layer, evictor, asked, new, scale, mask is None))
+            outs.append(step(layer, evictor, asked, new, scale, mask is None, call.sinks))
         if sinks is not None:
             sinks.now = LATER
         return outs[0] if n == 1 else torch.cat(outs, 2)
@@ -59,19 +60,24 @@ class Streaming(Decode):
 # a policy decides the same with a remainder or without.
 
 
-def _appended(layer: "KVLayer", evictor: "FixedBuffer", q: Tensor, new: New, scale: float, sure: bool) -> Tensor:
-    """Where heads have room yet, or several memories share it. q: [batch, heads, 1, head_dim]; sure: no pad is new."""
+def _appended(layer: "KVLayer", evictor: "FixedBuffer", q: Tensor, new: New, scale: float, sure: bool,
+              learned: Tensor | None) -> Tensor:  # fmt: skip
+    """Where heads have room yet, or several memories share it.
+
+    q: [batch, heads, 1, head_dim]; sure: no pad is new; learned: [heads], sinks that the model learned, or None.
+    """
     store, scorer = layer.store, layer.config.policy.scorer
     store.pages.append(new.keys, new.values, new.flags, layer.real - 1, new.scores)
     kept = segments.merge([part.attend(q, scale) for part in store.segments()])
-    out = segments.merge([kept, *store.remainder.answers(q, scale)])[0]
+    out = with_sinks(segments.merge([kept, *store.remainder.answers(q, scale)]), learned)[0]
     if layer.config.needs.attention:
-        store.watch(scorer.observe, q, kept[1], scale, new.valid)
+        store.watch(scorer.observe, q, with_sinks(kept, learned)[1], scale, new.valid)
     evictor.trim(layer)
     return out.to(q.dtype)
 
 
-def _replaced(layer: "KVLayer", evictor: "FixedBuffer", q: Tensor, new: New, scale: float, sure: bool) -> Tensor:
+def _replaced(layer: "KVLayer", evictor: "FixedBuffer", q: Tensor, new: New, scale: float, sure: bool,
+              learned: Tensor | None) -> Tensor:  # fmt: skip
     """The same where every head holds what it may."""
     store, pages, (b, kv) = layer.store, layer.store.pages, new.keys.shape[:2]
     memories, rest, scores = store.rectangles(q), store.remainder.answers(q, scale), None
@@ -81,13 +87,17 @@ def _replaced(layer: "KVLayer", evictor: "FixedBuffer", q: Tensor, new: New, sca
     else:
         mine = Rectangle(new.keys.flatten(0, 1), new.values.flatten(0, 1))
         out, said, paid = joint_attention(q, [*memories, mine], scale)
-        kept = out, log_sum_exp(said, q) if rest else said
+        kept = out, log_sum_exp(said, q) if rest or learned is not None else said
     if layer.config.needs.attention:
         if memories is None:
-            parts = [pages.unrolled(pages.received(q, lse, scale)), (own[1] - lse).exp().view(b * kv, -1).mean(1, True)]
-            attention = torch.cat(parts, -1)
+            whole = with_sinks((out, lse), learned)[1]
+            paid_own = (own[1] - whole).exp().view(b * kv, -1).mean(1, True)
+            attention = torch.cat([pages.unrolled(pages.received(q, whole, scale)), paid_own], -1)
         else:
-            attention = torch.cat([paid[0], paid[-1]], -1).mean(1)
+            paid_all = torch.cat([paid[0], paid[-1]], -1)
+            if learned is not None:
+                paid_all = paid_all * share_of_keys(kept[1], learned).reshape(b * kv, -1, 1)
+            attention = paid_all.mean(1)
         old = torch.cat([pages.unrolled(cast(Tensor, pages.scores)).view(b, kv, -1), cast(Tensor, new.scores)], -1)
         seen = layer.config.policy.scorer.observe(old, attention.view(old.shape).float())
         if layer.config.sinks:
@@ -96,4 +106,6 @@ def _replaced(layer: "KVLayer", evictor: "FixedBuffer", q: Tensor, new: New, sca
             seen = torch.where(new.valid[:, None], seen, old)
         scores, new = seen[..., :-1].flatten(0, 1), new._replace(scores=seen[..., -1:])
     evictor.replace(layer, new, layer.real - 1, sure, scores)
-    return (segments.merge([kept, *rest])[0] if rest else out).to(q.dtype)
+    if rest or learned is not None:
+        out = with_sinks(segments.merge([kept, *rest]), learned)[0]
+    return out.to(q.dtype)

@@ -48,7 +48,9 @@ class Prefill(Observe):
                 "gatekv.KVCache, which knows pads."
             )
         last = q[:, :, -OBSERVED:]
-        call.record(View(k, v, last, valid, scaling, call.layer_idx, lambda: self.judge(call, valid)[0]))
+        call.record(
+            View(k, v, last, valid, scaling, call.layer_idx, lambda: self.judge(call, valid)[0], None, call.sinks)
+        )
 
 
 @dataclass

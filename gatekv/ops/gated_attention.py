@@ -25,12 +25,18 @@ def heads_at_once(device: torch.device, heads: int) -> int:
 
 
 def _tiles(
-    q: torch.Tensor, k: torch.Tensor, log_gate: torch.Tensor, mask: torch.Tensor | None, window: int, decay: bool
+    q: torch.Tensor,
+    k: torch.Tensor,
+    log_gate: torch.Tensor,
+    mask: torch.Tensor | None,
+    window: int,
+    decay: bool,
+    sinks: torch.Tensor | None = None,
 ) -> Iterator[tuple[slice, slice, int, int, torch.Tensor]]:
     """Every block of probabilities: (heads, queries, first, end, p [N, G, Q, end]), slices of the N = B·K heads and of
     the queries, where `first` is the first query's place among the keys and `end` follows the last key of the block.
 
-    q: [N, G, Q, D], scaled; k: [N, T, D]; log_gate: [N, T]; mask: [B or 1, 1, Q, T] or None.
+    q: [N, G, Q, D], scaled; k: [N, T, D]; log_gate: [N, T]; mask: [B or 1, 1, Q, T] or None; sinks: [N, G] or None.
     """
     (rows, _, m, _), t = q.shape, k.shape[1]
     step = heads_at_once(q.device, rows)
@@ -43,7 +49,8 @@ def _tiles(
             if mask is not None:
                 row = torch.arange(head, head + step, device=q.device) // (rows // len(mask))
                 seen = mask[row, 0, queries, :end]
-            p = _probabilities(q[heads, :, queries], k[heads, :end], log_gate[heads, :end], seen, first, window, decay)
+            p = _probabilities(q[heads, :, queries], k[heads, :end], log_gate[heads, :end], seen, first, window, decay,
+                               None if sinks is None else sinks[heads])  # fmt: skip
             yield heads, queries, first, end, p
 
 
@@ -55,8 +62,9 @@ def _probabilities(
     first: int,
     window: int,
     decay: bool,
+    sinks: torch.Tensor | None = None,
 ) -> torch.Tensor:
-    """Probabilities [N, G, Q, T] of one block of queries; all 0 for a query that may look nowhere."""
+    """Probabilities [N, G, Q, T] of one block of queries, beside sinks [N, G]; all 0 for a query that looks nowhere."""
     (n, g, m, d), t = q.shape, k.shape[1]
     s = torch.bmm(q.reshape(n, g * m, d), k.transpose(1, 2)).view(n, g, m, t)
     distance, local, far = _band(first, t, window, decay, q.device)
@@ -65,8 +73,12 @@ def _probabilities(
     s[..., far:] += bias[..., far:].masked_fill(local, 0)
     if mask is None:
         s[..., first:].masked_fill_(~causal_mask(m, m, q.device), -torch.inf)
-        return s.softmax(-1)
-    return s.masked_fill_(~mask[:, None], -torch.inf).softmax(-1).nan_to_num_(nan=0.0)
+    else:
+        s.masked_fill_(~mask[:, None], -torch.inf)
+    p = s.softmax(-1)
+    if sinks is not None:
+        p.mul_(torch.sigmoid(s.logsumexp(-1, keepdim=True) - sinks[..., None, None]))
+    return p if mask is None else p.nan_to_num_(nan=0.0)
 
 
 def _band(
@@ -88,6 +100,14 @@ def _operands(
     return group_queries(q.to(acc) * scale, k.shape[1]).flatten(0, 1), k.to(acc).flatten(0, 1), log_gate.flatten(0, 1)
 
 
+def _sinks_by_row(sinks: torch.Tensor | None, q: torch.Tensor) -> torch.Tensor | None:
+    """Sinks [H] for each of the rows and groups of q [N, G, Q, D]."""
+    if sinks is None:
+        return None
+    rows, group = q.shape[:2]
+    return sinks.to(q.dtype).view(-1, group).repeat(rows * group // len(sinks), 1)
+
+
 def _product_dtype(q: torch.Tensor) -> torch.dtype:
     return q.dtype if q.dtype == torch.bfloat16 else accumulation_dtype(q)
 
@@ -104,21 +124,23 @@ class _GatedAttention(torch.autograd.Function):
         window: int,
         scale: float,
         decay: bool,
+        sinks: torch.Tensor | None,
     ) -> torch.Tensor:
         qs, ks, log_gate = _operands(q, k, gate, scale)
-        out, vs = q.new_empty(qs.shape), v.flatten(0, 1).to(_product_dtype(q))
-        for heads, queries, _, end, p in _tiles(qs, ks, log_gate, mask, window, decay):
+        out, vs = q.new_empty(*qs.shape[:-1], v.shape[-1]), v.flatten(0, 1).to(_product_dtype(q))
+        own = _sinks_by_row(sinks, qs)
+        for heads, queries, _, end, p in _tiles(qs, ks, log_gate, mask, window, decay, own):
             answer = torch.bmm(p.flatten(1, 2).to(vs.dtype), vs[heads, :end])
             out[heads, :, queries] = answer.unflatten(1, p.shape[1:3])
-        out = out.view(q.shape)
-        ctx.save_for_backward(q, k, v, gate, out, *(() if mask is None else (mask,)))
+        out = out.view(*q.shape[:-1], v.shape[-1])
+        ctx.save_for_backward(q, k, v, gate, out, mask, sinks)
         ctx.window, ctx.scale, ctx.decay = window, scale, decay
         return out
 
     @staticmethod
     def backward(ctx: Any, dout: torch.Tensor) -> tuple[torch.Tensor | None, ...]:
-        q, k, v, gate, out, *rest = ctx.saved_tensors
-        mask, window, decay = rest[0] if rest else None, ctx.window, ctx.decay
+        q, k, v, gate, out, mask, sinks = ctx.saved_tensors
+        window, decay = ctx.window, ctx.decay
         qs, ks, log_gate = _operands(q, k, gate, ctx.scale)
         log_gate.clamp_min_(LEAST_LOG_GATE)
         acc, low = ks.dtype, _product_dtype(q)
@@ -129,8 +151,9 @@ class _GatedAttention(torch.autograd.Function):
         do = group_queries(do, k.shape[1]).flatten(0, 1)
         vs = torch.nn.functional.pad(v.flatten(0, 1).to(low), (0, 2), value=1)
         ql, kl = qs.to(low), ks.to(low)
-        dq, dk, dv, dlog = torch.empty_like(ql), torch.zeros_like(ks), torch.zeros_like(ks), torch.zeros_like(log_gate)
-        for heads, queries, first, end, p in _tiles(qs, ks, log_gate, mask, window, decay):
+        dq, dk, dlog = torch.empty_like(ql), torch.zeros_like(ks), torch.zeros_like(log_gate)
+        dv, own = ks.new_zeros(*ks.shape[:2], v.shape[-1]), _sinks_by_row(sinks, qs)
+        for heads, queries, first, end, p in _tiles(qs, ks, log_gate, mask, window, decay, own):
             p, db = p.to(low), do[heads, :, queries].flatten(1, 2)
             ds = torch.bmm(db, vs[heads, :end].transpose(1, 2)).view_as(p).mul_(p)
             if ctx.needs_input_grad[3]:
@@ -145,7 +168,7 @@ class _GatedAttention(torch.autograd.Function):
                 dv[heads, :end] += torch.bmm(p.transpose(1, 2), db[..., :-2])
         dgate = (dlog * (-log_gate).exp()).view(gate.shape).to(gate.dtype)
         grads = [(dq * ctx.scale).view(q.shape), dk.view(k.shape).to(k.dtype), dv.view(v.shape).to(v.dtype), dgate]
-        return *(g if needed else None for g, needed in zip(grads, ctx.needs_input_grad)), None, None, None, None
+        return *(g if needed else None for g, needed in zip(grads, ctx.needs_input_grad)), *[None] * 5
 
 
 def gated_attention(
@@ -158,22 +181,30 @@ def gated_attention(
     scale: float,
     mask: torch.Tensor | None = None,
     decay: bool = False,
+    sinks: torch.Tensor | None = None,
 ) -> torch.Tensor:
-    """See `gatekv.ops.naive.gated_attention`; on a GPU with Triton `gated_triton` answers."""
+    """See `gatekv.ops.naive.gated_attention`; on a GPU with Triton `gated_triton` answers. Sinks get no gradient."""
     if backends.triton_serves(q.device, q.dtype):
         kernels = importlib.import_module("gatekv.ops.gated_triton")
-        return kernels.gated_attention(q, k, v, gate, window=window, scale=scale, mask=mask, decay=decay)
-    return _GatedAttention.apply(q, k, v, gate, mask, window, scale, decay)
+        return kernels.gated_attention(q, k, v, gate, window=window, scale=scale, mask=mask, decay=decay, sinks=sinks)
+    return _GatedAttention.apply(q, k, v, gate, mask, window, scale, decay, sinks)
 
 
 @torch.no_grad()
 def received_attention(
-    q: torch.Tensor, k: torch.Tensor, *, window: int, scale: float, mask: torch.Tensor | None = None
+    q: torch.Tensor,
+    k: torch.Tensor,
+    *,
+    window: int,
+    scale: float,
+    mask: torch.Tensor | None = None,
+    sinks: torch.Tensor | None = None,
 ) -> torch.Tensor:
     """See `gatekv.ops.naive.received_attention`."""
     qs, ks, log_gate = _operands(q.float(), k.float(), torch.ones(k.shape[:3], device=k.device), scale)
     best = torch.zeros_like(log_gate)
-    for heads, queries, first, end, p in _tiles(qs, ks, log_gate, mask, window, False):
+    own = _sinks_by_row(sinks, qs)
+    for heads, queries, first, end, p in _tiles(qs, ks, log_gate, mask, window, False, own):
         _, local, far = _band(first, end, window, False, q.device)
         p[..., far:].masked_fill_(local, 0)
         if mask is not None:  # a pad sees real keys but not itself: its query is no query

@@ -73,16 +73,20 @@ def _visited(Order, kv_row, at, far, near, keys, BLOCK: tl.constexpr):
 
 
 @triton.jit
-def _forward(Q, K, V, Gate, Order, Rank, Mask, Out, Lse, heads, group, queries, keys, mask_b, mask_q, mask_k,
+def _forward(Q, K, V, Gate, Order, Rank, Mask, Sinks, Out, Lse, heads, group, queries, keys, mask_b, mask_q, mask_k,
              window, scale, D: tl.constexpr, WIDTH: tl.constexpr, BLOCK: tl.constexpr,
-             MASKED: tl.constexpr, DECAY: tl.constexpr):  # fmt: skip
-    """One block of queries of one head: output and log-sum-exp; +inf where a query sees nothing, so e^{s - lse} = 0."""
+             MASKED: tl.constexpr, DECAY: tl.constexpr, SINKS: tl.constexpr):  # fmt: skip
+    """One block of queries of one head: output and log-sum-exp, the head's sink in both; +inf where a query sees
+    nothing, so e^{s - lse} = 0."""
     block, row = tl.program_id(0), tl.program_id(1).to(tl.int64)
     kv_row, mask = row // group, Mask + row // heads * mask_b + tl.cast(block, tl.int64) * BLOCK * mask_q
     i = block * BLOCK + tl.arange(0, BLOCK)
     q = _load(Q, row, i, queries, D, WIDTH)
     top = tl.full([BLOCK], float("-inf"), tl.float32)
     total = tl.zeros([BLOCK], tl.float32)
+    if SINKS:  # a key whose value is 0
+        top = tl.zeros([BLOCK], tl.float32) + tl.load(Sinks + row % heads)
+        total += 1.0
     acc = tl.zeros([BLOCK, WIDTH], tl.float32)
     far, near, tiles = _reach(Rank, kv_row, block, queries, keys, window, BLOCK)
     for at in range(0, tiles):
@@ -202,6 +206,7 @@ class _GatedAttention(torch.autograd.Function):
         window: int,
         scale: float,
         decay: bool,
+        sinks: torch.Tensor | None,
     ) -> torch.Tensor:
         (b, h, m, d), (kv, n) = q.shape, k.shape[1:3]
         width = max(16, triton.next_power_of_2(d))
@@ -214,8 +219,9 @@ class _GatedAttention(torch.autograd.Function):
         out, lse = torch.empty_like(q), torch.empty(b, h, m, dtype=torch.float32, device=q.device)
         with torch.cuda.device_of(q):
             _forward[(triton.cdiv(m, block), b * h)](
-                q, k, v, gate, order, rank, gate if mask is None else mask, out, lse, h, *ctx.sizes, **ctx.shape
-            )
+                q, k, v, gate, order, rank, gate if mask is None else mask, gate if sinks is None else sinks, out, lse,
+                h, *ctx.sizes, **ctx.shape, SINKS=sinks is not None,
+            )  # fmt: skip
         ctx.save_for_backward(q, k, v, gate, out, lse, order, rank, *(() if mask is None else (mask,)))
         return out
 
@@ -237,7 +243,7 @@ class _GatedAttention(torch.autograd.Function):
                 STEP=max(16, block // 2), KEYS=needs_k or needs_v, GATES=needs_gate,
             )  # fmt: skip
         wanted = (g if needed else None for g, needed in zip((dq, dk, dv, dgate), ctx.needs_input_grad))
-        return *wanted, None, None, None, None
+        return *wanted, *[None] * 5
 
 
 def gated_attention(
@@ -250,6 +256,7 @@ def gated_attention(
     scale: float,
     mask: torch.Tensor | None = None,
     decay: bool = False,
+    sinks: torch.Tensor | None = None,
 ) -> torch.Tensor:
     """See `gatekv.ops.naive.gated_attention`; accumulates in float32, so float64 belongs on the blocked path.
 
@@ -260,4 +267,8 @@ def gated_attention(
     x, y, z = (t.to(dtype).contiguous() for t in (q, k, v))
     seen = None if mask is None else mask.expand(b, 1, m, n).view(torch.uint8)
     window = min(max(window, 1), n)
-    return _GatedAttention.apply(x, y, z, gate.float().contiguous(), seen, window, scale, decay).to(q.dtype)
+    own = None if sinks is None else sinks.detach().float().contiguous()
+    if v.shape[-1] < q.shape[-1]:  # the kernels have one width for keys and values
+        z = torch.nn.functional.pad(z, (0, q.shape[-1] - v.shape[-1]))
+    out = _GatedAttention.apply(x, y, z, gate.float().contiguous(), seen, window, scale, decay, own)
+    return out[..., : v.shape[-1]].to(q.dtype)

@@ -42,6 +42,7 @@ def gated_attention(
     scale: float,
     mask: Tensor | None = None,
     decay: bool = False,
+    sinks: Tensor | None = None,
 ) -> Tensor:
     """Attention in which key j weighs ``gate_j * exp(s_ij)`` once it is `window` tokens behind query i.
 
@@ -52,6 +53,7 @@ def gated_attention(
         window: keys with i - j < max(window, 1) ignore their gate.
         decay: the weight is gate_j^(i - j): a key fades with its distance (TRIM-KV), at a rate of its own.
         scale: of the logits.  mask: [B, 1, Q, T] bool, True = may attend; None = causal.
+        sinks: [H], learned logits of what stands for nothing (see `with_sinks`), or None.
 
     Returns:
         [B, H, Q, D] in q's dtype; rows that may attend to nothing (pads) are 0.
@@ -63,7 +65,15 @@ def gated_attention(
         weight = weight ** (i - j).clamp_min(0)
     weight = torch.where(i - j < max(window, 1), weight.new_ones(()), weight)
     seen = causal_mask(m, n, q.device)[None, None] if mask is None else mask
-    return gated_segment(q, k, v, weight, seen, scale)[0].to(q.dtype)
+    return with_sinks(gated_segment(q, k, v, weight, seen, scale), sinks)[0].to(q.dtype)
+
+
+def with_sinks(answer: tuple[Tensor, Tensor], sinks: Tensor | None) -> tuple[Tensor, Tensor]:
+    """An answer (out [B, H, Q, D], lse [B, H, Q]) merged with that of learned sinks [H], (0, s); None: as it was."""
+    if sinks is None:
+        return answer
+    out, lse = answer
+    return merge([answer, (torch.zeros_like(out), sinks.to(lse)[:, None].expand_as(lse))])
 
 
 def gated_segment(q: Tensor, k: Tensor, v: Tensor, weight: Tensor, mask: Tensor, scale: float) -> tuple[Tensor, Tensor]:
@@ -84,7 +94,9 @@ def gated_segment(q: Tensor, k: Tensor, v: Tensor, weight: Tensor, mask: Tensor,
     return out.reshape(b, h, m, d), (lse + top[..., 0]).reshape(b, h, m)
 
 
-def received_attention(q: Tensor, k: Tensor, *, window: int, scale: float, mask: Tensor | None = None) -> Tensor:
+def received_attention(
+    q: Tensor, k: Tensor, *, window: int, scale: float, mask: Tensor | None = None, sinks: Tensor | None = None
+) -> Tensor:
     """Per key, the largest probability that any query at least `window` tokens later gives it: what evicting it risks.
 
     q: [B, H, T, D]; k: [B, K, T, D]; mask as in `gated_attention`. Maximum over queries and over the heads of a group
@@ -94,29 +106,55 @@ def received_attention(q: Tensor, k: Tensor, *, window: int, scale: float, mask:
     s = torch.einsum("bkgqd,bktd->bkgqt", group_queries(q, kv).float(), k.float()) * scale
     allowed = (causal_mask(n, n, q.device) if mask is None else mask).expand(b, 1, n, n)[:, :, None]
     asks = allowed.diagonal(dim1=-2, dim2=-1)[..., None]  # a pad sees real keys but not itself: its query is no query
-    p = s.masked_fill(~allowed, -torch.inf).softmax(-1).masked_fill(~(allowed & asks), 0)
+    p = _softmax(s.masked_fill(~allowed, -torch.inf), sinks).masked_fill(~(allowed & asks), 0)
     i, j = torch.arange(n, device=q.device)[:, None], torch.arange(n, device=q.device)
     return p.masked_fill(i - j < max(window, 1), 0).amax((2, 3))
 
 
-def _paid(q: Tensor, k: Tensor, scale: float, valid: Tensor, asks: Tensor) -> Tensor:
+def _softmax(s: Tensor, sinks: Tensor | None) -> Tensor:
+    """Of scores [B, K, G, Q, T], beside learned sinks [H] or None."""
+    if sinks is None:
+        return s.softmax(-1)
+    own = sinks.to(s).view(1, s.shape[1], -1, 1, 1).expand(*s.shape[:-1], 1)
+    return torch.cat([s, own], -1).softmax(-1)[..., :-1]
+
+
+def _paid(q: Tensor, k: Tensor, scale: float, valid: Tensor, asks: Tensor, sinks: Tensor | None) -> Tensor:
     """Probabilities [B, K, G, Q, T] of the last Q tokens' queries over all keys; zero for pads and who does not ask."""
     acc = accumulation_dtype(q)
     s = torch.einsum("bkgqd,bktd->bkgqt", group_queries(q, k.shape[1]).to(acc), k.to(acc)) * scale
     seen = causal_mask(q.shape[2], k.shape[2], q.device) & (asks[:, :, None] & valid[:, None])[:, None, None]
-    return s.masked_fill(~seen, -torch.inf).softmax(-1).masked_fill(~seen, 0)
+    return _softmax(s.masked_fill(~seen, -torch.inf), sinks).masked_fill(~seen, 0)
 
 
-def attention_mass(q: Tensor, k: Tensor, *, scale: float, valid: Tensor, asks: Tensor | None = None) -> Tensor:
+def attention_mass(
+    q: Tensor,
+    k: Tensor,
+    *,
+    scale: float,
+    valid: Tensor,
+    asks: Tensor | None = None,
+    sinks: Tensor | None = None,
+) -> Tensor:
     """Per key, the probability that a causal prompt's last queries give it, summed over queries, mean over a group.
 
     q: [B, H, Q, D]; k: [B, K, T, D]; valid: [B, T] bool, pads neither ask nor receive; asks: [B, Q] bool, whose queries
-    count, real ones only; None = all real ones. Returns [B, K, T] in the accumulation dtype (H2O, arXiv 2306.14048).
+    count, real ones only; None = all real ones; sinks: [H] learned ones, which take their share. Returns [B, K, T] in
+    the accumulation dtype (H2O, arXiv 2306.14048).
     """
-    return _paid(q, k, scale, valid, valid[:, -q.shape[2] :] if asks is None else asks).sum(-2).mean(2)
+    return _paid(q, k, scale, valid, valid[:, -q.shape[2] :] if asks is None else asks, sinks).sum(-2).mean(2)
 
 
-def local_mass(q: Tensor, k: Tensor, *, scale: float, valid: Tensor, near: Tensor, beside: Tensor) -> Tensor:
+def local_mass(
+    q: Tensor,
+    k: Tensor,
+    *,
+    scale: float,
+    valid: Tensor,
+    near: Tensor,
+    beside: Tensor,
+    sinks: Tensor | None = None,
+) -> Tensor:
     """[B, K]: the probability that all queries of a causal prompt give their last keys, those `beside` left out.
 
     Shapes as for `attention_mass`, Q = T; near: [B], query i finds keys j with i - j < near; beside: [B, K, T] bool.
@@ -124,7 +162,7 @@ def local_mass(q: Tensor, k: Tensor, *, scale: float, valid: Tensor, near: Tenso
     """
     at = torch.arange(k.shape[2], device=k.device)
     close = (at[:, None] - at < near[:, None, None])[:, None] & ~beside[:, :, None]
-    return (_paid(q, k, scale, valid, valid) * close[:, :, None]).sum((-1, -2)).mean(2)
+    return (_paid(q, k, scale, valid, valid, sinks) * close[:, :, None]).sum((-1, -2)).mean(2)
 
 
 def dense_segment(q: Tensor, k: Tensor, v: Tensor, mask: Tensor | None, scale: float) -> tuple[Tensor, Tensor]:

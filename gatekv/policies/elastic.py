@@ -37,7 +37,7 @@ class ElasticCache(Scorer):
 
     def score(self, view: View) -> torch.Tensor:
         index, length = real_index(view.valid), view.valid.sum(-1, keepdim=True)
-        mass = attention_mass(view.queries, view.keys, scale=view.scaling, valid=view.valid)
+        mass = attention_mass(view.queries, view.keys, scale=view.scaling, valid=view.valid, sinks=view.learned_sinks)
         passing = (index >= length - self.window)[:, None]
         return torch.where(passing, self.enter(view.keys, index).to(mass.dtype), mass)
 

@@ -31,7 +31,7 @@ class H2O(Scorer):
             raise ValueError(f"recent_share is a share of the buffer, at least 0 and below 1; got {self.recent_share}.")
 
     def score(self, view: View) -> torch.Tensor:
-        return attention_mass(view.queries, view.keys, scale=view.scaling, valid=view.valid)
+        return attention_mass(view.queries, view.keys, scale=view.scaling, valid=view.valid, sinks=view.learned_sinks)
 
     def recent(self, counts: torch.Tensor, window: int) -> torch.Tensor:
         return (counts * self.recent_share).long().clamp_min(window)

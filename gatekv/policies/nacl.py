@@ -48,7 +48,8 @@ class NACL(Scorer):
         most = min(int(count.max()), view.keys.shape[2])
         asks = torch.arange(most, 0, -1, device=count.device) <= count
         asked = view.queries[:, :, -most:]
-        return attention_mass(asked, view.keys, scale=view.scaling, valid=view.valid, asks=asks & view.valid[:, -most:])
+        asks, sinks = asks & view.valid[:, -most:], view.learned_sinks
+        return attention_mass(asked, view.keys, scale=view.scaling, valid=view.valid, asks=asks, sinks=sinks)
 
     def score(self, view: View) -> torch.Tensor:
         draw = (hashed(self.seed, view).double() + 0.5) / 2**32

@@ -27,6 +27,7 @@ class View:
         scaling: factor on the attention logits. layer_idx: of the layer.
         gate_logits: () -> [batch, kv_heads, tokens], computed on demand; raises if the model carries no gate.
         kinds: [batch, tokens] integers, see `gatekv.policies.fastgen.token_kinds`, or None: nobody said.
+        learned_sinks: [heads] logits that take their share of every query's attention (gpt-oss), or None.
     """
 
     keys: torch.Tensor
@@ -37,6 +38,7 @@ class View:
     layer_idx: int
     gate_logits: Callable[[], torch.Tensor]
     kinds: torch.Tensor | None = None
+    learned_sinks: torch.Tensor | None = None
 
 
 class Scorer(ABC):

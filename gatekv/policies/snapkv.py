@@ -5,6 +5,7 @@ from dataclasses import dataclass
 import torch
 
 from gatekv.config import check_choice
+from gatekv.ops.learned_sinks import softmax
 from gatekv.ops.naive import accumulation_dtype, causal_mask, group_queries
 from gatekv.policies.scorer import Scorer, View
 
@@ -18,7 +19,7 @@ def window_attention(view: View, window: int) -> torch.Tensor:
     q = group_queries(view.queries[:, :, -window:], view.keys.shape[1]).to(acc)
     s = torch.einsum("bkgqd,bktd->bkgqt", q, view.keys.to(acc)) * view.scaling
     seen = causal_mask(window, view.keys.shape[2], s.device) & view.valid[:, None, None, None]
-    a = s.masked_fill(~seen, -torch.inf).softmax(-1).masked_fill(~seen, 0)
+    a = softmax(s.masked_fill(~seen, -torch.inf), view.learned_sinks).masked_fill(~seen, 0)
     return a.masked_fill(~view.valid[:, None, None, -window:, None], 0)
 
 

@@ -16,6 +16,7 @@ from gatekv.config import GateSpec
 from gatekv.less.maps import Waiting
 from gatekv.ops import segments
 from gatekv.ops.gated_attention import BLOCK, gated_attention
+from gatekv.ops.learned_sinks import with_sinks
 from gatekv.ops.naive import causal_mask, gated_segment
 
 
@@ -62,7 +63,8 @@ class GatedPrompt(Memory, CacheLayerMixin):
         k, v = torch.cat([self.keys, k], 2), torch.cat([self.values, v], 2)
         weight = torch.nn.functional.pad(self.weight, (0, q.shape[2]), value=1.0)
         if call.less is None:
-            return gated_attention(q, k, v, weight, window=self.window, scale=scaling, mask=mask, decay=self.decay)
+            return gated_attention(q, k, v, weight, window=self.window, scale=scaling, mask=mask, decay=self.decay,
+                sinks=call.sinks)  # fmt: skip
         prompt, n = self.keys.shape[2], k.shape[2]
         seen = causal_mask(q.shape[2], n, q.device)[None, None] if mask is None else mask
         blocks = [slice(a, a + BLOCK) for a in range(0, q.shape[2], BLOCK)]
@@ -74,7 +76,7 @@ class GatedPrompt(Memory, CacheLayerMixin):
         psi = call.less.psi(k) * (1 - weight)[..., None]
         left = torch.full(k.shape[:3], n, device=k.device).index_fill_(2, torch.arange(prompt, device=k.device), prompt)
         far = call.less.answer(q, scaling, None, Waiting(psi, k, v, left, mask))
-        return segments.merge([kept, *far])[0].to(q.dtype)
+        return with_sinks(segments.merge([kept, *far]), call.sinks)[0].to(q.dtype)
 
 
 def gated_prompt(teacher: DynamicCache, split: int, weights: dict[int, torch.Tensor], spec: GateSpec) -> Cache:

@@ -10,11 +10,11 @@ from triton.compiler import ASTSource
 from gatekv.ops import gated_triton
 
 TYPES = {"Gate": "*fp32", "Lse": "*fp32", "Delta": "*fp32", "DGate": "*fp32", "Order": "*i32", "Rank": "*i32",
-         "Mask": "*u8", "scale": "fp32"}  # fmt: skip
+         "Sinks": "*fp32", "Mask": "*u8", "scale": "fp32"}  # fmt: skip
 TENSORS = ("Q", "K", "V", "Out", "DOut", "DQ", "DK", "DV")
 SHAPE = dict(D=80, WIDTH=128, BLOCK=64, MASKED=True, DECAY=True)
 KERNELS = {
-    gated_triton._forward: SHAPE,
+    gated_triton._forward: SHAPE | dict(SINKS=True),
     gated_triton._grad_queries: SHAPE | dict(QUERIES=True),
     gated_triton._grad_keys: SHAPE | dict(STEP=32, KEYS=True, GATES=True),
 }

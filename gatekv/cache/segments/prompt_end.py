@@ -17,7 +17,8 @@ class PromptEnd:
     Attributes:
         queries: [batch, heads, n, head_dim], the last n columns'. asks: [batch, n] bool, False at pads.
         keys: [batch, kv_heads, t, head_dim], of the window; live: [batch, kv_heads, t] bool, which of it will stay.
-        real: [batch, 1], real tokens so far. scaling: factor on the attention logits.
+        real: [batch, 1], real tokens so far. scaling: factor on the attention logits. sinks: [heads], learned ones, or
+        None.
     """
 
     queries: Tensor
@@ -26,6 +27,7 @@ class PromptEnd:
     live: Tensor
     real: Tensor
     scaling: float
+    sinks: Tensor | None = None
 
     def old(self, pages: Pages, window: int) -> Tensor:
         """[P, block_size] bool: the tokens of `pages` but for each row's last `window`."""

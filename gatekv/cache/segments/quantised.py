@@ -10,6 +10,7 @@ from gatekv.cache.segments.prompt_end import PromptEnd
 from gatekv.cache.segments.segment import Read, Shape
 from gatekv.cache.segments.width import Narrow
 from gatekv.ops import segments
+from gatekv.ops.learned_sinks import with_sinks
 from gatekv.ops.naive import group_queries
 from gatekv.ops.paged_attention import paged_mass
 from gatekv.ops.quantise import dequantise, quantise, spread
@@ -79,7 +80,7 @@ class Quantised(Narrow):
         """[P, block_size]: the most that any of the last queries attends to each old token, of all it attends to."""
         q = end.queries
         seen = [part.attend(q, end.scaling) for part in (old, self) if len(part)]
-        lse = segments.merge([*seen, end.near(pages, self.width.window)])[1]
+        lse = with_sinks(segments.merge([*seen, end.near(pages, self.width.window)]), end.sinks)[1]
         lse = lse.masked_fill(~end.asks[:, None], torch.inf)
         return paged_mass(q, old.keys, old.table, lse, end.scaling, most=True)
 

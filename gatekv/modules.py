@@ -291,6 +291,8 @@ def attention_layers(model: nn.Module) -> list[tuple[nn.Module, nn.Module]]:
             "longer than any input (Phi-3 128k), load the model with sliding_window=None."
         )
     if without := sorted({*wanted} - {cast("SelfAttention", m).layer_idx for _, m in full}):
+        if other := next((m for m in inner.modules() if getattr(m, "layer_idx", None) == without[0]), None):
+            raise ValueError(NO_INTERFACE.format(type(other).__name__))
         raise ValueError(
             f"{name} keeps keys and values for layer {without[0]}, and no attention module of its own belongs to it "
             "(several layers share one?): gatekv evicts from each layer by its own module's attention."

@@ -74,7 +74,7 @@ def forecast(cache: KVCache, length: int, new_tokens: int = 0, batch: int = 1) -
     sums = [0, 0, 0, 0]
     for i, layer in enumerate(cache.layers):
         sizes = (gated[i] if i in gated else layers[0]).geometry
-        shape = Shape(batch, sizes.kv_heads, sizes.key_dim, dtype, settings.block_size, even, beside)
+        shape = Shape(batch, sizes.kv_heads, sizes.key_dim, dtype, settings.block_size, even, beside, sizes.value_dim)
         token = Foreign.forecast_bytes(shape, 1)
         if isinstance(layer, KVLayer):
             tokens.append(next(counts))

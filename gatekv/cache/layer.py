@@ -57,8 +57,9 @@ class KVLayer(Readable, Part, Memory, CacheLayerMixin):
         self.is_initialized = self.recording = self.open = self.expected = self.padded = False
 
     def lazy_initialization(self, key_states: Tensor, value_states: Tensor | None) -> None:
-        self.window = RecentWindow(key_states, self.evictor.window_scores)
-        self.store = CompressedStore(key_states, self.config, self.evictor.page_scores)
+        value_dim = None if value_states is None else value_states.shape[-1]
+        self.window = RecentWindow(key_states, self.evictor.window_scores, value_dim)
+        self.store = CompressedStore(key_states, self.config, self.evictor.page_scores, value_dim)
         self.real = torch.zeros(len(key_states), 1, dtype=torch.long, device=key_states.device)
         self.is_initialized = True
 

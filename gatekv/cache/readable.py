@@ -45,9 +45,9 @@ class Readable:
             return None
         window, store = layer.window, layer.store
         parts = [(getattr(window, name), layer.stage.held_in_window(layer))]
-        heads, width = window.flags.shape[:2], window.values.shape[-1]
+        heads, width = window.flags.shape[:2], getattr(window, name).shape[-1]
         for segment in store.segments():
-            probe = window.values.new_zeros(*heads, 1, width)
+            probe = window.keys.new_zeros(*heads, 1, window.keys.shape[-1])
             decoded = segment.reads(probe) if segment is store.narrow else segment.stores()
             for pages, read in zip(segment.stores(), decoded):
                 pool = getattr(read, name) if isinstance(read, Pages) else read[1 if name == "keys" else 2]

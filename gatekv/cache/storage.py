@@ -116,16 +116,16 @@ def load(cls: type["KVCache"], path: str, model: nn.Module, backend: str | None)
         part: Part = layer if isinstance(layer, KVLayer) else Foreign(layer)
         try:
             if isinstance(layer, KVLayer):
-                _empty(layer, mine["window.keys"])
+                _empty(layer, mine["window.keys"], mine["window.values"])
             part.load_state_dict(mine)
         except (KeyError, IndexError, RuntimeError, ValueError) as error:
             raise ValueError(f"{path}: layer {i} is damaged ({error!r}): save the cache again.") from error
     return cache
 
 
-def _empty(layer: KVLayer, keys: torch.Tensor) -> None:
-    """Make a fresh layer what a decided one is before it holds anything; keys [batch, kv_heads, tokens, head_dim]."""
-    layer.lazy_initialization(keys[:, :, :0], None)
+def _empty(layer: KVLayer, keys: torch.Tensor, values: torch.Tensor) -> None:
+    """Make a fresh layer what a decided one is before it holds anything; keys, values: [batch, kv_heads, tokens, …]."""
+    layer.lazy_initialization(keys[:, :, :0], values[:, :, :0])
     layer.evictor = layer.evictor.successor()
     layer.stage = stages.Turn() if layer.config.turns else layer.evictor.stage()
     layer.evictor.begin(layer)

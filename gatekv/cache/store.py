@@ -32,12 +32,12 @@ class CompressedStore(Part):
 
     saved = ("pages", "narrow", "sinks", "remainder")
 
-    def __init__(self, like: Tensor, config: "CacheConfig", with_scores: bool) -> None:
-        """`like` [batch, kv_heads, tokens, head_dim] gives shapes, dtype and device."""
+    def __init__(self, like: Tensor, config: "CacheConfig", with_scores: bool, value_dim: int | None = None) -> None:
+        """`like` [batch, kv_heads, tokens, head_dim] gives shapes, dtype and device; value_dim: as for the window."""
         policy = config.policy
         backend = backends.choose(config.backend, config.block_size, like.device, like.dtype)
         self.remainder: Remainder = policy.remainder_segment()
-        self.pages = Pages(like, config.block_size, with_scores, self.remainder.counts, backend)
+        self.pages = Pages(like, config.block_size, with_scores, self.remainder.counts, backend, value_dim)
         self.narrow = None if policy.width is None else policy.width.segment(self.pages)
         self.sinks: Paged | None = None
 

@@ -57,8 +57,9 @@ def _fitted(model: "GateModel", undecided: KVCache, policy: Policy, budget: floa
     Raises:
         ValueError: a budget below the state alone, or that the width cannot meet ("unreachable").
     """
-    keys = undecided.evicting()[0].window.keys
-    length, head_dim = keys.shape[2], keys.shape[3]
+    window = undecided.evicting()[0].window
+    keys, length, value_dim = window.keys, window.keys.shape[2], window.values.shape[3]
+    head_dim = (keys.shape[3] + value_dim) // 2
     if policy.remainder is None and policy.width is None:
         return policy, budget
     budget, token = share_of(budget, length), 2 * head_dim * keys.element_size()
@@ -68,7 +69,7 @@ def _fitted(model: "GateModel", undecided: KVCache, policy: Policy, budget: floa
             raise ValueError("this adapter has no low-rank maps: leave less out of --policies, or load one that has.")
         rest = policy.remainder_segment()
         rest.use(maps)
-        budget -= rest.forecast_bytes(Shape(1, 1, head_dim, keys.dtype), 0) / token / length
+        budget -= rest.forecast_bytes(Shape(1, 1, keys.shape[3], keys.dtype, value_dim=value_dim), 0) / token / length
         if budget <= 0:
             raise ValueError(f"budget is unreachable: the remainder alone costs more than {length} tokens' share.")
         if rest.counts:  # beside each kept token stands how many it stands for

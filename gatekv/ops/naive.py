@@ -83,7 +83,7 @@ def gated_segment(q: Tensor, k: Tensor, v: Tensor, weight: Tensor, mask: Tensor,
     exact where a weight is 0 too. Returns out [B, H, Q, D] in the accumulation dtype and lse [B, H, Q]; a query for
     which nothing weighs anything gets (0, -inf).
     """
-    b, h, m, d = q.shape
+    b, h, m, _ = q.shape
     acc, kv = accumulation_dtype(q), k.shape[1]
     s = torch.einsum("bkgqd,bktd->bkgqt", group_queries(q, kv).to(acc), k.to(acc)) * scale
     allowed = mask[:, :, None].expand(b, 1, 1, m, k.shape[2])
@@ -91,7 +91,7 @@ def gated_segment(q: Tensor, k: Tensor, v: Tensor, weight: Tensor, mask: Tensor,
     top = s.masked_fill(~allowed, -torch.inf).amax(-1, keepdim=True).detach().clamp_min(torch.finfo(acc).min)
     e = torch.where(allowed, weight[:, :, None].to(acc), 0) * torch.exp((s - top).masked_fill(~allowed, -torch.inf))
     out, lse = normalised(torch.einsum("bkgqt,bktd->bkgqd", e, v.to(acc)), e.sum(-1))
-    return out.reshape(b, h, m, d), (lse + top[..., 0]).reshape(b, h, m)
+    return out.reshape(b, h, m, -1), (lse + top[..., 0]).reshape(b, h, m)
 
 
 def received_attention(
@@ -171,7 +171,7 @@ def dense_segment(q: Tensor, k: Tensor, v: Tensor, mask: Tensor | None, scale: f
     q: [B, H, Q, D]; k, v: [B, K, T, D]; mask: [B, 1 or K, Q, T] bool or None = all is seen.
     Returns out [B, H, Q, D] in the accumulation dtype and lse [B, H, Q]; a query that sees nothing gets (0, -inf).
     """
-    b, h, n, d = q.shape
+    b, h, n, _ = q.shape
     kv, acc = k.shape[1], accumulation_dtype(q)
     s = torch.einsum("bkgqd,bktd->bkgqt", group_queries(q, kv).to(acc), k.to(acc)) * scale
     if mask is not None:
@@ -179,7 +179,7 @@ def dense_segment(q: Tensor, k: Tensor, v: Tensor, mask: Tensor | None, scale: f
     lse = s.logsumexp(-1)
     p = torch.exp(s - lse.masked_fill(lse == -torch.inf, 0)[..., None])
     out = torch.einsum("bkgqt,bktd->bkgqd", p, v.to(acc))
-    return out.reshape(b, h, n, d), lse.reshape(b, h, n)
+    return out.reshape(b, h, n, -1), lse.reshape(b, h, n)
 
 
 def joint_attention(

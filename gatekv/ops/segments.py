@@ -14,7 +14,7 @@ def dense_segment(q: Tensor, k: Tensor, v: Tensor, mask: Tensor | None, scale: f
     x = (q.to(acc) * scale).reshape(b * kv, h // kv * n, d)
     hidden = None if mask is None else ~mask.expand(b, kv, n, t).reshape(b * kv, 1, n, t)
     out, lse = rows_segment(x, k.flatten(0, 1).to(acc), v.flatten(0, 1).to(acc), hidden)
-    return out.view(b, h, n, d), lse.view(b, h, n)
+    return out.view(b, h, n, -1), lse.view(b, h, n)
 
 
 def rows_segment(x: Tensor, k: Tensor, v: Tensor, hidden: Tensor | None) -> tuple[Tensor, Tensor]:

@@ -65,7 +65,7 @@ class Bits(Width):
 
     def forecast_bytes(self, shape: Shape, tokens: float) -> int:
         """Bytes of one layer's old tokens, so many a head."""
-        each = self.mean_bytes(shape.head_dim, shape.dtype.itemsize) + shape.beside - 4
+        each = sum(self.mean_bytes(d, shape.dtype.itemsize) for d in shape.dims) / 2 + shape.beside - 4
         return Quantised.forecast_bytes(shape, tokens, each)
 
     def apart(self, head_dim: int) -> int:

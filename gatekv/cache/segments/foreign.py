@@ -78,4 +78,4 @@ class Foreign(Segment):
 
     @classmethod
     def forecast_bytes(cls, shape: Shape, tokens: float) -> int:
-        return round(shape.rows * 2 * shape.head_bytes * tokens)
+        return round(shape.rows * shape.token_bytes * tokens)

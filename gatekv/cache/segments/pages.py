@@ -32,9 +32,10 @@ class Pages(Pool):
 
     def blank(self, block_size: int | None = None) -> "Pages":
         """An empty store over the same rows, which holds for each token what this one does."""
-        like = self.keys.new_empty(len(self.lengths) // self.kv_heads, self.kv_heads, 0, self.values.shape[-1])
+        like = self.keys.new_empty(len(self.lengths) // self.kv_heads, self.kv_heads, 0, self.keys.shape[-1])
         block_size = self.block_size if block_size is None else block_size
-        return Pages(like, block_size, self.scores is not None, self.counts is not None, self.backend)
+        held, value_dim = (self.scores is not None, self.counts is not None), self.values.shape[-1]
+        return Pages(like, block_size, *held, self.backend, value_dim)
 
     def stores(self) -> list["Pages"]:
         return [self]
@@ -201,5 +202,6 @@ class Pages(Pool):
         if not tokens:
             return 8 * shape.rows
         pages = shape.pages(tokens)
-        token = (shape.head_bytes if key_bytes is None else key_bytes) + shape.head_bytes + shape.beside
+        narrower = 0 if key_bytes is None else shape.key_bytes - key_bytes
+        token = shape.token_bytes - narrower + shape.beside
         return round(shape.rows * (pages * (shape.block_size * token + PAGE_BYTES) + ROW_BYTES))

@@ -50,11 +50,13 @@ class Pool(Paged):
         with_scores: bool = False,
         with_counts: bool = False,
         backend: str = "torch",
+        value_dim: int | None = None,
     ) -> None:
-        """An empty store; `like` [batch, kv_heads, tokens, head_dim] gives shapes, dtype and device."""
+        """An empty store; `like` [batch, kv_heads, tokens, head_dim] gives shapes, dtype and device; value_dim: of the
+        values, where they are not as wide as keys."""
         b, kv, _, d = like.shape
         self.block_size, self.kv_heads, self.backend = block_size, kv, backend
-        self.keys, self.values = (like.new_zeros(0, block_size, d) for _ in range(2))
+        self.keys, self.values = (like.new_zeros(0, block_size, width) for width in (d, value_dim or d))
         self.positions = torch.zeros(0, block_size, dtype=torch.int32, device=like.device)
         self.scores = torch.zeros(0, block_size, device=like.device) if with_scores else None
         self.counts = self.positions.clone() if with_counts else None

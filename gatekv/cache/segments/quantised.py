@@ -9,7 +9,6 @@ from gatekv.cache.segments.pages import Pages
 from gatekv.cache.segments.prompt_end import PromptEnd
 from gatekv.cache.segments.segment import Read, Shape
 from gatekv.cache.segments.width import Narrow
-from gatekv.ops import segments
 from gatekv.ops.learned_sinks import with_sinks
 from gatekv.ops.naive import group_queries
 from gatekv.ops.paged_attention import paged_mass
@@ -48,7 +47,7 @@ class Quantised(Narrow):
     of its store, and its bytes leave with it. Attention decodes one store at a time.
 
     Attributes:
-        pages: (key bits, value bits) -> keys, values [P, PAGE, bytes] uint8. head_dim, dtype: of what is decoded.
+        pages: (key bits, value bits) -> keys, values [P, PAGE, bytes] uint8. dims, dtype: of what is decoded.
         outliers: of each vector. kv_heads, backend: of every store.
     """
 
@@ -56,8 +55,8 @@ class Quantised(Narrow):
         """An empty one beside `pages`, whose old tokens it will take."""
         self.width = width
         self.pages: dict[tuple[int, int], Pages] = {}
-        self.head_dim, self.dtype = pages.values.shape[-1], pages.values.dtype
-        self.outliers = width.apart(self.head_dim)
+        self.dims, self.dtype = (pages.keys.shape[-1], pages.values.shape[-1]), pages.values.dtype
+        self.outliers = [width.apart(d) for d in self.dims]
         self.kv_heads, self.backend = pages.kv_heads, pages.backend
 
     def absorb(self, pages: Pages, end: PromptEnd) -> None:
@@ -70,7 +69,7 @@ class Quantised(Narrow):
         held = old.occupied()
         for pair in torch.stack([key_bits[held], value_bits[held]], -1).unique(dim=0).tolist():
             rows, number, counts, sources = old.picked((key_bits == pair[0]) & (value_bits == pair[1]))
-            records = [quantise(x, b, self.outliers) for x, b in zip(sources, pair)]
+            records = [quantise(x, b, apart) for x, b, apart in zip(sources, pair, self.outliers)]
             if tuple(pair) not in self.pages:
                 store = self.pages[tuple(pair)] = old.blank(PAGE)
                 store.keys, store.values = (r.new_zeros(0, PAGE, r.shape[-1]) for r in records)
@@ -80,7 +79,8 @@ class Quantised(Narrow):
         """[P, block_size]: the most that any of the last queries attends to each old token, of all it attends to."""
         q = end.queries
         seen = [part.attend(q, end.scaling) for part in (old, self) if len(part)]
-        lse = with_sinks(segments.merge([*seen, end.near(pages, self.width.window)]), end.sinks)[1]
+        lse = torch.stack([answer[1] for answer in (*seen, end.near(pages, self.width.window))]).logsumexp(0)
+        lse = with_sinks((lse[..., None], lse), end.sinks)[1]
         lse = lse.masked_fill(~end.asks[:, None], torch.inf)
         return paged_mass(q, old.keys, old.table, lse, end.scaling, most=True)
 
@@ -88,7 +88,7 @@ class Quantised(Narrow):
         """Bits of each old token's key and value, both [P, block_size] int64; anything where there is no token."""
         batch, kv_heads = end.keys.shape[:2]
         key_range, value_range = (
-            high - low for low, high, _ in (spread(x, self.outliers) for x in (old.keys, old.values))
+            high - low for low, high, _ in (spread(x, apart) for x, apart in zip((old.keys, old.values), self.outliers))
         )
         size = old.unrolled(old.values.to(value_range.dtype).square().mean(-1)).sum(-1) / old.lengths.clamp_min(1)
         asked = group_queries(end.queries, kv_heads).to(size.dtype).norm(dim=-1)
@@ -107,8 +107,8 @@ class Quantised(Narrow):
     def reads(self, q: Tensor) -> Iterator[Read]:
         for bits, store in self.pages.items():
             keys, values = (
-                dequantise(t, b, self.outliers, self.head_dim, self.dtype)
-                for t, b in zip((store.keys, store.values), bits)
+                dequantise(t, b, apart, d, self.dtype)
+                for t, b, apart, d in zip((store.keys, store.values), bits, self.outliers, self.dims)
             )
             yield q, keys, values, store.table
 
@@ -123,8 +123,10 @@ class Quantised(Narrow):
     def load_state_dict(self, tensors: dict[str, Tensor]) -> None:
         for pair in sorted({tuple(name.split(".")[:2]) for name in tensors}):
             mine = below(tensors, ".".join(pair))
-            like = mine["keys"].new_empty(len(mine["lengths"]) // self.kv_heads, self.kv_heads, 0, self.head_dim)
-            store = self.pages[int(pair[0]), int(pair[1])] = Pages(like, PAGE, backend=self.backend)
+            like = mine["keys"].new_empty(len(mine["lengths"]) // self.kv_heads, self.kv_heads, 0, self.dims[0])
+            store = self.pages[int(pair[0]), int(pair[1])] = Pages(
+                like, PAGE, backend=self.backend, value_dim=self.dims[1]
+            )
             store.load_state_dict(mine)
 
     @classmethod

@@ -28,6 +28,7 @@ class Shape:
     Attributes:
         batch: sequences. kv_heads, head_dim: of the layer. dtype: of keys and values. block_size: tokens in a page.
         even: heads hold the same number of tokens; else half a page each is assumed to be empty.
+        value_dim: numbers of a head's value; None: as many as of its key.
         beside: bytes that stand beside each token of a page: position, score, count.
     """
 
@@ -38,6 +39,7 @@ class Shape:
     block_size: int = 16
     even: bool = True
     beside: int = 4
+    value_dim: int | None = None
 
     @property
     def rows(self) -> int:
@@ -45,9 +47,19 @@ class Shape:
         return self.batch * self.kv_heads
 
     @property
-    def head_bytes(self) -> int:
-        """Of one whole key, or value."""
+    def dims(self) -> tuple[int, int]:
+        """Numbers of a head's key and value."""
+        return self.head_dim, self.value_dim or self.head_dim
+
+    @property
+    def key_bytes(self) -> int:
+        """Of one whole key."""
         return self.head_dim * self.dtype.itemsize
+
+    @property
+    def token_bytes(self) -> int:
+        """Of one whole key and value."""
+        return sum(self.dims) * self.dtype.itemsize
 
     def pages(self, tokens: float) -> float:
         """Pages of a head that holds so many tokens."""

@@ -48,10 +48,11 @@ class RecentWindow(Segment):
 
     saved = ("flags", "valid", "scores", "psi")
 
-    def __init__(self, like: Tensor, with_scores: bool) -> None:
-        """An empty one; `like` [batch, kv_heads, tokens, head_dim] gives shapes, dtype and device."""
+    def __init__(self, like: Tensor, with_scores: bool, value_dim: int | None = None) -> None:
+        """An empty one; `like` [batch, kv_heads, tokens, head_dim] gives shapes, dtype and device; value_dim: of the
+        values, where they are not as wide as keys."""
         b, kv, _, d = like.shape
-        self._buffers = [like.new_empty(b, kv, 0, d) for _ in range(2)]
+        self._buffers = [like.new_empty(b, kv, 0, width) for width in (d, value_dim or d)]
         self.flags = torch.ones(b, kv, 0, dtype=torch.bool, device=like.device)
         self.valid = self.flags[:, 0]
         self.scores = self.flags.float() if with_scores else None
@@ -174,4 +175,4 @@ class RecentWindow(Segment):
     def forecast_bytes(cls, shape: Shape, tokens: float, room: int = 0, scores: bool = False) -> int:
         """room: for tokens that come next."""
         beside = tokens * (shape.rows * (5 if scores else 1) + shape.batch)
-        return round((tokens + room) * shape.rows * 2 * shape.head_bytes + beside)
+        return round((tokens + room) * shape.rows * shape.token_bytes + beside)

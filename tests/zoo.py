@@ -89,7 +89,8 @@ SWA = dict(swa_num_attention_heads=4, swa_num_key_value_heads=4, swa_q_lora_rank
            swa_head_dim=24, swa_qk_nope_head_dim=16, swa_v_head_dim=16)  # fmt: skip
 CHANGES: dict[str, dict] = {
     "dots3_note_text": SWA,
-    "dots3_note": dict(text_config=SWA, vision_config=dict(per_layer_config={}, adapter_in_dim=32)),
+    "dots3_note": dict(text_config=SWA, vision_config=dict(per_layer_config={}, adapter_in_dim=32),
+                       audio_config=dict(adapter_input_size=32)),
     "bailing_hybrid": KDA,
     "kimi_linear": KDA,
     "cohere_compass_text": dict(rope_parameters={F: {"rope_type": "default", "rope_theta": 10000.0}}),

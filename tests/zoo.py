@@ -191,7 +191,7 @@ REAL: dict[str, dict] = {
     "phi": dict(num_key_value_heads=4),  # as microsoft/phi-1_5
     "deepseek_v2": dict(LATENT, q_lora_rank=None, topk_method="greedy", num_experts_per_tok=2),  # as deepseek-ai/DeepSeek-V2-Lite
     "deepseek_v3": dict(LATENT, n_group=2, topk_group=1),  # as deepseek-ai/DeepSeek-V3
-    "lfm2_vl": dict(text_config=dict(layer_types=[C, C, F, F], full_attn_idxs=None)),  # as LiquidAI/LFM2-VL-1.6B
+    "lfm2_vl": dict(text_config=dict(num_hidden_layers=6, layer_types=[C, C, F] * 2, full_attn_idxs=None)),  # as LiquidAI/LFM2-VL-1.6B
     "idefics2": dict(text_config=dict(sliding_window=None)),
     "lfm2": dict(num_hidden_layers=6, layer_types=[C, C, F] * 2, full_attn_idxs=None),  # as LiquidAI/LFM2-1.2B
     "bamba": dict(num_hidden_layers=6, attn_layer_indices=[2, 5]),  # as ibm-ai-platform/Bamba-9B-v2

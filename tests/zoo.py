@@ -89,7 +89,8 @@ SWA = dict(swa_num_attention_heads=4, swa_num_key_value_heads=4, swa_q_lora_rank
            swa_head_dim=24, swa_qk_nope_head_dim=16, swa_v_head_dim=16)  # fmt: skip
 CHANGES: dict[str, dict] = {
     "dots3_note_text": SWA,
-    "dots3_note": dict(text_config=SWA, vision_config=dict(per_layer_config={})),
+    "dots3_note": dict(text_config=SWA, vision_config=dict(per_layer_config={}, adapter_in_dim=32),
+                       audio_config=dict(adapter_input_size=32)),
     "bailing_hybrid": KDA,
     "kimi_linear": KDA,
     "cohere_compass_text": dict(rope_parameters={F: {"rope_type": "default", "rope_theta": 10000.0}}),
@@ -98,6 +99,7 @@ CHANGES: dict[str, dict] = {
     "hunyuan_v1_moe": dict(head_dim=16, num_experts=4, moe_topk=2),
     "lfm2_moe": dict(layer_types=[C, F, C, F], num_dense_layers=1),
     "mamba2": dict(head_dim=32),
+    "mistral": dict(sliding_window=None),  # as mistralai/Mistral-7B-Instruct-v0.3
     "ministral": dict(head_dim=16, layer_types=[S, F] * 2),  # as mistralai/Ministral-8B-Instruct-2410
     "nemotron": dict(num_key_value_heads=2),
     "qwen4_exp_text": dict(INDEXER, intermediate_size=96),
@@ -179,6 +181,9 @@ REAL: dict[str, dict] = {
                      rope_parameters=dict(PARTIAL, partial_rotary_factor=0.5)),  # as zai-org/GLM-4.5
     "minimax": dict(num_hidden_layers=8, layer_types=[L] * 7 + [F], head_dim=16, block_size=16, num_attention_heads=8,
                     num_key_value_heads=1),  # as MiniMaxAI/MiniMax-Text-01
+    "mimo_v2_flash": dict(
+        keep=range(6), num_attention_heads=8, num_key_value_heads=2, head_dim=24, v_head_dim=16,
+    ),  # as XiaomiMiMo/MiMo-V2-Flash
     "phi3": dict(num_attention_heads=6, num_key_value_heads=2, hidden_size=96, original_max_position_embeddings=256,
                  sliding_window=None, rope_parameters=dict(PARTIAL, rope_type="longrope", partial_rotary_factor=0.75,
                  short_factor=[1.0] * 6, long_factor=[1.0, 1.5, 2.0, 3.0, 5.0, 8.0],
@@ -186,6 +191,8 @@ REAL: dict[str, dict] = {
     "phi": dict(num_key_value_heads=4),  # as microsoft/phi-1_5
     "deepseek_v2": dict(LATENT, q_lora_rank=None, topk_method="greedy", num_experts_per_tok=2),  # as deepseek-ai/DeepSeek-V2-Lite
     "deepseek_v3": dict(LATENT, n_group=2, topk_group=1),  # as deepseek-ai/DeepSeek-V3
+    "lfm2_vl": dict(text_config=dict(num_hidden_layers=6, layer_types=[C, C, F] * 2, full_attn_idxs=None)),  # as LiquidAI/LFM2-VL-1.6B
+    "idefics2": dict(text_config=dict(sliding_window=None)),
     "lfm2": dict(num_hidden_layers=6, layer_types=[C, C, F] * 2, full_attn_idxs=None),  # as LiquidAI/LFM2-1.2B
     "bamba": dict(num_hidden_layers=6, attn_layer_indices=[2, 5]),  # as ibm-ai-platform/Bamba-9B-v2
     "jamba": dict(num_hidden_layers=8, attn_layer_period=4, attn_layer_offset=2),  # as ai21labs/AI21-Jamba-Mini-1.5

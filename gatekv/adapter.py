@@ -29,7 +29,7 @@ from gatekv.config import GateSpec, LessSpec, check_keys, check_types, strict
 from gatekv.fingerprint import HASHES, fingerprint, tensors_sha256
 from gatekv.gates import build_gate
 from gatekv.gates.calibration import Calibration
-from gatekv.geometry import Geometry, geometry_of
+from gatekv.geometry import Geometry, geometry_of, readers_of
 from gatekv.less.maps import LessMaps
 from gatekv.modules import PARTS, attention_layers, use_attention
 from gatekv.version import VERSION
@@ -242,6 +242,11 @@ class GateKVModel(BaseTuner):
     ) -> None:
         layers = attention_layers(model)  # says why, where a model cannot be gated
         use_attention(model)
+        if config.less_rank and readers_of(model):
+            raise ValueError(
+                f"later layers of {type(model).__name__} read earlier ones' keys and values, and low-rank maps belong "
+                "to the queries of one layer: set less_rank=0."
+            )
         names = {id(module): name for name, module in model.named_modules()}
         if config.target_modules is None:
             config.target_modules = sorted({names[id(module)].split(".")[-1] for _, module in layers})
@@ -302,6 +307,7 @@ class GateKVModel(BaseTuner):
                 lora.check_ranks(model, fields, config.file_shapes)
             lora.inject(model, adapter_name, fields, low_cpu_mem_usage)
         super().inject_adapter(model, adapter_name, autocast_adapter_dtype, low_cpu_mem_usage, state_dict)
+        modules.attach_readers(model)
 
     def delete_adapter(self, adapter_name: str) -> None:
         """As PEFT's; the adapter that is active next is one for all layers, whatever each of them holds."""

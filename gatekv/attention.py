@@ -5,7 +5,7 @@ max(window, 1), or flag[j] = keep (sinks are flagged). Training applies it as a 
 """
 
 import sys
-from collections.abc import Callable
+from collections.abc import Callable, MutableMapping
 from dataclasses import dataclass, replace
 from typing import TYPE_CHECKING, Any, NamedTuple
 
@@ -44,6 +44,10 @@ class Memory:
         Raises:
             ValueError: the memory cannot go on.
         """
+
+    def reader(self) -> "Memory":
+        """Who answers a later layer that reads this one's keys and values."""
+        raise NotImplementedError
 
     def get_max_length(self) -> int:
         """No bound, as transformers says it."""
@@ -124,6 +128,8 @@ class AttentionCall:
         memory: the gatekv cache layer, which answers; or None:
         context: what the pass over whole sequences asks (gatekv.passes); record: called with what was found.
         sinks: [heads], the layer's learned attention sinks, set by the attention function; or None.
+        follows: the keys and values are those of an earlier layer, whose index and spec these are, and so are flags.
+        shared: what the model hands from layer to layer in this forward (`shared_kv_states`), or None.
         geometry: sizes of the layer, or None where nobody told them.
         answered: set by the attention function; a model that never calls it would go on without a word.
     """
@@ -138,6 +144,8 @@ class AttentionCall:
     context: PassContext = LATER
     geometry: Geometry | None = None
     sinks: torch.Tensor | None = None
+    follows: bool = False
+    shared: MutableMapping[str, Any] | None = None
     record: Callable[[object], None] = LATER
     answered: bool = False
 

@@ -70,11 +70,6 @@ def attends(module: nn.Module) -> bool:
     return any("ALL_ATTENTION_FUNCTIONS" in code.co_names for code in codes)
 
 
-def attends_there(found: list[tuple[nn.Module, nn.Module]], layer_idx: int) -> bool:
-    """Whether one of (parent, attention) is of layer `layer_idx`."""
-    return any(module.layer_idx == layer_idx for _, module in found)
-
-
 def output_projection(module: nn.Module) -> nn.Module:
     """What an attention module ends with: [batch, tokens, heads · value_dim] -> [batch, tokens, hidden_size].
 
@@ -94,6 +89,28 @@ def output_projection(module: nn.Module) -> nn.Module:
 def foreign_layers(model: PreTrainedModel) -> list[bool]:
     """Which layers are transformers' own: a sliding window bounds them, or a state of fixed size; errors as above."""
     return [type(layer) not in GATED for layer in cache_layers(model)]
+
+
+def readers_of(model: PreTrainedModel) -> dict[int, int]:
+    """Layer -> the earlier, full-attention layer whose keys and values it reads.
+
+    Raises:
+        ValueError: a layer reads some, and it cannot be told whose.
+    """
+    config, found, layers = model.config.get_text_config(decoder=True), attention_modules(model), cache_layers(model)
+    reading = [m.layer_idx for _, m in found if type(layers[m.layer_idx]) is DummyLayer]
+    kinds, modes = getattr(config, "layer_types", None), getattr(config, "kv_sharing_modes", None)
+    out = {}
+    for place in reading:
+        if kinds is None or modes is None:
+            raise ValueError(
+                f"layer {place} of {type(model).__name__} attends and keeps no keys and values, and its config does "
+                "not say whose it reads: gatekv does not support this model."
+            )
+        source = next(i for i, mode in enumerate(modes) if mode == "store" and kinds[i] == kinds[place])
+        if type(layers[source]) in GATED:
+            out[place] = source
+    return out
 
 
 def remembers(model: PreTrainedModel) -> bool:

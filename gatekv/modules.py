@@ -7,8 +7,9 @@ no name, hook, attribute or isinstance of the model changes, and `detach` leaves
 
 import functools
 import inspect
-from collections.abc import Callable, Iterable, Iterator
+from collections.abc import Callable, Iterable, Iterator, MutableMapping
 from contextlib import contextmanager
+from dataclasses import replace
 from itertools import chain
 from types import MethodType
 from typing import TYPE_CHECKING, Any, cast
@@ -16,12 +17,11 @@ from typing import TYPE_CHECKING, Any, cast
 import torch
 from torch import nn
 from transformers import Cache, PreTrainedModel
-from transformers.cache_utils import DummyLayer
 
 from gatekv import attention
 from gatekv.attention import AttentionCall, Memory
 from gatekv.config import GateSpec
-from gatekv.geometry import GATED, attends_there, attention_modules, cache_layers, geometry_of
+from gatekv.geometry import GATED, attention_modules, cache_layers, geometry_of, readers_of
 from gatekv.passes import PassContext, Plain, Relaxed
 from gatekv.recompute import Pass, follow_passes
 from gatekv.support import LATER, NO_INTERFACE, refuse
@@ -104,11 +104,17 @@ class GatedAttention:
         return self.calibrations.get(name) if name else None
 
     def call(
-        self, hidden: torch.Tensor, past: object, rotary: tuple[torch.Tensor, torch.Tensor] | None
+        self,
+        hidden: torch.Tensor,
+        past: object,
+        rotary: tuple[torch.Tensor, torch.Tensor] | None,
+        shared: MutableMapping[str, Any] | None = None,
+        follows: bool = False,
     ) -> AttentionCall | None:
         """What the attention function is asked in this forward; None: the model's own attention, and nothing beside.
 
         hidden: [batch, tokens, hidden_size], the layer's input; past: the forward's cache or None; rotary: (cos, sin).
+        shared, follows: see `AttentionCall`.
 
         Raises:
             ValueError: gates that shall apply to whole sequences, and a cache with tokens before them.
@@ -125,8 +131,13 @@ class GatedAttention:
         name = self.active()
         gate, spec = (self.gatekv_gate[name], self.specs[name]) if name else (None, LATER)
         call = AttentionCall(hidden, self.layer_idx, rotary, gate, spec, self.less(), memory, geometry=self.geometry)
+        if follows:
+            call.gate, call.less, call.follows = None, None, name is not None
+            call.memory = None if memory is None else memory.reader()
+        call.shared = shared
         if memory is not None:
-            memory.expect(hidden.shape[1])
+            if not follows:
+                memory.expect(hidden.shape[1])
             return call
         assert context is not None
         for asked in (context, Plain(sequence=context.sequence)):
@@ -138,6 +149,28 @@ class GatedAttention:
     def config(self) -> "PretrainedConfig":
         """The module's own config, live, but that it names gatekv's attention function."""
         return _view(self.module.config)
+
+
+class ReadingAttention(GatedAttention):
+    """The same beside an attention that reads an earlier layer's keys and values: it goes by that one's flags.
+
+    Attributes:
+        source: what gatekv keeps beside the earlier layer.
+    """
+
+    def __init__(self, module: nn.Module, source: GatedAttention) -> None:
+        super().__init__(module)
+        self.source = source
+
+    def call(
+        self,
+        hidden: torch.Tensor,
+        past: object,
+        rotary: tuple[torch.Tensor, torch.Tensor] | None,
+        shared: MutableMapping[str, Any] | None = None,
+    ) -> AttentionCall | None:
+        call = self.source.call(hidden, past, rotary, shared, follows=True)
+        return call if call is None else replace(call, geometry=self.geometry)
 
 
 def _forget(found: object) -> None:
@@ -178,7 +211,8 @@ def _gated(plain: type[nn.Module]) -> type[nn.Module]:
         call = kwargs.pop("gatekv", None)
         if call is None:
             past = given.get("past_key_values", given.get("layer_past"))  # the older name is GPT-2's and GPT-NeoX's
-            call = self.gatekv.call(hidden_states, past, given.get("position_embeddings"))
+            rotary, shared = given.get("position_embeddings"), given.get("shared_kv_states")
+            call = self.gatekv.call(hidden_states, past, rotary, shared)
         if call is None:
             return own(self, hidden_states, *args, **kwargs)
         config, self.config = self.config, self.gatekv.config()
@@ -203,11 +237,11 @@ def _again(plain: type[nn.Module]) -> nn.Module:
     return gated.__new__(gated)
 
 
-def gate(module: nn.Module) -> GatedAttention:
-    """Swap the class of one self_attn; where it is swapped, what is kept beside it."""
+def gate(module: nn.Module, source: GatedAttention | None = None) -> GatedAttention:
+    """Swap the class of one attention; where it is swapped, what is kept beside it. source: see `ReadingAttention`."""
     if "gatekv" not in vars(module):
         plain = type(module)
-        vars(module)["gatekv"] = GatedAttention(module)
+        vars(module)["gatekv"] = GatedAttention(module) if source is None else ReadingAttention(module, source)
         module.__class__ = _gated(plain)
         _follow(module, plain)
     return cast(GatedAttention, module.gatekv)
@@ -246,7 +280,7 @@ def device_of(module: nn.Module) -> torch.device:
 def wrappers(model: nn.Module) -> list[GatedAttention]:
     """What gatekv keeps beside the model's attentions, by layer."""
     found = [cast(GatedAttention, vars(m)["gatekv"]) for m in model.modules() if "gatekv" in vars(m)]
-    return sorted(found, key=lambda w: w.layer_idx)
+    return sorted((w for w in found if not isinstance(w, ReadingAttention)), key=lambda w: w.layer_idx)
 
 
 def saved_names(model: nn.Module, names: Iterable[str]) -> dict[str, str]:
@@ -279,8 +313,6 @@ def attention_layers(model: nn.Module) -> list[tuple[nn.Module, nn.Module]]:
     if inner.config.is_encoder_decoder:
         raise ValueError(f"{name} is an encoder-decoder; gatekv evicts from the cache of decoder-only models.")
     found, layers = attention_modules(inner), cache_layers(inner)
-    if any(type(layer) is DummyLayer and attends_there(found, i) for i, layer in enumerate(layers)):
-        raise ValueError(f"layers of {name} read other layers' keys and values: gatekv evicts from each layer alone.")
     if getattr(config, "kv_lora_rank", None):
         raise ValueError(f"{name} caches one latent vector a token (MLA), not keys and values per head.")
     wanted = [i for i, layer in enumerate(layers) if type(layer) in GATED]
@@ -341,6 +373,17 @@ def attach(model: nn.Module) -> None:
     use_attention(model)
     for _, module in layers:
         gate(module)
+    attach_readers(model)
+
+
+def attach_readers(model: nn.Module) -> None:
+    """Let the layers that read a gated layer's keys and values go by its flags."""
+    inner = base_model(model)
+    of_layer = {w.layer_idx: w for w in wrappers(inner)}
+    places = {cast("SelfAttention", module).layer_idx: module for _, module in attention_modules(inner)}
+    for place, source in readers_of(inner).items():
+        if source in of_layer:
+            gate(places[place], of_layer[source])
 
 
 def detach(model: nn.Module) -> nn.Module:

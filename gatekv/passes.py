@@ -4,9 +4,9 @@
 relaxation that they were made with (`Relaxed()`), and outside it the model is its plain self.
 """
 
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Mapping, MutableMapping
 from dataclasses import dataclass
-from typing import TYPE_CHECKING, NamedTuple
+from typing import TYPE_CHECKING, NamedTuple, cast
 
 import torch
 from torch.utils.checkpoint import checkpoint
@@ -30,6 +30,7 @@ if TYPE_CHECKING:
     from gatekv.support import SelfAttention
 
 Threshold = torch.Tensor | float
+SAID = "gatekv"  # where the last gate's logits stand for the layers that read its layer's keys and values
 
 
 class GateOutput(NamedTuple):
@@ -181,13 +182,18 @@ class Relaxed(_Judging):
                 f"{seen} tokens in its {type(past).__name__}: feed the sequence in one call; to generate, call "
                 "model.eval() and pass past_key_values=gatekv.KVCache(model)."
             )
-        return call.gate is not None
+        return call.gate is not None or call.follows
 
     def attend(self, call: AttentionCall, x: Inputs) -> torch.Tensor:
         """One pass over whole sequences with the gates as weights."""
         (q, k, v, mask, scaling), valid = x, x.valid()
-        said = GateOutput(*self.judge(call, valid))
-        call.record(said)
+        if call.follows:
+            said = GateOutput(*cast("MutableMapping", call.shared)[SAID])
+        else:
+            said = GateOutput(*self.judge(call, valid))
+            call.record(said)
+            if call.shared is not None:
+                call.shared[SAID] = said.logits, said.valid
         weight = self.weigh(call, said, self.form or call.spec.relaxation, self.threshold_of(call), valid.shape[1])
         # A prompt's flags may act for its own queries too, though all of them were set at its end.
         whole = self.split is None or call.spec.context == "prompt" and call.spec.mask_prompt

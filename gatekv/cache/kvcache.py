@@ -15,7 +15,7 @@ from gatekv.cache.ranking import adopt
 from gatekv.cache.segments.foreign import Foreign
 from gatekv.cache.settings import config_of
 from gatekv.cache.siblings import Siblings
-from gatekv.geometry import cache_layers
+from gatekv.geometry import cache_layers, readers_of
 from gatekv.modules import attach, base_model, wrappers
 from gatekv.policies import Full, Policy, Scorer
 from gatekv.policies.scorer import ALL
@@ -108,8 +108,10 @@ class KVCache(States):
             (i, layer) for i, layer in enumerate(self.layers) if Foreign(layer).attends and i not in self._ours()
         ]
         siblings = Siblings(self.evicting(), bounded, self._steps)
+        readers = readers_of(base_model(self.model)) if self.model is not None else {}
         for layer in self.evicting():
             layer.siblings = siblings
+            layer.readers = sum(place == layer.layer_idx for place in readers.values())
 
     @classmethod
     def undecided(cls, model: nn.Module, queries: int = ALL) -> "KVCache":

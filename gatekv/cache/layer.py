@@ -14,6 +14,7 @@ from gatekv.cache.gate_stream import ROLLBACK
 from gatekv.cache.ranking import evictor_of
 from gatekv.cache.readable import Readable
 from gatekv.cache.segments.window import RecentWindow
+from gatekv.cache.sharing import Before, Reader
 from gatekv.cache.siblings import Siblings
 from gatekv.cache.stages import DensePrefill, Prefill, Stage
 from gatekv.cache.store import CompressedStore
@@ -34,6 +35,7 @@ class KVLayer(Readable, Part, Memory, CacheLayerMixin):
         real: [batch, 1], real tokens seen. unmet: [batch] bool, rows whose budget could not be kept; None: undecided.
         history: [batch, seen] bool, the real ones, where pads do not all stand on the left; padded: there are pads.
         first_call: tokens of the first call, 0 before it. calls, open, expected: see `gatekv.cache.refusals`.
+        readers: later layers that read this one's keys and values; before, replays: see `gatekv.cache.sharing`.
     """
 
     saved: tuple[str, ...] = ("seen", "folded", "base", "first_call", "padded", "real", "unmet", "history")
@@ -43,6 +45,7 @@ class KVLayer(Readable, Part, Memory, CacheLayerMixin):
     def __init__(self, config: CacheConfig, layer_idx: int) -> None:
         super().__init__()
         self.config, self.layer_idx, self.siblings = config, layer_idx, cast(Siblings, LATER)
+        self.readers = 0
         self.reset()
 
     def reset(self) -> None:
@@ -54,7 +57,8 @@ class KVLayer(Readable, Part, Memory, CacheLayerMixin):
         self.evictor: Evictor = evictor_of(self.config)
         self.evidence = Evidence()
         self.seen = self.folded = self.base = self.first_call = self.calls = 0
-        self.is_initialized = self.recording = self.open = self.expected = self.padded = False
+        self.is_initialized = self.recording = self.open = self.expected = self.padded = self.replays = False
+        self.before: Before | None = None
 
     def lazy_initialization(self, key_states: Tensor, value_states: Tensor | None) -> None:
         value_dim = None if value_states is None else value_states.shape[-1]
@@ -82,6 +86,9 @@ class KVLayer(Readable, Part, Memory, CacheLayerMixin):
         refusals.check_whole(self, new)
         refusals.check_positions(self, new)
         self.expected = True
+
+    def reader(self) -> Memory:
+        return Reader(self)
 
     @property
     def dense(self) -> bool:  # type: ignore[override]
@@ -116,6 +123,8 @@ class KVLayer(Readable, Part, Memory, CacheLayerMixin):
     ) -> Tensor:
         """Take in new tokens, answer their queries, evict; shapes and errors as for `Stage.attend`."""
         refusals.check_call(self, call, q.shape[2], mask)
+        if self.readers:
+            self.before = Before(self.fork(), call, k, v, mask, self.readers)
         held = self.window.dtype  # autocast may be on in one call, off in the next
         out = self.stage.attend(self, call, q.to(held), k.to(held), v.to(held), mask, scaling)
         self.calls, self.open, self.first_call = self.calls + 1, False, self.first_call or q.shape[2]

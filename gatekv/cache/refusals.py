@@ -32,7 +32,7 @@ def check_whole(layer: "KVLayer", new: int = 0) -> None:
     """
     if layer is not (layers := layer.siblings.layers)[0]:
         return
-    uneven = any(other.open or other.calls != layer.calls for other in layers)
+    uneven = any(other.open or other.before or other.calls != layer.calls for other in layers)
     for place, other in layer.siblings.others:
         uneven |= other.get_seq_length() != layer.seen + (new if place < layer.layer_idx else 0)
     uneven |= layer.siblings.steps.uneven(layer.calls, layer.layer_idx if new else -1)
@@ -73,6 +73,21 @@ def check_positions(layer: "KVLayer", new: int) -> None:
         )
 
 
+def _check_readers(layer: "KVLayer", new: int) -> None:
+    """ValueError where eviction inside a call hangs on queries, which differ in the layers that read this one."""
+    config, end, start = layer.config, layer.config.prompt_tokens, layer.seen
+    if config.waits and not layer.decided and end is not None and start < end < start + new:
+        raise ValueError(
+            f"this call runs past the prompt's end (prompt_tokens={end}), and later layers of this model read the same "
+            "keys before and behind it: feed the prompt in a call of its own."
+        )
+    if new > 1 and config.needs.attention and layer.decided and not layer.stage.whole and not config.keep_later:
+        raise ValueError(
+            "later layers of this model read these keys, and this policy evicts by attention from token to token: feed "
+            "what follows the prompt token by token, or use KVCache(…, decode='keep')."
+        )
+
+
 def check_call(layer: "KVLayer", call: "AttentionCall", new: int, mask: torch.Tensor | None) -> None:
     """Refuse a call of `new` tokens that this cache cannot take; mask: [batch, 1, new, seen + new] bool, or None.
 
@@ -90,6 +105,8 @@ def check_call(layer: "KVLayer", call: "AttentionCall", new: int, mask: torch.Te
         raise ValueError(
             f"kinds has {len(config.kinds)} rows, the prompt {len(layer.real)}: give one row a sequence (beam)."
         )
+    if layer.readers:
+        _check_readers(layer, new)
     if not config.waits:
         return
     end = config.prompt_tokens

@@ -186,7 +186,7 @@ class Prefill(Stage):
 
     def finish(self, layer: "KVLayer") -> None:
         end = layer.config.prompt_tokens
-        if (end is None or layer.seen >= end) and not layer.config.defer:
+        if (end is None or layer.seen >= end) and not (layer.config.defer or layer.replays):
             layer.evictor.on_prompt_end(layer)
 
 

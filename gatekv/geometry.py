@@ -4,6 +4,7 @@ An attention module has a place in the cache (`layer_idx`), is causal, and calls
 its layer keeps beside keys and values, transformers says itself (`DynamicCache`).
 """
 
+import inspect
 import types
 from collections import Counter
 from typing import TYPE_CHECKING, Any
@@ -61,13 +62,18 @@ def geometry_of(module: nn.Module) -> Geometry:
     return Geometry(heads, kv_heads, key_dim, _first(module, "v_head_dim") or key_dim)
 
 
+def names_in(module: nn.Module) -> set[str]:
+    """Names that the methods of a module's class use, decorated ones too: what it calls, whatever it is called."""
+    methods = [f for c in type(module).__mro__ if c is not nn.Module for f in vars(c).values() if callable(f)]
+    plain = [inspect.unwrap(f) for f in methods]
+    return {name for f in plain if isinstance(f, types.FunctionType) for name in f.__code__.co_names}
+
+
 def attends(module: nn.Module) -> bool:
     """Whether a module calls transformers' attention interface itself, from a place in the cache, causally."""
     if getattr(module, "layer_idx", None) is None or not getattr(module, "is_causal", True):
         return False
-    methods = [f for c in type(module).__mro__ if c is not nn.Module for f in vars(c).values()]
-    codes = [f.__code__ for f in methods if isinstance(f, types.FunctionType)]
-    return any("ALL_ATTENTION_FUNCTIONS" in code.co_names for code in codes)
+    return "ALL_ATTENTION_FUNCTIONS" in names_in(module)
 
 
 def output_projection(module: nn.Module) -> nn.Module:

@@ -5,7 +5,6 @@ page ends that depend on the text: half a page each is assumed.
 """
 
 from dataclasses import dataclass
-from typing import cast
 
 import torch
 from transformers.cache_utils import DynamicSlidingWindowLayer
@@ -21,6 +20,8 @@ from gatekv.cache.segments.foreign import Foreign
 from gatekv.cache.segments.pages import Pages
 from gatekv.cache.segments.segment import Shape
 from gatekv.cache.segments.window import RecentWindow
+from gatekv.cache.states import state_bytes
+from gatekv.geometry import attention_modules, geometry_of
 from gatekv.modules import GatedAttention, base_model, wrappers
 
 LONGEST = 1 << 24  # tokens: no prompt that a budget wants is searched for beyond
@@ -67,13 +68,16 @@ def forecast(cache: KVCache, length: int, new_tokens: int = 0, batch: int = 1) -
     policy, dtype, layers = settings.policy, base_model(cache.model).dtype, wrappers(cache.model)
     counts = iter(admit(settings, length)[0])
     gated = {w.layer_idx: w for w in layers}
+    every = {m.layer_idx: geometry_of(m) for _, m in attention_modules(base_model(cache.model))}
     evictor = evictor_of(settings).successor()
     beside = 4 + 4 * evictor.page_scores + 4 * policy.remainder_segment().counts  # position, score, count
     even = policy.rule.even or policy.budget == 1
     tokens: list[int] = []
     sums = [0, 0, 0, 0]
+    for held in state_bytes(base_model(cache.model)).values():
+        sums = [total + batch * held for total in sums]
     for i, layer in enumerate(cache.layers):
-        sizes = (gated[i] if i in gated else layers[0]).geometry
+        sizes = every.get(i, layers[0].geometry)
         shape = Shape(batch, sizes.kv_heads, sizes.key_dim, dtype, settings.block_size, even, beside, sizes.value_dim)
         token = Foreign.forecast_bytes(shape, 1)
         if isinstance(layer, KVLayer):
@@ -81,8 +85,10 @@ def forecast(cache: KVCache, length: int, new_tokens: int = 0, batch: int = 1) -
             told = _Layer(settings, gated[i], evictor, shape)
             found = told.bytes(tokens[-1], length), told.bytes(tokens[-1], length, new_tokens)
             full = length * token, (length + new_tokens) * token
+        elif not isinstance(layer, DynamicSlidingWindowLayer):  # a state, counted above, or nothing
+            continue
         else:  # a sliding layer's first view still holds the whole prompt's storage
-            window = cast(DynamicSlidingWindowLayer, layer).sliding_window
+            window = layer.sliding_window
             later = min(window, length + new_tokens) if new_tokens else length
             found = full = length * token, later * token
         sums = [a + b for a, b in zip(sums, (found[0], full[0], found[1], full[1]))]

@@ -18,7 +18,11 @@ Tensor = torch.Tensor
 
 
 class Before(NamedTuple):
-    """What a layer was before a call, and the call, with its mask [batch, 1, n, seen + n] or None. left: readers that have not asked yet."""
+    """What a layer was before a call, and the call, with its mask [batch, 1, n, seen + n] or None.
+
+    Attributes:
+        left: how many readers have not asked yet.
+    """
 
     layer: "KVLayer"
     call: AttentionCall

@@ -6,7 +6,6 @@ learn at once at a little more than the cost of a forward. End to end is offered
 distilled from the model with its whole cache.
 """
 
-import copy
 from typing import Any, cast
 
 import torch
@@ -16,8 +15,10 @@ from transformers import DynamicCache, PreTrainedModel
 
 from gatekv.adapter import GateKVConfig
 from gatekv.bundled import adapter_path
+from gatekv.cache.hybrid import HybridKVLayer
 from gatekv.cache.kvcache import KVCache
 from gatekv.cache.layer import KVLayer
+from gatekv.cache.segments.foreign import Foreign
 from gatekv.config import GateSpec, LessSpec, check_choice
 from gatekv.modules import base_model, gated_pass, wrappers
 from gatekv.passes import Remainder, RemainderError
@@ -79,8 +80,10 @@ class LessObjective(nn.Module):
         for i, layer in enumerate(prompt.layers):
             if isinstance(layer, KVLayer):
                 past.update(layer.window.keys, layer.window.values, i)
-            else:  # a sliding layer holds what its window sees
-                past.layers[i] = copy.copy(layer)
+            else:  # a sliding layer holds what its window sees, another one its state
+                past.layers[i] = Foreign(layer).fork().layer
+            if isinstance(layer, HybridKVLayer):
+                layer.state.give(past.layers[i])
         ids = batch["input_ids"][:, split:]
         mask = batch["attention_mask"].to(ids.device)
         return self.head.decoder(

@@ -12,7 +12,8 @@ from transformers import DynamicCache
 from gatekv.attention import relaxed_flags
 from gatekv.config import GateSpec
 from gatekv.gates.relaxations import logit_of
-from gatekv.modules import gate_spec, gated_pass, wrappers
+from gatekv.geometry import readers_of, remembers
+from gatekv.modules import base_model, gate_spec, gated_pass, wrappers
 from gatekv.ops.sequence import ALONE, Sequence
 from gatekv.passes import GateOutput, Observe, PassContext, Plain, Relaxed
 from gatekv.precision import wide
@@ -93,7 +94,9 @@ class Objective(nn.Module):
         self.kl_weight = kl_weight
         self.below_learns = any(p.requires_grad for name, p in model.named_parameters() if "gatekv_" not in name)
         announce(model)
-        layers = wrappers(model)
+        layers, inner = wrappers(model), base_model(model)
+        # Behind a prompt neither states nor keys read by later layers are at hand: all of a row runs at once.
+        self.whole_rows = remembers(inner) or bool(readers_of(inner))
         self.spec = cast(GateSpec, gate_spec(model))
         self.sequence = ALONE
         check_objective(objective, prefill, sparsity, scope, self.spec)
@@ -138,7 +141,7 @@ class Objective(nn.Module):
         """The plain model's pass, which also tells where a "budget" threshold must lie."""
         spec, zero = self.spec, torch.zeros((), device=rows.ids.device)
         local = self._local_threshold(_counted(rows, asked), target) if self.objective == "attention_mse" else None
-        suffix = self.prefill == "dense" and local is None and not self.below_learns
+        suffix = self.prefill == "dense" and local is None and not (self.below_learns or self.whole_rows)
         observe = suffix or self.sparsity == "budget" or self.oracle_weight > 0 or self.objective in LOCAL
         if self.objective == "lm" and not observe and not self.kl_weight:
             return Teacher(None, None, {}, None, zero)

@@ -54,6 +54,11 @@ class Foreign(Segment):
                     setattr(twin, name, copied)
         return type(self)(twin)
 
+    def give(self, other: Any) -> None:
+        """Put copies of the states into another layer that keeps such."""
+        mine = vars(self.fork().layer)
+        vars(other).update({name: value for name, value in mine.items() if isinstance(value, dict)})
+
     def index_select(self, index: Tensor) -> None:
         self.layer.reorder_cache(index)
 

@@ -35,6 +35,8 @@ class KVLayer(Readable, Part, Memory, CacheLayerMixin):
         real: [batch, 1], real tokens seen. unmet: [batch] bool, rows whose budget could not be kept; None: undecided.
         history: [batch, seen] bool, the real ones, where pads do not all stand on the left; padded: there are pads.
         first_call: tokens of the first call, 0 before it. calls, open, expected: see `gatekv.cache.refusals`.
+        latent: numbers of a key that are its value too, in layers that cache latents (gatekv.latent), else 0; taken:
+        the new ones, until `attend`.
         readers: later layers that read this one's keys and values; before, replays: see `gatekv.cache.sharing`.
     """
 
@@ -42,8 +44,9 @@ class KVLayer(Readable, Part, Memory, CacheLayerMixin):
     saved += ("window", "store", "evictor", "evidence")
     borrowed, is_croppable = ("siblings",), True
 
-    def __init__(self, config: CacheConfig, layer_idx: int) -> None:
+    def __init__(self, config: CacheConfig, layer_idx: int, latent: int = 0) -> None:
         super().__init__()
+        self.latent = latent
         self.config, self.layer_idx, self.siblings = config, layer_idx, cast(Siblings, LATER)
         self.readers = 0
         self.reset()
@@ -59,11 +62,12 @@ class KVLayer(Readable, Part, Memory, CacheLayerMixin):
         self.seen = self.folded = self.base = self.first_call = self.calls = 0
         self.is_initialized = self.recording = self.open = self.expected = self.padded = self.replays = False
         self.before: Before | None = None
+        self.taken: Tensor = LATER
 
     def lazy_initialization(self, key_states: Tensor, value_states: Tensor | None) -> None:
-        value_dim = None if value_states is None else value_states.shape[-1]
-        self.window = RecentWindow(key_states, self.evictor.window_scores, value_dim)
-        self.store = CompressedStore(key_states, self.config, self.evictor.page_scores, value_dim)
+        dims = None if value_states is None else value_states.shape[-1], self.latent
+        self.window = RecentWindow(key_states, self.evictor.window_scores, *dims)
+        self.store = CompressedStore(key_states, self.config, self.evictor.page_scores, *dims)
         self.real = torch.zeros(len(key_states), 1, dtype=torch.long, device=key_states.device)
         self.is_initialized = True
 
@@ -71,8 +75,10 @@ class KVLayer(Readable, Part, Memory, CacheLayerMixin):
         """Hands the new tokens through; `attend` stores them, because only there flags and mask are known."""
         refusals.check_owner(self)
         self.expected = False
+        if self.latent:
+            self.taken = torch.cat([key_states, value_states], -1)
         if not self.is_initialized:
-            self.lazy_initialization(attended(key_states), value_states)
+            self.lazy_initialization(attended(self.taken if self.latent else key_states), value_states)
         return key_states, value_states
 
     def get_seq_length(self) -> int:
@@ -123,11 +129,17 @@ class KVLayer(Readable, Part, Memory, CacheLayerMixin):
     ) -> Tensor:
         """Take in new tokens, answer their queries, evict; shapes and errors as for `Stage.attend`."""
         refusals.check_call(self, call, q.shape[2], mask)
+        if (latent := call.latent) is not None:
+            call.silent = self.seen == 0 and self.stage.whole
+            own, q, k = latent.plain() if call.silent else None, latent.absorbed(q), attended(self.taken)
+            v, self.taken = k[..., :0], LATER
         if self.readers:
             self.before = Before(self.fork(), call, k, v, mask, self.readers)
         held = self.window.dtype  # autocast may be on in one call, off in the next
         out = self.stage.attend(self, call, q.to(held), k.to(held), v.to(held), mask, scaling)
         self.calls, self.open, self.first_call = self.calls + 1, False, self.first_call or q.shape[2]
+        if latent is not None:
+            out = latent.expanded(out) if own is None else own
         return out.to(q.dtype)
 
     @property

@@ -123,6 +123,9 @@ def readers_of(model: PreTrainedModel) -> dict[int, int]:
         source = next(i for i, mode in enumerate(modes) if mode == "store" and kinds[i] == kinds[place])
         if type(layers[source]) in GATED:
             out[place] = source
+    latent = [m for _, m in found if m.layer_idx in {*out, *out.values()} and is_latent(m)]
+    if latent:
+        refuse(latent[0], "shares latents between layers")
     return out
 
 

@@ -10,6 +10,7 @@ from transformers.cache_utils import LinearAttentionLayer
 from gatekv.cache import refusals, storage
 from gatekv.cache.config import CacheConfig
 from gatekv.cache.hybrid import HybridKVLayer, States, Steps
+from gatekv.cache.latents import LatentKVLayer
 from gatekv.cache.layer import KVLayer
 from gatekv.cache.ranking import adopt
 from gatekv.cache.segments.foreign import Foreign
@@ -95,11 +96,12 @@ class KVCache(States):
         layers = cache_layers(base_model(self.model))
         for w in wrappers(self.model):
             own = layers[w.layer_idx]
-            layers[w.layer_idx] = (
-                HybridKVLayer(settings, w.layer_idx, own.number_of_states)
-                if isinstance(own, LinearAttentionLayer)
-                else KVLayer(settings, w.layer_idx, w.geometry.value_dim if w.geometry.latent else 0)
-            )
+            if isinstance(own, LinearAttentionLayer):
+                layers[w.layer_idx] = HybridKVLayer(settings, w.layer_idx, own.number_of_states)
+            elif w.geometry.latent:
+                layers[w.layer_idx] = LatentKVLayer(settings, w.layer_idx, w.geometry.value_dim)
+            else:
+                layers[w.layer_idx] = KVLayer(settings, w.layer_idx)
         super().__init__(layers=layers)
         self._steps = Steps()
         self._introduce()

@@ -35,20 +35,18 @@ class KVLayer(Readable, Part, Memory, CacheLayerMixin):
         real: [batch, 1], real tokens seen. unmet: [batch] bool, rows whose budget could not be kept; None: undecided.
         history: [batch, seen] bool, the real ones, where pads do not all stand on the left; padded: there are pads.
         first_call: tokens of the first call, 0 before it. calls, open, expected: see `gatekv.cache.refusals`.
-        latent: numbers of a key that are its value too, in layers that cache latents (gatekv.latent), else 0; taken:
-        the new ones, until `attend`.
         readers: later layers that read this one's keys and values; before, replays: see `gatekv.cache.sharing`.
+        latent: numbers of a key that are its value too (`gatekv.cache.latents`), or 0.
     """
 
     saved: tuple[str, ...] = ("seen", "folded", "base", "first_call", "padded", "real", "unmet", "history")
     saved += ("window", "store", "evictor", "evidence")
     borrowed, is_croppable = ("siblings",), True
+    readers, latent, replays = 0, 0, False
 
-    def __init__(self, config: CacheConfig, layer_idx: int, latent: int = 0) -> None:
+    def __init__(self, config: CacheConfig, layer_idx: int) -> None:
         super().__init__()
-        self.latent = latent
         self.config, self.layer_idx, self.siblings = config, layer_idx, cast(Siblings, LATER)
-        self.readers = 0
         self.reset()
 
     def reset(self) -> None:
@@ -60,12 +58,11 @@ class KVLayer(Readable, Part, Memory, CacheLayerMixin):
         self.evictor: Evictor = evictor_of(self.config)
         self.evidence = Evidence()
         self.seen = self.folded = self.base = self.first_call = self.calls = 0
-        self.is_initialized = self.recording = self.open = self.expected = self.padded = self.replays = False
+        self.is_initialized = self.recording = self.open = self.expected = self.padded = False
         self.before: Before | None = None
-        self.taken: Tensor = LATER
 
     def lazy_initialization(self, key_states: Tensor, value_states: Tensor | None) -> None:
-        dims = None if value_states is None else value_states.shape[-1], self.latent
+        dims = None if value_states is None or self.latent else value_states.shape[-1], self.latent
         self.window = RecentWindow(key_states, self.evictor.window_scores, *dims)
         self.store = CompressedStore(key_states, self.config, self.evictor.page_scores, *dims)
         self.real = torch.zeros(len(key_states), 1, dtype=torch.long, device=key_states.device)
@@ -75,10 +72,8 @@ class KVLayer(Readable, Part, Memory, CacheLayerMixin):
         """Hands the new tokens through; `attend` stores them, because only there flags and mask are known."""
         refusals.check_owner(self)
         self.expected = False
-        if self.latent:
-            self.taken = torch.cat([key_states, value_states], -1)
         if not self.is_initialized:
-            self.lazy_initialization(attended(self.taken if self.latent else key_states), value_states)
+            self.lazy_initialization(attended(key_states), value_states)
         return key_states, value_states
 
     def get_seq_length(self) -> int:
@@ -102,19 +97,10 @@ class KVLayer(Readable, Part, Memory, CacheLayerMixin):
 
     def reorder_cache(self, beam_idx: Tensor) -> None:
         """Re-order, repeat or reduce the batch."""
-        if self.is_initialized and not torch.equal(index := beam_idx.to(self.real.device), self._rows()):
-            self.index_select(index)
-
-    def batch_repeat_interleave(self, repeats: int) -> None:
         if self.is_initialized:
-            self.index_select(self._rows().repeat_interleave(repeats))
-
-    def batch_select_indices(self, indices: Tensor) -> None:
-        if self.is_initialized:
-            self.index_select(self._rows()[indices.to(self.real.device)])
-
-    def _rows(self) -> Tensor:
-        return torch.arange(len(self.real), device=self.real.device)
+            index, rows = beam_idx.to(self.real.device), torch.arange(len(self.real), device=self.real.device)
+            if not torch.equal(index, rows):
+                self.index_select(index)
 
     def activate_past_recording(self) -> None:
         """Keep the last ROLLBACK tokens whole until `crop` says which of them stay."""
@@ -129,17 +115,11 @@ class KVLayer(Readable, Part, Memory, CacheLayerMixin):
     ) -> Tensor:
         """Take in new tokens, answer their queries, evict; shapes and errors as for `Stage.attend`."""
         refusals.check_call(self, call, q.shape[2], mask)
-        if (latent := call.latent) is not None:
-            call.silent = self.seen == 0 and self.stage.whole
-            own, q, k = latent.plain() if call.silent else None, latent.absorbed(q), attended(self.taken)
-            v, self.taken = k[..., :0], LATER
         if self.readers:
             self.before = Before(self.fork(), call, k, v, mask, self.readers)
         held = self.window.dtype  # autocast may be on in one call, off in the next
         out = self.stage.attend(self, call, q.to(held), k.to(held), v.to(held), mask, scaling)
         self.calls, self.open, self.first_call = self.calls + 1, False, self.first_call or q.shape[2]
-        if latent is not None:
-            out = latent.expanded(out) if own is None else own
         return out.to(q.dtype)
 
     @property
@@ -149,11 +129,9 @@ class KVLayer(Readable, Part, Memory, CacheLayerMixin):
 
     def fed(self) -> Tensor:
         """[batch, slots since base] bool: which of the current prompt's or turn's are real; pads on the left."""
-        return (
-            self.window.valid
-            if self.folded == self.base
-            else torch.arange(self.base, self.seen, device=self.real.device) >= self.seen - self.real
-        )
+        if self.folded == self.base:
+            return self.window.valid
+        return torch.arange(self.base, self.seen, device=self.real.device) >= self.seen - self.real
 
     def fold(self, at_least: int = 1, rollback: int | None = None) -> None:
         """Let tokens that are old enough leave the window, if so many are.

@@ -19,6 +19,7 @@ from gatekv.gates.key_mlp import key_features
 from gatekv.gates.relaxations import relax
 from gatekv.latent import Latent, latent_of
 from gatekv.less.maps import LessMaps
+from gatekv.ops.scale import Scale
 from gatekv.ops.sequence import ALONE, Sequence
 from gatekv.precision import attended, without_autocast
 from gatekv.support import LATER, Geometry, check_call, refuse, visible_keys
@@ -72,7 +73,7 @@ class Inputs(NamedTuple):
 
     Attributes:
         q: [batch, heads, queries, head_dim]. k, v: [batch, kv_heads, tokens, head_dim].
-        mask: [batch, 1, queries, tokens] bool, or None = causal. scaling: of the scores.
+        mask: [batch, 1, queries, tokens] bool, or None = causal. scaling: of the scores, a `Scale`, which knows a cap.
     """
 
     q: torch.Tensor
@@ -241,7 +242,7 @@ def _forward(base: str) -> Callable[..., tuple[torch.Tensor, torch.Tensor | None
         call.answered = True
         check_call(module, k, v, kwargs, call.geometry)
         call.prepare(k)
-        call.sinks = kwargs.get("s_aux")
+        call.sinks, scaling = kwargs.get("s_aux"), Scale(scaling, kwargs.get("softcap"))
         sequence = ALONE if call.memory is not None else call.context.sequence
         q, k, v = map(sequence.into, (q, k, v))
         weights = None

@@ -24,7 +24,7 @@ from gatekv.config import GateSpec
 from gatekv.geometry import GATED, attention_modules, cache_layers, geometry_of, readers_of
 from gatekv.passes import PassContext, Plain, Relaxed
 from gatekv.recompute import Pass, follow_passes
-from gatekv.support import LATER, NO_INTERFACE, refuse
+from gatekv.support import LATER, NO_INTERFACE
 
 if TYPE_CHECKING:
     from transformers import PretrainedConfig
@@ -309,7 +309,7 @@ def attention_layers(model: nn.Module) -> list[tuple[nn.Module, nn.Module]]:
         ValueError: when the model has none that gatekv can gate, or would answer wrongly; says why.
     """
     inner = base_model(model)
-    name, config = type(inner).__name__, inner.config.get_text_config(decoder=True)
+    name = type(inner).__name__
     if inner.config.is_encoder_decoder:
         raise ValueError(f"{name} is an encoder-decoder; gatekv evicts from the cache of decoder-only models.")
     found, layers = attention_modules(inner), cache_layers(inner)
@@ -327,9 +327,7 @@ def attention_layers(model: nn.Module) -> list[tuple[nn.Module, nn.Module]]:
             f"{name} keeps keys and values for layer {without[0]}, and no attention module of its own belongs to it "
             "(several layers share one?): gatekv evicts from each layer by its own module's attention."
         )
-    for _, module in full:  # said here too, where the config tells, so as not to fail in the middle of a run
-        if getattr(config, "attn_logit_softcapping", None) is not None:
-            refuse(module, "caps its attention scores (`attn_logit_softcapping`)")
+    for _, module in full:  # said here already, so as not to fail in the middle of a run
         geometry_of(module)
     return full
 

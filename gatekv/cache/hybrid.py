@@ -81,10 +81,11 @@ class Steps:
 
     def use(self, layer_idx: int, first: KVLayer) -> None:
         """A state of a layer is read or renewed; first: the first layer that evicts, which counts the forwards."""
-        number = first.calls + (layer_idx <= first.layer_idx)
-        # A layer's turn before that of a later one that is done: the forward has begun anew.
-        self._broken |= any(n == number and layer_idx < p < first.layer_idx for p, n in self._last.items())
-        self._last[layer_idx] = number
+        self._last[layer_idx] = first.calls + (layer_idx <= first.layer_idx)
+
+    def begin(self, first: KVLayer) -> None:
+        """A forward begins: the one before must have come as far as `first`, if it has used a state."""
+        self._broken |= any(n > first.calls for p, n in self._last.items() if p <= first.layer_idx)
 
     def fork(self) -> "Steps":
         """For a copy of the cache."""
@@ -107,6 +108,11 @@ class States(Cache):
     def evicting(self) -> list[KVLayer]:
         """The layers that gatekv holds, by depth."""
         return [layer for layer in self.layers if isinstance(layer, KVLayer)]
+
+    def get_mask_sizes(self, query_length: int, layer_idx: int) -> tuple[int, int]:
+        """As transformers' own, who asks when a forward begins."""
+        self._steps.begin(self.evicting()[0])
+        return super().get_mask_sizes(query_length, layer_idx)
 
     def get_conv_state(self, layer_idx: int, state_idx: int = 0) -> torch.Tensor | None:
         """As transformers' own; so are the next three."""

@@ -253,15 +253,7 @@ class GateKVModel(BaseTuner):
                 f"later layers of {type(model).__name__} read earlier ones' keys and values, and low-rank maps belong "
                 "to the queries of one layer: set less_rank=0."
             )
-        names = {id(module): name for name, module in model.named_modules()}
-        if config.target_modules is None:
-            config.target_modules = sorted({names[id(module)].split(".")[-1] for _, module in layers})
-        for name in config.target_modules:
-            if not any(f".{names[id(module)]}".endswith(f".{name}") for _, module in layers):
-                raise ValueError(
-                    f"target_modules names {name!r:.60}, and no full-attention layer of {type(model).__name__} is "
-                    f"called so: they are called …{names[id(layers[0][1])].split('.')[-1]}. Leave it out to gate all."
-                )
+        self._prepare_adapter_config(config, {})
         found, wanted = fingerprint(model), config.base_fingerprint
         if wanted is None:
             config.base_fingerprint = found
@@ -283,6 +275,20 @@ class GateKVModel(BaseTuner):
             found = {self._remove_adapter_name_from_key(k, "default"): v for k, v in config.file_shapes.items()}
             gates = {k: v for k, v in found.items() if f".{PREFIX}" in k}
             check_shapes(gates, self._shapes(model, config))
+
+    def _prepare_adapter_config(self, config: GateKVConfig, model_config: dict) -> GateKVConfig:  # type: ignore[override]
+        """Where no module is named, all that are gated are."""
+        model = self.model
+        layers, names = attention_layers(model), {id(module): name for name, module in model.named_modules()}
+        if config.target_modules is None:
+            config.target_modules = sorted({names[id(module)].split(".")[-1] for _, module in layers})
+        for name in config.target_modules:
+            if not any(f".{names[id(module)]}".endswith(f".{name}") for _, module in layers):
+                raise ValueError(
+                    f"target_modules names {name!r:.60}, and no full-attention layer of {type(model).__name__} is "
+                    f"called so: they are called …{names[id(layers[0][1])].split('.')[-1]}. Leave it out to gate all."
+                )
+        return config
 
     def _shapes(self, model: "PreTrainedModel", config: GateKVConfig) -> dict[str, tuple[int, ...]]:
         """Name -> shape of every tensor that an adapter file of `config` has; nothing is allocated."""
@@ -307,7 +313,7 @@ class GateKVModel(BaseTuner):
         state_dict: dict[str, torch.Tensor] | None = None,
     ) -> None:
         """LoRA first, whose layers freeze as the base does; then PEFT's own way, which also says who is active."""
-        config = self.peft_config[adapter_name]
+        config = self._prepare_adapter_config(self.peft_config[adapter_name], {})
         if (fields := config.lora) is not None:
             if config.file_shapes is not None:
                 lora.check_ranks(model, fields, config.file_shapes)

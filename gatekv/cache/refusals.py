@@ -13,6 +13,10 @@ if TYPE_CHECKING:
     from gatekv.cache.layer import KVLayer
 
 logger = logging.get_logger(__name__)
+NO_ROTARY = (
+    "positions='cache' turns queries by RoPE, and this model's attention gets no `position_embeddings`, or turns by "
+    "them in a way that gatekv does not know: use positions='original'."
+)
 
 
 def check_owner(layer: "KVLayer") -> None:
@@ -61,11 +65,8 @@ def check_call(layer: "KVLayer", call: "AttentionCall", new: int, mask: torch.Te
             budget is below what the policy protects.
     """
     config, prompt = layer.config, not layer.decided
-    if prompt and config.turns_queries and call.rotary is None:
-        raise ValueError(
-            "positions='cache' turns queries by RoPE, and this model's attention gets no `position_embeddings`: "
-            "use positions='original'."
-        )
+    if prompt and config.turns_queries and call.turning() is None:
+        raise ValueError(NO_ROTARY)
     if prompt and config.kinds is not None and len(config.kinds) != len(layer.real):
         raise ValueError(
             f"kinds has {len(config.kinds)} rows, the prompt {len(layer.real)}: give one row a sequence (beam)."

@@ -29,6 +29,7 @@ if TYPE_CHECKING:
 
     from gatekv.gates.calibration import Calibration
     from gatekv.less.maps import LessMaps
+    from gatekv.rotary import Rotation
     from gatekv.support import SelfAttention
 
 ATTENTION_NAME = "self_attn"
@@ -48,6 +49,7 @@ class GatedAttention:
 
     Attributes:
         module: the self_attn. specs, calibrations: by adapter name. running: the pass that is in force, or None.
+        rotation: how the layer turns keys by position, once somebody asked (`gatekv.rotary`).
     """
 
     def __init__(self, module: nn.Module) -> None:
@@ -56,6 +58,7 @@ class GatedAttention:
         self.specs: dict[str, GateSpec] = {}
         self.calibrations: dict[str, Calibration | None] = {}
         self.running: Pass | None = None
+        self.rotation: Rotation | str | None = None
 
     @property
     def recorded(self) -> Any:

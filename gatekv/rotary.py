@@ -32,22 +32,24 @@ class Rotary(tuple[Tensor, Tensor]):
     Attributes:
         layout: which channels turn together: "half": i and i + rotary_dim / 2; "interleaved": 2i and 2i + 1; "none":
             the layer does not turn keys at all.
-        scales: what keys, and queries, are multiplied by behind the rotation, [head_dim], or None.
+        scale: what keys are multiplied by behind the rotation, [head_dim], or None. relative: whether scores depend on
+        distances alone; not where channels of a pair are multiplied by different numbers behind the rotation.
     """
 
     layout: str
-    scales: tuple[Tensor | None, Tensor | None]
+    scale: Tensor | None
+    relative: bool
 
     def __new__(
-        cls, cos: Tensor, sin: Tensor, layout: str = "half", scales: tuple[Tensor | None, Tensor | None] = (None, None)
+        cls, cos: Tensor, sin: Tensor, layout: str = "half", scale: Tensor | None = None, relative: bool = True
     ) -> Self:
         made = super().__new__(cls, cast(Any, (cos, sin)))
-        made.layout, made.scales = layout, scales
+        made.layout, made.scale, made.relative = layout, scale, relative
         return made
 
     def columns(self, of: Callable[[Tensor], Tensor]) -> "Rotary":
         """Of some of the tokens, or all in another order: `of` tells which from a tensor [batch or 1, tokens, ...]."""
-        return Rotary(of(self[0]), of(self[1]), self.layout, self.scales)
+        return Rotary(of(self[0]), of(self[1]), self.layout, self.scale, self.relative)
 
     def token(self, i: int) -> "Rotary":
         """Of the i-th token alone."""
@@ -87,7 +89,7 @@ def _turned(x: Tensor, rotary: Angles, back: bool) -> Tensor:
 def rotate(x: Tensor, rotary: Angles) -> Tensor:
     """x [batch, heads, tokens, head_dim], turned as RoPE turns it; the inverse of `unrotate`."""
     out = _turned(x, rotary, back=False)
-    scale = getattr(rotary, "scales", (None, None))[0]
+    scale = getattr(rotary, "scale", None)
     return out if scale is None else out * scale.to(x)
 
 
@@ -96,17 +98,15 @@ def unrotate(keys: Tensor, rotary: Angles) -> Tensor:
 
     keys: [batch, kv_heads, tokens, head_dim]; rotary: of the tokens.
     """
-    scale = getattr(rotary, "scales", (None, None))[0]
+    scale = getattr(rotary, "scale", None)
     return _turned(_divided(keys, scale), rotary, back=True)
 
 
 def asked_from(q: Tensor, now: Angles, there: Angles) -> Tensor:
-    """Queries as if they stood elsewhere: q [batch, heads, tokens, head_dim], turned by `now`; `there`: (cos, sin) of
-    the other places, one value a channel."""
-    layout, scale = getattr(now, "layout", "half"), getattr(now, "scales", (None, None))[1]
-    raw = _turned(_divided(q, scale), now, back=True)
-    out = _turned(raw, Rotary(there[0], there[1], layout), back=False)
-    return out if scale is None else out * scale.to(q)
+    """Queries as if they stood elsewhere: q [batch, heads, tokens, head_dim], turned by `now`, which is `relative`;
+    `there`: (cos, sin) of the other places, one value a channel."""
+    raw = _turned(q, now, back=True)
+    return _turned(raw, Rotary(there[0], there[1], getattr(now, "layout", "half")), back=False)
 
 
 def _divided(x: Tensor, scale: Tensor | None) -> Tensor:
@@ -132,16 +132,16 @@ class Rotation:
     sign: int = 1
     norms: tuple[str | None, str | None] = (None, None)
 
-    def read(self, given: Any, scales: tuple[Tensor | None, Tensor | None] = (None, None)) -> Rotary:
-        """given: (cos, sin), or one complex tensor, [batch or 1, tokens, width]."""
+    def read(self, given: Any, scale: Tensor | None = None, relative: bool = True) -> Rotary:
+        """given: (cos, sin), or one complex tensor, [batch or 1, tokens, width]; the others as in `Rotary`."""
         cos, sin = _real(given)
         if self.layout == "none":
-            return Rotary(cos, sin, "none", scales)
+            return Rotary(cos, sin, "none", scale, relative)
         if self.angles == "first":
             cos, sin = (t.chunk(2, -1)[0] for t in (cos, sin))
         if self.angles != "channels":
             cos, sin = (_joined(t, t, self.layout) for t in (cos, sin))
-        return Rotary(cos, self.sign * sin, self.layout, scales)
+        return Rotary(cos, self.sign * sin, self.layout, scale, relative)
 
 
 def _real(given: Any) -> tuple[Tensor, Tensor]:
@@ -161,9 +161,8 @@ def rotary_of(module: "SelfAttention | None", given: Any) -> Rotary:
     found = _known(module, given)
     if isinstance(found, str):
         raise ValueError(found)
-    device = _real(given)[0].device
-    scales = cast("tuple[Tensor | None, Tensor | None]", tuple(_scale(module, name, device) for name in found.norms))
-    return found.read(given, scales)
+    weighted = any(name and [*cast(nn.Module, module._modules[name]).parameters()] for name in found.norms)
+    return found.read(given, _scale(module, found.norms[0], _real(given)[0].device), not weighted)
 
 
 def _scale(module: nn.Module, name: str | None, device: torch.device) -> Tensor | None:
@@ -292,7 +291,7 @@ def _norm(raw: Tensor, seen: Tensor, rotary: Rotary, norms: dict[str, dict[int, 
     scales = {name: by_width.get(raw.shape[-1]) for name, by_width in norms.items()}
     for name, scale in ({None: None} | scales).items():
         if name is None or scale is not None:
-            told = Rotary(*rotary, rotary.layout, (scale, None))
+            told = Rotary(*rotary, rotary.layout, scale)
             if torch.allclose(rotate(_divided(raw, scale), told), seen, rtol=1e-4, atol=1e-4):
                 return name
     return False

@@ -54,7 +54,7 @@ class Evidence(Part):
         if last := config.queries:
             self.queries = behind(self.queries, q, 2)[:, :, -last:]
         turning = call.turning(strict=not config.defer) if config.turns_queries or config.defer else None
-        if turning is not None:
+        if turning is not None and turning.relative:
             new: Pair = turning
             old = (None, None) if self.rotary is None else tuple(t.expand(len(new[0]), -1, -1) for t in self.rotary)
             if self.rotary is not None:

@@ -14,8 +14,9 @@ if TYPE_CHECKING:
 
 logger = logging.get_logger(__name__)
 NO_ROTARY = (
-    "positions='cache' turns queries by RoPE, and this model's attention gets no `position_embeddings`, or turns by "
-    "them in a way that gatekv does not know: use positions='original'."
+    "positions='cache' turns queries by RoPE, and this model's attention gets no `position_embeddings`, turns by them in a "
+    "way that gatekv does not know, or weighs channels behind that, so that more than distances counts: use "
+    "positions='original'."
 )
 
 
@@ -65,7 +66,7 @@ def check_call(layer: "KVLayer", call: "AttentionCall", new: int, mask: torch.Te
             budget is below what the policy protects.
     """
     config, prompt = layer.config, not layer.decided
-    if prompt and config.turns_queries and call.turning() is None:
+    if prompt and config.turns_queries and not ((turning := call.turning()) and turning.relative):
         raise ValueError(NO_ROTARY)
     if prompt and config.kinds is not None and len(config.kinds) != len(layer.real):
         raise ValueError(

@@ -290,6 +290,10 @@ def attention_layers(model: nn.Module) -> list[tuple[nn.Module, nn.Module]]:
             f"{name} has no `{ATTENTION_NAME}` modules with a place in the cache (`layer_idx`): gatekv knows models "
             "built like Llama, Qwen, Mistral, Gemma 3 and Phi-3."
         )
+    if len({m.layer_idx for _, m in found}) < len(found):
+        raise ValueError(
+            f"several attentions of {name} have one `layer_idx`: not supported, gatekv knows layers by it."
+        )
     if getattr(config, "num_kv_shared_layers", 0):
         raise ValueError(f"layers of {name} read other layers' keys and values: gatekv evicts from each layer alone.")
     if getattr(config, "kv_lora_rank", None):
@@ -334,7 +338,11 @@ def use_attention(model: nn.Module) -> None:
         ValueError: an attention implementation, or a model, that gatekv cannot take part in.
     """
     inner = base_model(model)
-    implementation = inner.config.get_text_config(decoder=True)._attn_implementation
+    text = inner.config.get_text_config(decoder=True)
+    # An image tower may compute attention by itself; the last model with the decoder's config is the decoder.
+    models = [m for m in inner.modules() if isinstance(m, PreTrainedModel)]
+    inner = [inner, *(m for m in models if m.config.model_type == text.model_type)][-1]
+    implementation = text._attn_implementation
     if implementation not in attention.NAMES:
         raise ValueError(
             f"attention implementation {implementation!r} is not supported: load the model with "

@@ -14,8 +14,8 @@ if TYPE_CHECKING:
 
 logger = logging.get_logger(__name__)
 NO_ROTARY = (
-    "positions='cache' turns queries by RoPE, and this model's attention gets no `position_embeddings`, turns by them in a "
-    "way that gatekv does not know, or weighs channels behind that, so that more than distances counts: use "
+    "positions='cache' turns queries by RoPE, and this model's attention gets no `position_embeddings`, turns by them "
+    "in a way that gatekv does not know, or weighs channels behind that, so that more than distances counts: use "
     "positions='original'."
 )
 
@@ -38,7 +38,8 @@ def check_whole(layer: "KVLayer", new: int = 0) -> None:
         return
     uneven = any(other.open or other.calls != layer.calls for other in layers)
     for place, other in layer.siblings.others:
-        uneven |= other.get_seq_length() != layer.seen + (new if place < layer.layer_idx else 0)
+        if other.is_sliding:  # else it holds what cross-attention looks at: images, not the text
+            uneven |= other.get_seq_length() != layer.seen + (new if place < layer.layer_idx else 0)
     if uneven:
         raise ValueError(
             "an earlier call with this cache was interrupted (by an error, or Ctrl-C), and some of its layers hold "

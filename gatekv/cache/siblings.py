@@ -17,7 +17,7 @@ class Siblings:
     """
 
     def __init__(self, layers: "list[KVLayer]", others: list[tuple[int, Any]]) -> None:
-        """layers: those that evict, by depth; others: (place in the model, layer) of those with a sliding window."""
+        """layers: those that evict, by depth; others: (place in the model, layer) of transformers' own."""
         self._layers = [weakref.ref(layer) for layer in layers]
         self.masks = Masks()
         self._others = [(place, weakref.ref(layer)) for place, layer in others]
@@ -29,5 +29,5 @@ class Siblings:
 
     @property
     def others(self) -> list[tuple[int, Any]]:
-        """(place in the model, layer) of those that transformers bounds itself."""
+        """(place in the model, layer) of transformers' own."""
         return [(place, ref()) for place, ref in self._others]

@@ -1,4 +1,5 @@
-"""Layers that are not ours: a sliding window bounds them, so they are copied, counted and saved, and never evicted."""
+"""Layers that are not ours: a sliding window bounds them, or they hold the images of cross-attention. They are copied,
+counted and saved, and never evicted."""
 
 import copy
 from typing import Any, Self
@@ -14,14 +15,14 @@ class Foreign(Segment):
     """A cache layer of transformers' own, seen as a segment; it answers through the model, not through us.
 
     Attributes:
-        layer: transformers' `DynamicSlidingWindowLayer`.
+        layer: transformers' `DynamicSlidingWindowLayer`, or `DynamicLayer`, empty where no image was read.
     """
 
     def __init__(self, layer: Any) -> None:
         self.layer = layer
 
     def tensors(self) -> list[Tensor]:
-        return [self.layer.keys, self.layer.values]
+        return [self.layer.keys, self.layer.values] if self.layer.is_initialized else []
 
     def fork(self) -> Self:
         """An independent copy; transformers never writes keys or values in place."""
@@ -31,13 +32,18 @@ class Foreign(Segment):
         self.layer.reorder_cache(index)
 
     def state_dict(self) -> dict[str, Tensor]:
-        seen = torch.tensor(self.layer.cumulative_length)
-        return {"keys": self.layer.keys, "values": self.layer.values, "seen": seen}
+        if not self.layer.is_initialized:
+            return {}
+        held = {"keys": self.layer.keys, "values": self.layer.values}
+        return held | ({"seen": torch.tensor(self.layer.cumulative_length)} if self.layer.is_sliding else {})
 
     def load_state_dict(self, tensors: dict[str, Tensor]) -> None:
+        if not (tensors or self.layer.is_sliding):
+            return
         self.layer.lazy_initialization(tensors["keys"], tensors["values"])
         self.layer.keys, self.layer.values = tensors["keys"], tensors["values"]
-        self.layer.cumulative_length = int(tensors["seen"])
+        if self.layer.is_sliding:
+            self.layer.cumulative_length = int(tensors["seen"])
 
     @classmethod
     def forecast_bytes(cls, shape: Shape, tokens: float) -> int:

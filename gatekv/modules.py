@@ -341,14 +341,14 @@ def use_attention(model: nn.Module) -> None:
     text = inner.config.get_text_config(decoder=True)
     # An image tower may compute attention by itself; the last model with the decoder's config is the decoder.
     models = [m for m in inner.modules() if isinstance(m, PreTrainedModel)]
-    inner = [inner, *(m for m in models if m.config.model_type == text.model_type)][-1]
+    decoder = [inner, *(m for m in models if m.config.model_type == text.model_type)][-1]
     implementation = text._attn_implementation
     if implementation not in attention.NAMES:
         raise ValueError(
             f"attention implementation {implementation!r} is not supported: load the model with "
             f"attn_implementation= one of {', '.join(attention.NAMES)}."
         )
-    if not inner._can_set_attn_implementation():
+    if not decoder._can_set_attn_implementation():
         raise ValueError(NO_INTERFACE.format(type(inner).__name__))
     attention.register()
 

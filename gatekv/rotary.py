@@ -158,7 +158,12 @@ def rotary_of(module: "SelfAttention | None", given: Any) -> Rotary:
     """
     if module is None:
         return Rotation("half").read(given)
-    found = _known(module, given)
+    held = vars(module).get("gatekv")
+    found = getattr(held, "rotation", None)
+    if found is None:
+        found = _find(module, given)
+        if held is not None:
+            held.rotation = found
     if isinstance(found, str):
         raise ValueError(found)
     weighted = any(name and [*cast(nn.Module, module._modules[name]).parameters()] for name in found.norms)
@@ -176,18 +181,8 @@ def _scale(module: nn.Module, name: str | None, device: torch.device) -> Tensor 
 
 
 @torch.compiler.disable
-def _known(module: "SelfAttention", given: Any) -> Rotation | str:
-    """The layer's rotation, tried once; or why there is none."""
-    held = vars(module).get("gatekv")
-    found = getattr(held, "rotation", None)
-    if found is None:
-        found = _find(module, given)
-        if held is not None:
-            held.rotation = found
-    return found
-
-
 def _find(module: "SelfAttention", given: Any) -> Rotation | str:
+    """The layer's rotation, or why there is none."""
     try:
         found = _tried(module, given)
         cause = "it is none of those that gatekv knows"

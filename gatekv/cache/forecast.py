@@ -82,10 +82,10 @@ def forecast(cache: KVCache, length: int, new_tokens: int = 0, batch: int = 1) -
             told = _Layer(settings, gated[i], evictor, shape)
             found = told.bytes(tokens[-1], length), told.bytes(tokens[-1], length, new_tokens)
             full = length * token, (length + new_tokens) * token
-        elif not layer.is_sliding:  # of cross-attention: how many images will be read is not known
+        elif not isinstance(layer, DynamicSlidingWindowLayer):  # cross-attention's: what images hold is not known
             continue
         else:  # a sliding layer's first view still holds the whole prompt's storage
-            window = cast(DynamicSlidingWindowLayer, layer).sliding_window
+            window = layer.sliding_window
             later = min(window, length + new_tokens) if new_tokens else length
             found = full = length * token, later * token
         sums = [a + b for a, b in zip(sums, (found[0], full[0], found[1], full[1]))]

@@ -5,7 +5,6 @@ page ends that depend on the text: half a page each is assumed.
 """
 
 from dataclasses import dataclass
-from typing import cast
 
 import torch
 from transformers.cache_utils import DynamicSlidingWindowLayer

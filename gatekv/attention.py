@@ -22,6 +22,7 @@ from gatekv.less.maps import LessMaps
 from gatekv.ops.scale import Scale
 from gatekv.ops.sequence import ALONE, Sequence
 from gatekv.precision import attended, without_autocast
+from gatekv.rotary import Probe, Rotary, rotary_of
 from gatekv.support import LATER, Geometry, check_call, refuse, visible_keys
 
 if TYPE_CHECKING:
@@ -125,7 +126,8 @@ class AttentionCall:
     Attributes:
         hidden: [batch, tokens, hidden_size], the layer's input; from `prepare` on, what the gate reads. Where processes
             share rows, of this one's tokens.
-        layer_idx: of the layer. rotary: (cos, sin) of the new tokens, or None.
+        layer_idx: of the layer. rotary: `position_embeddings` of the new tokens as the layer was handed them, or None;
+            `turning` says what they mean. module: the self_attn, once its attention function is called.
         gate: the gate in force or None; spec: its GateSpec. less: the low-rank maps in force, or None.
         memory: the gatekv cache layer, which answers; or None:
         context: what the pass over whole sequences asks (gatekv.passes); record: called with what was found.
@@ -140,7 +142,7 @@ class AttentionCall:
 
     hidden: torch.Tensor
     layer_idx: int
-    rotary: tuple[torch.Tensor, torch.Tensor] | None = None
+    rotary: Rotary | tuple[torch.Tensor, torch.Tensor] | torch.Tensor | None = None
     gate: torch.nn.Module | None = None
     spec: GateSpec = LATER
     less: LessMaps | None = None
@@ -154,16 +156,38 @@ class AttentionCall:
     shared: MutableMapping[str, Any] | None = None
     record: Callable[[object], None] = LATER
     answered: bool = False
+    module: "SelfAttention | None" = None
 
     def prepare(self, k: torch.Tensor) -> None:
         """From here on `hidden` is what the gate reads: the layer's input, or the new keys k [B, K, Q, D]."""
         if self.gate is not None and self.gate.reads == "keys":
-            self.hidden = key_features(k, self.rotary)
+            self.hidden = key_features(k, self.turning())
+
+    def turning(self, strict: bool = True) -> Rotary | None:
+        """How RoPE turns the new tokens in this layer; None: the layer is handed no positions.
+
+        strict: raise where it is not known, too; else None.
+
+        Raises:
+            ValueError: the layer turns them in a way that is not known here.
+        """
+        if self.rotary is not None and not isinstance(self.rotary, Rotary):
+            try:
+                self.rotary = rotary_of(self.module, self.rotary)
+            except ValueError:
+                if strict:
+                    raise
+                return None
+        return self.rotary
 
     def columns(self, of: Callable[[torch.Tensor], torch.Tensor]) -> "AttentionCall":
         """The call of some of the new tokens, or all in another order: `of` tells which from a tensor [batch or 1,
         tokens, ...]."""
-        rotary = None if self.rotary is None else (of(self.rotary[0]), of(self.rotary[1]))
+        rotary = self.rotary
+        if isinstance(rotary, Rotary):
+            rotary = rotary.columns(of)
+        elif rotary is not None:
+            rotary = of(rotary) if isinstance(rotary, torch.Tensor) else (of(rotary[0]), of(rotary[1]))
         return replace(self, hidden=of(self.hidden), rotary=rotary)
 
     @property
@@ -225,7 +249,7 @@ def _forward(base: str) -> Callable[..., tuple[torch.Tensor, torch.Tensor | None
         dropout: float = 0.0,
         *,
         scaling: float,
-        gatekv: AttentionCall | None = None,
+        gatekv: AttentionCall | Probe | None = None,
         **kwargs: Any,
     ) -> tuple[torch.Tensor, torch.Tensor | None]:
         kwargs = {"dropout": dropout} | kwargs
@@ -237,9 +261,11 @@ def _forward(base: str) -> Callable[..., tuple[torch.Tensor, torch.Tensor | None
         call = gatekv
         if call is None:
             return own()
+        if isinstance(call, Probe):
+            call.see(q, k)
         if call.answered:
             refuse(module, "calls attention more than once a layer")
-        call.answered = True
+        call.answered, call.module = True, module
         check_call(module, k, v, kwargs, call.geometry)
         call.prepare(k)
         call.sinks, scaling = kwargs.get("s_aux"), Scale(scaling, kwargs.get("softcap"))

@@ -28,6 +28,7 @@ if TYPE_CHECKING:
 
 GATED = (DynamicLayer, LinearAttentionAndFullAttentionLayer)  # every key and value of the text: these layers grow
 FOREIGN = (DynamicSlidingWindowLayer, LinearAttentionLayer, LinearAttentionAndSlidingWindowAttentionLayer)  # bounded
+CROSS = "cross_attention_states"  # what an attention to images is given
 NONE = (DummyLayer,)  # no attention in that layer, or another layer's keys and values
 
 
@@ -80,7 +81,7 @@ def attends(module: nn.Module) -> bool:
     """Whether a module calls transformers' attention interface itself, from a place in the cache, causally."""
     if getattr(module, "layer_idx", None) is None or not getattr(module, "is_causal", True):
         return False
-    return "ALL_ATTENTION_FUNCTIONS" in names_in(module)
+    return "ALL_ATTENTION_FUNCTIONS" in names_in(module) and not _crosses(module)
 
 
 def output_projection(module: nn.Module) -> nn.Module:
@@ -132,6 +133,15 @@ def readers_of(model: PreTrainedModel) -> dict[int, int]:
 def remembers(model: PreTrainedModel) -> bool:
     """Whether some layers keep a state (linear attention, Mamba, convolutions), which runs through a packed row."""
     return any(isinstance(layer, LinearAttentionLayer) for layer in cache_layers(model))
+
+
+def crossing(model: PreTrainedModel) -> set[int]:
+    """Layers whose keys and values are of images (mllama), and not of the text."""
+    return {m.layer_idx for m in model.modules() if getattr(m, "layer_idx", None) is not None and _crosses(m)}
+
+
+def _crosses(module: nn.Module) -> bool:
+    return "ALL_ATTENTION_FUNCTIONS" in names_in(module) and CROSS in inspect.signature(module.forward).parameters
 
 
 def cache_layers(model: PreTrainedModel) -> list[Any]:

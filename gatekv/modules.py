@@ -21,7 +21,7 @@ from transformers import Cache, PreTrainedModel
 from gatekv import attention
 from gatekv.attention import AttentionCall, Memory
 from gatekv.config import GateSpec
-from gatekv.geometry import GATED, attention_modules, cache_layers, geometry_of, readers_of
+from gatekv.geometry import GATED, attention_modules, cache_layers, crossing, geometry_of, readers_of
 from gatekv.passes import PassContext, Plain, Relaxed
 from gatekv.recompute import Pass, follow_passes
 from gatekv.support import LATER, NO_INTERFACE
@@ -31,6 +31,7 @@ if TYPE_CHECKING:
 
     from gatekv.gates.calibration import Calibration
     from gatekv.less.maps import LessMaps
+    from gatekv.rotary import Rotation
     from gatekv.support import SelfAttention
 
 LEARNING = Relaxed()  # what a forward in training mode does, where no pass is running
@@ -45,7 +46,7 @@ class GatedAttention:
 
     Attributes:
         module: the attention. geometry: its sizes. specs, calibrations: by adapter name. running: the pass that is in
-        force, or None.
+        force, or None. rotation: how the layer turns keys by position, once somebody asked (`gatekv.rotary`).
     """
 
     def __init__(self, module: nn.Module) -> None:
@@ -54,6 +55,7 @@ class GatedAttention:
         self.specs: dict[str, GateSpec] = {}
         self.calibrations: dict[str, Calibration | None] = {}
         self.running: Pass | None = None
+        self.rotation: Rotation | str | None = None
 
     @property
     def recorded(self) -> Any:
@@ -313,7 +315,7 @@ def attention_layers(model: nn.Module) -> list[tuple[nn.Module, nn.Module]]:
     if inner.config.is_encoder_decoder:
         raise ValueError(f"{name} is an encoder-decoder; gatekv evicts from the cache of decoder-only models.")
     found, layers = attention_modules(inner), cache_layers(inner)
-    wanted = [i for i, layer in enumerate(layers) if type(layer) in GATED]
+    wanted = [i for i, layer in enumerate(layers) if type(layer) in GATED and i not in crossing(inner)]
     full = [(p, m) for p, m in found if cast("SelfAttention", m).layer_idx in wanted]
     if not full:
         raise ValueError(
@@ -352,13 +354,17 @@ def use_attention(model: nn.Module) -> None:
         ValueError: an attention implementation, or a model, that gatekv cannot take part in.
     """
     inner = base_model(model)
-    implementation = inner.config.get_text_config(decoder=True)._attn_implementation
+    text = inner.config.get_text_config(decoder=True)
+    # An image tower may compute attention by itself; the last model with the decoder's config is the decoder.
+    models = [m for m in inner.modules() if isinstance(m, PreTrainedModel)]
+    decoder = [inner, *(m for m in models if m.config.model_type == text.model_type)][-1]
+    implementation = text._attn_implementation
     if implementation not in attention.NAMES:
         raise ValueError(
             f"attention implementation {implementation!r} is not supported: load the model with "
             f"attn_implementation= one of {', '.join(attention.NAMES)}."
         )
-    if not inner._can_set_attn_implementation():
+    if not decoder._can_set_attn_implementation():
         raise ValueError(NO_INTERFACE.format(type(inner).__name__))
     attention.register()
 

@@ -87,7 +87,7 @@ def forecast(cache: KVCache, length: int, new_tokens: int = 0, batch: int = 1) -
             told = _Layer(settings, gated[i], evictor, shape)
             found = told.bytes(tokens[-1], length), told.bytes(tokens[-1], length, new_tokens)
             full = length * token, (length + new_tokens) * token
-        elif not isinstance(layer, DynamicSlidingWindowLayer):  # a state, counted above, or nothing
+        elif not isinstance(layer, DynamicSlidingWindowLayer):  # a state, counted above; images, not known
             continue
         else:  # a sliding layer's first view still holds the whole prompt's storage
             window = layer.sliding_window

@@ -41,6 +41,7 @@ LEVELS = [
         "extras",
         "textfiles",
         "precision",
+        "rotary",
     ],
 ]
 

@@ -160,7 +160,7 @@ def _named(plain: type) -> type:
         return _CLASSES["named", plain]
 
     def name(self: Any) -> str:
-        return attention.NAMES.get(self._attn_implementation_internal, self._attn_implementation_internal)
+        return attention.name_of(self._attn_implementation_internal)
 
     members = {"_attn_implementation": property(name), "__module__": plain.__module__}
     return _CLASSES.setdefault(("named", plain), type(plain.__name__, (plain,), members))
@@ -331,12 +331,7 @@ def use_attention(model: nn.Module) -> None:
         ValueError: an attention implementation, or a model, that gatekv cannot take part in.
     """
     inner = base_model(model)
-    implementation = inner.config.get_text_config(decoder=True)._attn_implementation
-    if implementation not in attention.NAMES:
-        raise ValueError(
-            f"attention implementation {implementation!r} is not supported: load the model with "
-            f"attn_implementation= one of {', '.join(attention.NAMES)}."
-        )
+    attention.name_of(inner.config.get_text_config(decoder=True)._attn_implementation)
     if not inner._can_set_attn_implementation():
         raise ValueError(NO_INTERFACE.format(type(inner).__name__))
     attention.register()

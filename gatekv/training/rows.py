@@ -11,8 +11,9 @@ from typing import Any
 
 import torch
 from torch import nn
-from transformers import Cache
+from transformers import Cache, PreTrainedModel
 from transformers.cache_utils import DynamicLayer
+from transformers.masking_utils import ALL_MASK_ATTENTION_FUNCTIONS, flash_attention_mask
 
 from gatekv.gates.documents import Documents
 from gatekv.modules import base_model
@@ -62,7 +63,11 @@ class Rows:
     @classmethod
     def of(cls, batch: Batch, model: nn.Module, sequence: Sequence = ALONE) -> "Rows":
         """batch: input_ids, attention_mask, weights [batch, tokens] and, packed, segments and position_ids. input_ids
-        say which device; the rest may lie on the CPU. model: whose masks these are."""
+        say which device; the rest may lie on the CPU. model: whose masks these are.
+
+        Raises:
+            ValueError: several packed rows, for an attention that finds the documents of one.
+        """
         ids, mask, inner = batch["input_ids"], batch["attention_mask"], base_model(model)
         segments, valid = batch.get("segments"), batch["attention_mask"].bool()
         packed = segments is not None and bool((segments.amax(-1) > 0).any())
@@ -74,6 +79,12 @@ class Rows:
         elif inner.config._attn_implementation == "sdpa" and not any(sliding_layers(inner)):
             seen = visible(valid.to(ids.device), segments if segments is None else segments.to(ids.device))
         elif segments is not None:
+            if packed and len(ids) > 1 and _one_packed_row(inner):
+                raise ValueError(
+                    f"{inner.config._attn_implementation} tells documents apart in one packed row at a time, and this "
+                    f"batch has {len(ids)}: set per_device_train_batch_size=1, or load the model with "
+                    "attn_implementation='sdpa'."
+                )
             seen = None  # transformers reads the borders off positions that start anew, for sliding layers too
         documents = None if segments is None else Documents(segments, ids.device)
         positions, of_row = positions.to(ids.device), sequence.of(ids.shape[1])
@@ -92,6 +103,11 @@ class Rows:
         return decoder(
             input_ids=ids, attention_mask=mask, position_ids=positions, past_key_values=past, use_cache=holds
         ).last_hidden_state
+
+
+def _one_packed_row(inner: PreTrainedModel) -> bool:
+    """flash-attention is told of pads alone; it reads borders off the positions of a single row."""
+    return ALL_MASK_ATTENTION_FUNCTIONS.get(inner.config._attn_implementation) is flash_attention_mask
 
 
 def visible(valid: torch.Tensor, segments: torch.Tensor | None = None) -> torch.Tensor:

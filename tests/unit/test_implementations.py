@@ -8,6 +8,7 @@ import pytest
 import torch
 from conftest import gated, padded_batch, positions_of, tiny
 from test_modules import mixed
+from test_training import ToyData
 from torch.nn.attention import flex_attention as flex
 from transformers import AttentionInterface, AttentionMaskInterface, DynamicCache, StaticCache, masking_utils
 from transformers.masking_utils import eager_mask, find_packed_sequence_indices, flash_attention_mask, sdpa_mask
@@ -17,6 +18,8 @@ from gatekv import attention
 from gatekv.masks import whole_mask
 from gatekv.modules import base_model, gated_pass, wrappers
 from gatekv.passes import Observe, Relaxed
+from gatekv.training.lesson import LessObjective
+from gatekv.training.objective import Objective
 from gatekv.training.rows import Rows
 
 NAMES = [
@@ -325,3 +328,33 @@ def test_several_packed_rows_need_an_attention_that_tells_them_apart():
     other = Rows.of({name: t[:1] for name, t in batch.items()}, plain)
     with gated_pass(plain, Relaxed(documents=other.documents)), torch.no_grad():
         torch.testing.assert_close(got, other.hidden(base_model(plain).model), rtol=1e-9, atol=1e-9)
+
+
+LESSONS = {
+    "kl": dict(objective="kl"),
+    "dense": dict(objective="lm", prefill="dense"),
+    "layers": dict(objective="attention_mse", scope="layer", oracle_weight=0.5),
+}
+
+
+@pytest.mark.covering(1)  # what differs is the mask, and every kind of it is seen once
+@pytest.mark.parametrize("lesson", [*LESSONS, "maps"])
+@pytest.mark.parametrize("name", NAMES)
+def test_objectives_are_those_under_sdpa(name, lesson):
+    found = []
+    for implementation in ("sdpa", name):
+        torch.manual_seed(0)
+        model = loaded(gated(window=4, **(dict(gate="none", less_rank=2) if lesson == "maps" else {})), implementation)
+        model.train()
+        if lesson == "maps":
+            ids, mask = padded_batch([80, 70])
+            rows = {"input_ids": ids, "attention_mask": mask, "split": torch.tensor([60, 60]), "weights": mask.double()}
+            loss = LessObjective(model, "snapkv", "kl")(rows, 0.75)["loss"]
+        else:
+            loss = Objective(model, **LESSONS[lesson])(ToyData().batch(0, 2, align=True), 0.5)["loss"]
+        loss.backward()
+        found.append(
+            torch.cat([loss.detach()[None], *(p.grad.flatten() for p in model.parameters() if p.requires_grad)])
+        )
+    torch.testing.assert_close(*found, rtol=1e-6, atol=1e-8)
+    assert found[0][1:].abs().sum() > 0

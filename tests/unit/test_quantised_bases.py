@@ -12,6 +12,7 @@ from conftest import gated, padded_batch, positions_of, tiny
 from peft import PeftModel, get_peft_model
 from test_training import ToyData
 from torch import nn
+from transformers import AutoModelForCausalLM, BitsAndBytesConfig
 from transformers.utils import logging
 
 import gatekv
@@ -243,3 +244,34 @@ def test_lora_on_layers_that_peft_cannot_adapt_is_refused_and_the_base_stays():
     with pytest.raises(ValueError, match="Buffers|not supported"):
         gated(model=base, dtype=torch.float32, window=4, lora={"r": 2, "target_modules": ["q_proj"]})
     assert torch.equal(logits(base), wanted)
+
+
+@pytest.mark.parametrize("bits", [4, 8])
+def test_a_base_that_bitsandbytes_quantises_as_it_is_loaded(bits, tmp_path):
+    pytest.importorskip("bitsandbytes")
+    tiny(dtype=torch.float32, **SHAPE).save_pretrained(tmp_path / "base")
+    how = (
+        dict(load_in_4bit=True, bnb_4bit_quant_type="nf4", bnb_4bit_use_double_quant=True)
+        if bits == 4
+        else dict(load_in_8bit=True)
+    )
+
+    def load():
+        config = BitsAndBytesConfig(**how)
+        folder = tmp_path / "base"
+        model = AutoModelForCausalLM.from_pretrained(
+            folder, quantization_config=config, dtype=torch.bfloat16, device_map="cpu"
+        )
+        return model.eval()
+
+    wanted = logits(load())
+    close(logits(model := load(), past_key_values=gatekv.KVCache(model, "full")), wanted)
+    lora = {"r": 2, "target_modules": ["q_proj", "o_proj", "up_proj"], "init_lora_weights": False}
+    model = get_peft_model(load(), gatekv.GateKVConfig(**FORM, lora=lora)).train()
+    for objective in ("kl", "attention_mse"):
+        Objective(model, objective=objective, scope="layer")(ToyData().batch(0, 2), 0.5)["loss"].backward()
+    assert all(p.grad is not None and p.grad.isfinite().all() for p in model.parameters() if p.requires_grad)
+    model.eval().save_pretrained(tmp_path / "gates")
+    again = PeftModel.from_pretrained(load(), tmp_path / "gates").eval()
+    answers = [logits(m, past_key_values=gatekv.KVCache(m, "gate")) for m in (model, again)]
+    assert torch.equal(*answers) and torch.equal(logits(gatekv.detach(again)), wanted)

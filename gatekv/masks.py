@@ -11,7 +11,11 @@ from typing import TYPE_CHECKING, Any
 import torch
 from torch.nn.attention.flex_attention import BlockMask, create_mask
 from torch.utils.weak import WeakIdKeyDictionary
-from transformers.masking_utils import find_packed_sequence_indices
+from transformers.masking_utils import (
+    ALL_MASK_ATTENTION_FUNCTIONS,
+    find_packed_sequence_indices,
+    flash_attention_mask,
+)
 
 from gatekv.ops.naive import causal_mask
 
@@ -21,6 +25,11 @@ if TYPE_CHECKING:
 # What transformers handed over -> (how it was read, the mask made of it), for as long as it lives: all layers of a
 # forward are given the same object, and a cache that is given the same mask in all layers looks at it once.
 _MADE = WeakIdKeyDictionary()
+
+
+def told_of_pads_alone(implementation: str | None) -> bool:
+    """Whether an attention implementation finds causality and the borders of packed rows itself, as flash-attention."""
+    return ALL_MASK_ATTENTION_FUNCTIONS.get(implementation) is flash_attention_mask
 
 
 def whole_mask(
@@ -40,7 +49,8 @@ def whole_mask(
     if isinstance(mask, torch.Tensor) and mask.ndim == 4:
         return mask
     if mask is None:
-        return None if keys is None or queries == 1 else _unmasked(q, keys, positions)
+        looks = told_of_pads_alone(_name(module))
+        return None if keys is None or queries == 1 else _unmasked(q, keys, positions if looks else None)
     if isinstance(mask, BlockMask):
         fits = mask.shape[1] == 1 and mask.shape[2] == queries
         tokens = mask.seq_lengths[1]

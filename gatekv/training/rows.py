@@ -11,11 +11,11 @@ from typing import Any
 
 import torch
 from torch import nn
-from transformers import Cache, PreTrainedModel
+from transformers import Cache
 from transformers.cache_utils import DynamicLayer
-from transformers.masking_utils import ALL_MASK_ATTENTION_FUNCTIONS, flash_attention_mask
 
 from gatekv.gates.documents import Documents
+from gatekv.masks import told_of_pads_alone
 from gatekv.modules import base_model
 from gatekv.ops.naive import causal_mask
 from gatekv.ops.sequence import ALONE, Sequence
@@ -79,7 +79,7 @@ class Rows:
         elif inner.config._attn_implementation == "sdpa" and not any(sliding_layers(inner)):
             seen = visible(valid.to(ids.device), segments if segments is None else segments.to(ids.device))
         elif segments is not None:
-            if packed and len(ids) > 1 and _one_packed_row(inner):
+            if packed and len(ids) > 1 and told_of_pads_alone(inner.config._attn_implementation):
                 raise ValueError(
                     f"{inner.config._attn_implementation} tells documents apart in one packed row at a time, and this "
                     f"batch has {len(ids)}: set per_device_train_batch_size=1, or load the model with "
@@ -103,11 +103,6 @@ class Rows:
         return decoder(
             input_ids=ids, attention_mask=mask, position_ids=positions, past_key_values=past, use_cache=holds
         ).last_hidden_state
-
-
-def _one_packed_row(inner: PreTrainedModel) -> bool:
-    """flash-attention is told of pads alone; it reads borders off the positions of a single row."""
-    return ALL_MASK_ATTENTION_FUNCTIONS.get(inner.config._attn_implementation) is flash_attention_mask
 
 
 def visible(valid: torch.Tensor, segments: torch.Tensor | None = None) -> torch.Tensor:

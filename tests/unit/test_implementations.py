@@ -358,3 +358,14 @@ def test_objectives_are_those_under_sdpa(name, lesson):
         )
     torch.testing.assert_close(*found, rtol=1e-6, atol=1e-8)
     assert found[0][1:].abs().sum() > 0
+
+
+@pytest.mark.parametrize("name", NAMES)
+def test_positions_that_jump_mean_under_each_what_they_mean_to_it(name):
+    """With a mask of ones sdpa takes a row for one sequence, wherever its positions start anew; flash-attention does not."""
+    positions = torch.cat([torch.arange(n) for n in (11, 20, 9)])[None]
+    ones = dict(attention_mask=torch.ones_like(IDS), position_ids=positions, use_cache=False)
+    model = loaded(gated(window=4), name)
+    wanted = logits(model, **ones)
+    with gated_pass(model, Observe()):
+        torch.testing.assert_close(logits(model, **ones), wanted, rtol=1e-9, atol=1e-9)

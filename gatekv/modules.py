@@ -240,8 +240,8 @@ def device_of(module: nn.Module) -> torch.device:
     placed = next((d for h in hooks if (d := getattr(h, "execution_device", None)) is not None), None)
     if placed is not None:
         return torch.device(placed)  # a number: of the accelerator that there is
-    tensors = chain(module.parameters(), module.buffers())
-    return next((t.device for t in tensors if t.device.type != "meta"), torch.device("meta"))
+    tensors, nowhere = chain(module.parameters(), module.buffers()), torch.device("meta")
+    return next((t.device for t in tensors if t.device != nowhere), nowhere)
 
 
 def wrappers(model: nn.Module) -> list[GatedAttention]:

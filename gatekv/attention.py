@@ -13,12 +13,14 @@ import torch
 from transformers import AttentionInterface, AttentionMaskInterface, Cache
 from transformers.masking_utils import ALL_MASK_ATTENTION_FUNCTIONS
 from transformers.modeling_utils import ALL_ATTENTION_FUNCTIONS
+from transformers.utils import logging
 
 from gatekv.config import GateSpec
 from gatekv.gates.key_mlp import key_features
 from gatekv.gates.relaxations import relax
 from gatekv.latent import Latent, latent_of
 from gatekv.less.maps import LessMaps
+from gatekv.masks import whole_mask
 from gatekv.ops.scale import Scale
 from gatekv.ops.sequence import ALONE, Sequence
 from gatekv.precision import attended, without_autocast
@@ -28,7 +30,11 @@ from gatekv.support import LATER, Geometry, check_call, refuse, visible_keys
 if TYPE_CHECKING:
     from gatekv.support import SelfAttention
 
+logger = logging.get_logger(__name__)
+
+# transformers' implementation -> what answers in a gated layer; INSTEAD of all others, with sdpa's numbers.
 NAMES = {"sdpa": "gatekv", "eager": "gatekv_eager"}
+INSTEAD = "gatekv_instead"
 
 
 class Memory:
@@ -237,7 +243,28 @@ def live_mask(q_slots: torch.Tensor, k_slots: torch.Tensor, flags: torch.Tensor,
     return (q_slots[:, None] - k_slots < max(window, 1)) | flags[:, :, None]
 
 
-def _forward(base: str) -> Callable[..., tuple[torch.Tensor, torch.Tensor | None]]:
+def name_of(implementation: str | None) -> str:
+    """The name of gatekv's attention function in the gated layers of a model of that attention implementation.
+
+    Raises:
+        ValueError: transformers makes no masks for it, so that pads would be taken for tokens.
+    """
+    if implementation in NAMES:
+        return NAMES[implementation]
+    if implementation is None or implementation not in ALL_MASK_ATTENTION_FUNCTIONS:
+        raise ValueError(
+            f"attention implementation {implementation!r} has no mask function, so gatekv could not tell pads from "
+            "tokens: call model.set_attn_implementation('sdpa'), or register one with transformers' "
+            "AttentionMaskInterface."
+        )
+    logger.warning_once(
+        f"gatekv's attention answers in gated layers instead of {implementation}, whose result it cannot weigh; other "
+        "layers, and calls with other caches, keep it."
+    )
+    return INSTEAD
+
+
+def _forward(base: str, instead: bool = False) -> Callable[..., tuple[torch.Tensor, torch.Tensor | None]]:
     # `attention_mask` bears transformers' name: some models pass it by keyword.
     # Arguments as transformers' own functions have them, `dropout` too: who wraps them (kvpress) passes it by place.
     def attention(
@@ -271,6 +298,9 @@ def _forward(base: str) -> Callable[..., tuple[torch.Tensor, torch.Tensor | None
         call.sinks, scaling = kwargs.get("s_aux"), Scale(scaling, kwargs.get("softcap"))
         sequence = ALONE if call.memory is not None else call.context.sequence
         q, k, v = map(sequence.into, (q, k, v))
+        if instead:
+            keys = None if call.memory is not None else k.shape[2]
+            attention_mask = whole_mask(module, attention_mask, q, keys, kwargs.get("position_ids"))
         weights = None
         if not call.replaces:
             out, weights = own()
@@ -303,3 +333,5 @@ def register() -> None:
     for base, name in NAMES.items():
         AttentionInterface.register(name, _forward(base))
         AttentionMaskInterface.register(name, ALL_MASK_ATTENTION_FUNCTIONS[base])
+    AttentionInterface.register(INSTEAD, _forward("sdpa", instead=True))
+    AttentionMaskInterface.register(INSTEAD, ALL_MASK_ATTENTION_FUNCTIONS["sdpa"])

@@ -193,7 +193,7 @@ def _named(plain: type) -> type:
         return _CLASSES["named", plain]
 
     def name(self: Any) -> str:
-        return attention.NAMES.get(self._attn_implementation_internal, self._attn_implementation_internal)
+        return attention.name_of(self._attn_implementation_internal)
 
     members = {"_attn_implementation": property(name), "__module__": plain.__module__}
     return _CLASSES.setdefault(("named", plain), type(plain.__name__, (plain,), members))
@@ -275,8 +275,8 @@ def device_of(module: nn.Module) -> torch.device:
     placed = next((d for h in hooks if (d := getattr(h, "execution_device", None)) is not None), None)
     if placed is not None:
         return torch.device(placed)  # a number: of the accelerator that there is
-    tensors = chain(module.parameters(), module.buffers())
-    return next((t.device for t in tensors if t.device.type != "meta"), torch.device("meta"))
+    tensors, nowhere = chain(module.parameters(), module.buffers()), torch.device("meta")
+    return next((t.device for t in tensors if t.device != nowhere), nowhere)
 
 
 def wrappers(model: nn.Module) -> list[GatedAttention]:
@@ -358,12 +358,7 @@ def use_attention(model: nn.Module) -> None:
     # An image tower may compute attention by itself; the last model with the decoder's config is the decoder.
     models = [m for m in inner.modules() if isinstance(m, PreTrainedModel)]
     decoder = [inner, *(m for m in models if m.config.model_type == text.model_type)][-1]
-    implementation = text._attn_implementation
-    if implementation not in attention.NAMES:
-        raise ValueError(
-            f"attention implementation {implementation!r} is not supported: load the model with "
-            f"attn_implementation= one of {', '.join(attention.NAMES)}."
-        )
+    attention.name_of(text._attn_implementation)
     if not decoder._can_set_attn_implementation():
         raise ValueError(NO_INTERFACE.format(type(inner).__name__))
     attention.register()

@@ -163,7 +163,7 @@ class GateKVConfig(PeftConfig, GateSpec, LessSpec):
 
 
 def _hidden_size(model: nn.Module) -> int:
-    return model.config.get_text_config(decoder=True).hidden_size
+    return cast("PreTrainedModel", model).config.get_text_config(decoder=True).hidden_size
 
 
 def parts_of(config: GateKVConfig, hidden_size: int, layer: Geometry) -> dict[str, nn.Module]:

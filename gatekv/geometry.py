@@ -7,7 +7,7 @@ its layer keeps beside keys and values, transformers says itself (`DynamicCache`
 import inspect
 import types
 from collections import Counter
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING, Any, cast
 
 from torch import nn
 from transformers import DynamicCache, PreTrainedModel
@@ -24,7 +24,7 @@ from gatekv.latent import is_latent
 from gatekv.support import NO_INTERFACE, Geometry, refuse
 
 if TYPE_CHECKING:
-    pass
+    from gatekv.support import SelfAttention
 
 GATED = (DynamicLayer, LinearAttentionAndFullAttentionLayer)  # every key and value of the text: these layers grow
 FOREIGN = (DynamicSlidingWindowLayer, LinearAttentionLayer, LinearAttentionAndSlidingWindowAttentionLayer)  # bounded
@@ -37,7 +37,7 @@ def _first(module: nn.Module, *names: str) -> Any:
     return next((value for value in found if isinstance(value, int) and not isinstance(value, bool)), None)
 
 
-def geometry_of(module: nn.Module) -> Geometry:
+def geometry_of(module: Any) -> Geometry:
     """Sizes of an attention module, from its attributes, its projections, and last its config.
 
     Families name them differently, and a config may have one number where layers differ (Gemma 4): so what belongs to
@@ -137,7 +137,8 @@ def remembers(model: PreTrainedModel) -> bool:
 
 def crossing(model: PreTrainedModel) -> set[int]:
     """Layers whose keys and values are of images (mllama), and not of the text."""
-    return {m.layer_idx for m in model.modules() if getattr(m, "layer_idx", None) is not None and _crosses(m)}
+    placed = [m for m in model.modules() if getattr(m, "layer_idx", None) is not None]
+    return {cast("SelfAttention", m).layer_idx for m in placed if _crosses(m)}
 
 
 def _crosses(module: nn.Module) -> bool:
@@ -160,7 +161,7 @@ def cache_layers(model: PreTrainedModel) -> list[Any]:
     return layers
 
 
-def attention_modules(model: PreTrainedModel) -> list[tuple[nn.Module, nn.Module]]:
+def attention_modules(model: PreTrainedModel) -> list[tuple[nn.Module, "SelfAttention"]]:
     """(parent, attention) of every layer of the text decoder that attends, by depth.
 
     Raises:
@@ -168,7 +169,7 @@ def attention_modules(model: PreTrainedModel) -> list[tuple[nn.Module, nn.Module
     """
     name, config = type(model).__name__, model.config.get_text_config(decoder=True)
     found = [
-        (parent, module)
+        (parent, cast("SelfAttention", module))
         for parent in model.modules()
         for module in parent.children()
         # An image tower's attention has another config, and no place in the cache.

@@ -170,6 +170,7 @@ class ReadingAttention(GatedAttention):
         past: object,
         rotary: tuple[torch.Tensor, torch.Tensor] | None,
         shared: MutableMapping[str, Any] | None = None,
+        follows: bool = True,
     ) -> AttentionCall | None:
         call = self.source.call(hidden, past, rotary, shared, follows=True)
         return call if call is None else replace(call, geometry=self.geometry)
@@ -304,7 +305,7 @@ def gate_spec(model: nn.Module) -> GateSpec | None:
     return next((w.specs[name] for w in wrappers(model) if (name := w.active())), None)
 
 
-def attention_layers(model: nn.Module) -> list[tuple[nn.Module, nn.Module]]:
+def attention_layers(model: nn.Module) -> list[tuple[nn.Module, "SelfAttention"]]:
     """(parent, attention) of every full-attention layer of the (text) decoder, by depth.
 
     Raises:
@@ -316,13 +317,13 @@ def attention_layers(model: nn.Module) -> list[tuple[nn.Module, nn.Module]]:
         raise ValueError(f"{name} is an encoder-decoder; gatekv evicts from the cache of decoder-only models.")
     found, layers = attention_modules(inner), cache_layers(inner)
     wanted = [i for i, layer in enumerate(layers) if type(layer) in GATED and i not in crossing(inner)]
-    full = [(p, m) for p, m in found if cast("SelfAttention", m).layer_idx in wanted]
+    full = [(p, m) for p, m in found if m.layer_idx in wanted]
     if not full:
         raise ValueError(
             f"every layer of {name} has a sliding window, or none: its cache is bounded already. Where the window is "
             "longer than any input (Phi-3 128k), load the model with sliding_window=None."
         )
-    if without := sorted({*wanted} - {cast("SelfAttention", m).layer_idx for _, m in full}):
+    if without := sorted({*wanted} - {m.layer_idx for _, m in full}):
         if other := next((m for m in inner.modules() if getattr(m, "layer_idx", None) == without[0]), None):
             raise ValueError(NO_INTERFACE.format(type(other).__name__))
         raise ValueError(
@@ -377,7 +378,7 @@ def attach_readers(model: nn.Module) -> None:
     """Let the layers that read a gated layer's keys and values go by its flags."""
     inner = base_model(model)
     of_layer = {w.layer_idx: w for w in wrappers(inner)}
-    places = {cast("SelfAttention", module).layer_idx: module for _, module in attention_modules(inner)}
+    places = {module.layer_idx: module for _, module in attention_modules(inner)}
     for place, source in readers_of(inner).items():
         if source in of_layer:
             gate(places[place], of_layer[source])

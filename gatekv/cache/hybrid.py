@@ -1,6 +1,6 @@
 """A layer that keeps keys and values and a state beside them (Falcon-H1, Zaya), and whether states kept step."""
 
-from typing import Any
+from typing import Any, cast
 
 import torch
 from transformers import Cache
@@ -14,7 +14,7 @@ from gatekv.cache.segments.foreign import Foreign
 Tensor = torch.Tensor
 
 
-class HybridKVLayer(KVLayer, LinearAttentionCacheLayerMixin):
+class HybridKVLayer(KVLayer, LinearAttentionCacheLayerMixin):  # type: ignore[misc]  # two ways to begin, one of them ours
     """Its keys and values are evicted as everywhere; the state is transformers' own.
 
     Attributes:
@@ -64,7 +64,7 @@ class HybridKVLayer(KVLayer, LinearAttentionCacheLayerMixin):
         super().activate_past_recording()
         self.state.layer.activate_past_recording()
 
-    def crop(self, tokens_to_remove: int) -> None:  # type: ignore[override]
+    def crop(self, tokens_to_remove: int) -> None:
         super().crop(tokens_to_remove)
         self.state.layer.crop(tokens_to_remove)
 
@@ -149,11 +149,11 @@ class States(Cache):
 
     def batch_repeat_interleave(self, repeats: int) -> None:
         """Each sequence `repeats` times, one after the other."""
-        self.reorder_cache(torch.arange(self._rows()).repeat_interleave(repeats))
+        self.reorder_cache(cast(torch.LongTensor, torch.arange(self._rows()).repeat_interleave(repeats)))
 
     def batch_select_indices(self, indices: torch.Tensor) -> None:
         """Keep the sequences at indices [new_batch], or where a mask [batch] says True."""
-        self.reorder_cache(torch.arange(self._rows(), device=indices.device)[indices])
+        self.reorder_cache(cast(torch.LongTensor, torch.arange(self._rows(), device=indices.device)[indices]))
 
     def _rows(self) -> int:
         return next((len(layer.real) for layer in self.evicting() if layer.is_initialized), 0)

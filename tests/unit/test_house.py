@@ -43,6 +43,8 @@ LEVELS = [
         "textfiles",
         "precision",
         "rotary",
+        "geometry",
+        "latent",
     ],
 ]
 

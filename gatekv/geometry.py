@@ -73,11 +73,12 @@ def geometry_of(module: Any) -> Geometry:
 
 def names_in(module: nn.Module) -> frozenset[str]:
     """Names that the methods of a module's class use, decorated ones too: what it calls, whatever it is called."""
-    return _names_in(type(module))
+    kind: Any = type(module)
+    return _names_in(kind)
 
 
 @functools.cache
-def _names_in(kind: type[nn.Module]) -> frozenset[str]:
+def _names_in(kind: Any) -> frozenset[str]:
     methods = [f for c in kind.__mro__ if c is not nn.Module for f in vars(c).values() if callable(f)]
     plain = [inspect.unwrap(f) for f in methods]
     return frozenset(name for f in plain if isinstance(f, types.FunctionType) for name in f.__code__.co_names)
@@ -148,11 +149,12 @@ def crossing(model: PreTrainedModel) -> set[int]:
 
 
 def _crosses(module: nn.Module) -> bool:
-    return _looks_at_images(type(module))
+    kind: Any = type(module)
+    return _looks_at_images(kind)
 
 
 @functools.cache
-def _looks_at_images(kind: type[nn.Module]) -> bool:
+def _looks_at_images(kind: Any) -> bool:
     return "ALL_ATTENTION_FUNCTIONS" in _names_in(kind) and CROSS in inspect.signature(kind.forward).parameters
 
 

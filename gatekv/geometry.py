@@ -6,12 +6,13 @@ its layer keeps beside keys and values, transformers says itself (`DynamicCache`
 
 import functools
 import inspect
+import sys
 import types
 from collections import Counter
 from typing import TYPE_CHECKING, Any, cast
 
 from torch import nn
-from transformers import DynamicCache, PreTrainedModel
+from transformers import Cache, DynamicCache, PreTrainedModel
 from transformers.cache_utils import (
     DummyLayer,
     DynamicLayer,
@@ -182,6 +183,12 @@ def cache_layers(model: PreTrainedModel) -> list[Any]:
         ValueError: when one remembers what gatekv neither copies nor counts.
     """
     layers = DynamicCache(config=model.config.get_text_config(decoder=True)).layers
+    code = sys.modules[type(model).__module__]
+    own = (c for c in vars(code).values() if isinstance(c, type) and issubclass(c, Cache))
+    if (kind := next((c.__name__ for c in own if c.__module__ == code.__name__), None)) is not None:
+        raise ValueError(
+            f"{type(model).__name__} takes no cache but its own {kind}: gatekv does not support this model."
+        )
     for layer in layers:
         if type(layer) not in (*GATED, *FOREIGN, *NONE):
             raise ValueError(

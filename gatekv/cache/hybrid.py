@@ -1,6 +1,6 @@
 """A layer that keeps keys and values and a state beside them (Falcon-H1, Zaya), and whether states kept step."""
 
-from typing import Any, cast
+from typing import Any
 
 import torch
 from transformers import Cache
@@ -151,11 +151,18 @@ class States(Cache):
 
     def batch_repeat_interleave(self, repeats: int) -> None:
         """Each sequence `repeats` times, one after the other."""
-        self.reorder_cache(cast(torch.LongTensor, torch.arange(self._rows()).repeat_interleave(repeats)))
+        self._select(torch.arange(self._rows()).repeat_interleave(repeats))
 
     def batch_select_indices(self, indices: torch.Tensor) -> None:
         """Keep the sequences at indices [new_batch], or where a mask [batch] says True."""
-        self.reorder_cache(cast(torch.LongTensor, torch.arange(self._rows(), device=indices.device)[indices]))
+        self._select(torch.arange(self._rows(), device=indices.device)[indices])
+
+    def _select(self, index: torch.Tensor) -> None:
+        for layer in self.layers:
+            if not isinstance(layer, KVLayer):
+                Foreign(layer).index_select(index)
+            elif layer.is_initialized:
+                layer.index_select(index.to(layer.real.device))
 
     def _rows(self) -> int:
         return next((len(layer.real) for layer in self.evicting() if layer.is_initialized), 0)

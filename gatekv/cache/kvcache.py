@@ -93,7 +93,7 @@ class KVCache(States):
         self.config, config = settings, base_model(self.model).config.get_text_config(decoder=True)
         # Up to here Phi-3's generate would put another cache in our place, whatever its rotation.
         self._replaced_until = getattr(config, "original_max_position_embeddings", 0) or 0
-        layers = cache_layers(base_model(self.model))
+        layers, readers = cache_layers(base_model(self.model)), readers_of(base_model(self.model))
         for w in wrappers(self.model):
             own = layers[w.layer_idx]
             if isinstance(own, LinearAttentionLayer):
@@ -102,20 +102,17 @@ class KVCache(States):
                 layers[w.layer_idx] = LatentKVLayer(settings, w.layer_idx, w.geometry.value_dim)
             else:
                 layers[w.layer_idx] = KVLayer(settings, w.layer_idx)
+            layers[w.layer_idx].readers = sum(source == w.layer_idx for source in readers.values())
         super().__init__(layers=layers)
         self._steps = Steps()
         self._introduce()
 
     def _introduce(self) -> None:
         """Make the layers known to each other."""
-        bounded = [
-            (i, layer) for i, layer in enumerate(self.layers) if Foreign(layer).attends and i not in self._ours()
-        ]
-        siblings = Siblings(self.evicting(), bounded, self._steps)
-        readers = readers_of(base_model(self.model)) if self.model is not None else {}
+        others = [(i, layer) for i, layer in enumerate(self.layers) if not isinstance(layer, KVLayer)]
+        siblings = Siblings(self.evicting(), [(i, o) for i, o in others if Foreign(o).attends], self._steps)
         for layer in self.evicting():
             layer.siblings = siblings
-            layer.readers = sum(place == layer.layer_idx for place in readers.values())
 
     @classmethod
     def undecided(cls, model: nn.Module, queries: int = ALL) -> "KVCache":
@@ -215,9 +212,6 @@ class KVCache(States):
             FileNotFoundError, ValueError: no such file, another model or adapter, a missing or mis-shaped tensor.
         """
         return storage.load(cls, path, model, backend)
-
-    def _ours(self) -> set[int]:
-        return {layer.layer_idx for layer in self.evicting()}
 
     def reset(self) -> None:
         """Forget everything; the cache is as new."""

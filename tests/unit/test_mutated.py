@@ -293,7 +293,7 @@ def test_an_untouched_folder_loads(saved, tmp_path):
 @pytest.mark.parametrize("change,match", [
     (dict(hidden=10**6), "has shape .* the config asks for"), (dict(less_hidden=10**6), "has shape"), (dict(hidden=10**9), "hidden must be at least 1 and at most"),
     (dict(less_rank=10**6), "has shape"), (dict(less_hidden=10**9), "sizes of at most"), (dict(less_rank=10**30), "less_rank must be int"), (dict(hidden="8"), "hidden must be int"),
-    (dict(threshold=float("nan")), "threshold must be float"), (dict(target_modules=["q_proj"]), "target_modules are attention modules"),
+    (dict(threshold=float("nan")), "threshold must be float"), (dict(target_modules=["q_proj"]), "target_modules names .q_proj., and no full-attention layer"),
     (dict(target_modules="(a+)+$"), "target_modules must be list"), (dict(gatekv_version="9.9", new=1), "Saved by gatekv '9.9', this is .* pip install -U"),
     (dict(weights_sha256=None), "sha256"), (dict(task_type="SEQ_CLS"), "task_type='CAUSAL_LM' only"),
     (dict(peft_type="LORA"), "of type 'LORA', not GATEKV"), (dict(gate="attention", head_dim=2**20, heads=2**20), "missing tensor"),

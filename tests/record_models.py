@@ -10,7 +10,6 @@ config needs (`CHANGES`), its released shape (`REAL`), or why it cannot be made 
 """
 
 import argparse
-import contextlib
 import gc
 import json
 import logging
@@ -21,15 +20,15 @@ from pathlib import Path
 import torch
 import transformers
 import zoo
+from models_page import FILE
 from peft import get_peft_model
 from transformers import DynamicCache
-from transformers.models.auto import modeling_auto
 
 import gatekv
 from gatekv import GateKVConfig
 
-FILE = Path(__file__).parent / "fixtures" / "models.json"
 MAPPINGS = {"causal": zoo.causal_types, "image": zoo.image_types}
+IMAGES = ("gemma3", "internvl", "llava", "mistral3", "qwen2_5_vl", "qwen3_vl")  # tests/unit/test_images.py runs them
 SINCE = "unreleased"  # version that a type is written down with when it is served for the first time
 # What a layer keeps, by transformers' name of its cache layer; `{state}` is told from the modules.
 KEPT = {
@@ -48,15 +47,6 @@ TRAITS = {  # what an attention module has -> what it is called
     "softcap": lambda m: bool(getattr(m, "attn_logit_softcapping", None)),
     "narrow values": lambda m: (getattr(m, "v_head_dim", 0) or 99999) < (getattr(m, "head_dim", 0) or 0),
 }
-
-
-def mapping_of(image: bool) -> dict:
-    """Model type -> name of its class, as transformers has it."""
-    return (
-        modeling_auto.MODEL_FOR_IMAGE_TEXT_TO_TEXT_MAPPING_NAMES
-        if image
-        else modeling_auto.MODEL_FOR_CAUSAL_LM_MAPPING_NAMES
-    )
 
 
 def state_of(names: list[str]) -> str:
@@ -121,11 +111,11 @@ def first_calls(model, gates: bool = False) -> tuple[str, str]:
     return "", ""
 
 
-def tried(model_type: str, image: bool, before: dict) -> dict:
-    """The entry of one type; before: the one that it replaces."""
+def tried(model_type: str, image: bool, before: dict, found: dict | None = None) -> dict:
+    """The entry of one type; before: the one that it replaces; found: what `zoo.survey_type` said, where it ran."""
     if model_type in zoo.UNBUILT:
         return {"status": "not tried", "reason": zoo.UNBUILT[model_type]}
-    found = zoo.survey_type(model_type, image)
+    found = found or zoo.survey_type(model_type, image)
     if found["plain"] != "ok":
         return {"status": "not tried", "reason": found["plain"]}
     model = zoo.build(model_type, image, getattr(torch, found["dtype"]))
@@ -137,6 +127,8 @@ def tried(model_type: str, image: bool, before: dict) -> dict:
     cache, gates = found["cache"].split()[0].strip(":"), found["gates"].split()[0].strip(":")
     if cache == "ok":
         entry |= {"status": "served", "prefill": True, "decode": True, "training": gates == "ok"}
+        if image:
+            entry["image"] = model_type in IMAGES
         entry["since"] = before.get("since", SINCE)
         if gates != "ok":
             entry["reason"] = found["gates"] if gates != "refused" else first_calls(model, gates=True)[1]
@@ -153,23 +145,24 @@ def main() -> None:
     parser.add_argument("types", nargs="*")
     parser.add_argument("--mapping", choices=list(MAPPINGS), help="this one only")
     parser.add_argument("--tidy", action="store_true")
+    parser.add_argument("--found", type=Path, help="with --mapping: what tests/zoo.py --json wrote, in place of a run")
     args = parser.parse_args()
     warnings.filterwarnings("ignore")
     logging.disable(logging.WARNING)
     torch.set_num_threads(1)
+    found = json.loads(args.found.read_text()) if args.found else {}
     record = json.loads(FILE.read_text()) if FILE.exists() else {}
     for name, types in MAPPINGS.items():
         held, known = record.setdefault(name, {}), types()
         for model_type in known if not args.tidy and args.mapping in (None, name) else ():
-            if args.types and model_type not in args.types:
+            if (args.types and model_type not in args.types) or (found and model_type not in found):
                 continue
-            held[model_type] = tried(model_type, name == "image", held.get(model_type, {}))
+            held[model_type] = tried(model_type, name == "image", held.get(model_type, {}), found.get(model_type))
             print(name, model_type, held[model_type]["status"], held[model_type].get("reason", ""), flush=True)
             gc.collect()
         record[name] = {t: held[t] for t in sorted(held) if t in known}
         record["transformers"] = transformers.__version__
-        with contextlib.suppress(OSError):
-            FILE.write_text(json.dumps(dict(sorted(record.items())), indent=1) + "\n")
+        FILE.write_text(json.dumps(dict(sorted(record.items())), indent=1) + "\n")
 
 
 if __name__ == "__main__":

@@ -4,9 +4,9 @@ The record, tests/fixtures/models.json, is written by `python tests/record_model
 A few types run in `make test`, all of them in `make test-all`.
 """
 
-import json
 import re
 
+import models_page
 import pytest
 import record_models
 import torch
@@ -18,7 +18,7 @@ import gatekv
 from gatekv import GateKVConfig
 from gatekv.modules import wrappers
 
-RECORD = json.loads(record_models.FILE.read_text())
+RECORD = models_page.read()
 SAMPLE = {
     "causal": "llama qwen3_5_text gpt_oss gemma4_text falcon_h1 gpt2 mimo_v2_flash lfm2 jamba xglm diffllama bailing_hybrid",
     "image": "gemma4 lfm2_vl",
@@ -64,7 +64,7 @@ def state(model) -> tuple:
 @pytest.mark.parametrize("mapping,model_type", cases("refused"))
 def test_a_refused_type_says_why_and_is_left_as_it_was(mapping, model_type):
     entry, model = RECORD[mapping][model_type], built(mapping, model_type)
-    assert record_models.group_of(entry["reason"]), "docs/models.md has no group for this reason"
+    assert models_page.group_of(entry["reason"]), "docs/models.md has no group for this reason"
     before, batch = state(model), zoo.inputs(model)
     answer = zoo.logits(model, batch, use_cache=False)
     when, said = record_models.first_calls(model)

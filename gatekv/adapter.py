@@ -242,6 +242,12 @@ class GateKVModel(BaseTuner):
     ) -> None:
         layers = attention_layers(model)  # says why, where a model cannot be gated
         use_attention(model)
+        if config.gate == "key_mlp" and geometry_of(layers[0][1]).latent:
+            raise ValueError(
+                f"{type(model).__name__} caches latents (MLA), not the keys that gate='key_mlp' reads: use mlp."
+            )
+        if config.less_rank and geometry_of(layers[0][1]).latent:
+            raise ValueError(f"{type(model).__name__} caches latents (MLA), of which there are no maps: less_rank=0.")
         if config.less_rank and readers_of(model):
             raise ValueError(
                 f"later layers of {type(model).__name__} read earlier ones' keys and values, and low-rank maps belong "

@@ -17,6 +17,7 @@ from transformers.modeling_utils import ALL_ATTENTION_FUNCTIONS
 from gatekv.config import GateSpec
 from gatekv.gates.key_mlp import key_features
 from gatekv.gates.relaxations import relax
+from gatekv.latent import Latent, latent_of
 from gatekv.less.maps import LessMaps
 from gatekv.ops.sequence import ALONE, Sequence
 from gatekv.precision import attended, without_autocast
@@ -128,6 +129,8 @@ class AttentionCall:
         memory: the gatekv cache layer, which answers; or None:
         context: what the pass over whole sequences asks (gatekv.passes); record: called with what was found.
         sinks: [heads], the layer's learned attention sinks, set by the attention function; or None.
+        latent: of a layer that caches latents, what turns its queries; or None.
+        silent: nobody will read the answer: tokens are taken in alone.
         follows: the keys and values are those of an earlier layer, whose index and spec these are, and so are flags.
         shared: what the model hands from layer to layer in this forward (`shared_kv_states`), or None.
         geometry: sizes of the layer, or None where nobody told them.
@@ -144,6 +147,8 @@ class AttentionCall:
     context: PassContext = LATER
     geometry: Geometry | None = None
     sinks: torch.Tensor | None = None
+    latent: Latent | None = None
+    silent: bool = False
     follows: bool = False
     shared: MutableMapping[str, Any] | None = None
     record: Callable[[object], None] = LATER
@@ -257,6 +262,7 @@ def _forward(base: str) -> Callable[..., tuple[torch.Tensor, torch.Tensor | None
                 call.context.observe(call, module, Inputs(q, k, v, mask, scaling), out)
                 return sequence.out_of(out), weights
             if call.memory is not None:
+                call.latent = latent_of(module, k, lambda: own()[0].transpose(1, 2))
                 out = call.memory.attend(call, q, k, v, mask, scaling)
             else:
                 out = call.context.attend(call, Inputs(q, k, v, mask, scaling))

@@ -20,6 +20,7 @@ from transformers.cache_utils import (
     LinearAttentionLayer,
 )
 
+from gatekv.latent import is_latent
 from gatekv.support import NO_INTERFACE, Geometry, refuse
 
 if TYPE_CHECKING:
@@ -45,8 +46,14 @@ def geometry_of(module: nn.Module) -> Geometry:
         ValueError: they cannot be told.
     """
     config = module.config
+    if is_latent(module):
+        rank, rope = module.kv_lora_rank, module.qk_rope_head_dim
+        heads = _first(module, "num_heads", "num_attention_heads") or config.num_attention_heads
+        return Geometry(heads, 1, rank + rope, rank, latent=True)
     heads = _first(module, "num_heads", "num_attention_heads") or config.num_attention_heads
-    key_dim = _first(module, "head_dim", "head_size", "attention_head_size") or _first(config, "head_dim")
+    key_dim = _first(module, "qk_head_dim", "head_dim", "head_size", "attention_head_size") or _first(
+        config, "head_dim"
+    )
     if key_dim is None:
         key_dim = config.hidden_size // heads
     kv_heads = _first(module, "num_key_value_heads", "kv_heads", "num_kv_heads")
@@ -116,6 +123,9 @@ def readers_of(model: PreTrainedModel) -> dict[int, int]:
         source = next(i for i, mode in enumerate(modes) if mode == "store" and kinds[i] == kinds[place])
         if type(layers[source]) in GATED:
             out[place] = source
+    latent = [m for _, m in found if m.layer_idx in {*out, *out.values()} and is_latent(m)]
+    if latent:
+        refuse(latent[0], "shares latents between layers")
     return out
 
 

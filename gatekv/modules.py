@@ -313,8 +313,6 @@ def attention_layers(model: nn.Module) -> list[tuple[nn.Module, nn.Module]]:
     if inner.config.is_encoder_decoder:
         raise ValueError(f"{name} is an encoder-decoder; gatekv evicts from the cache of decoder-only models.")
     found, layers = attention_modules(inner), cache_layers(inner)
-    if getattr(config, "kv_lora_rank", None):
-        raise ValueError(f"{name} caches one latent vector a token (MLA), not keys and values per head.")
     wanted = [i for i, layer in enumerate(layers) if type(layer) in GATED]
     full = [(p, m) for p, m in found if cast("SelfAttention", m).layer_idx in wanted]
     if not full:

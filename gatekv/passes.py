@@ -99,16 +99,19 @@ class _Judging(PassContext):
         return call.gate(call.hidden[:, : self.split], valid)[0], valid
 
     def weigh(
-        self, call: AttentionCall, said: GateOutput, form: str, threshold: Threshold, tokens: int
+        self, call: AttentionCall, said: GateOutput, form: str, threshold: Threshold, k: torch.Tensor
     ) -> torch.Tensor:
-        """[batch, kv_heads, tokens]: the relaxed flags of all tokens; what follows a split is kept."""
+        """[batch, kv_heads, tokens]: the relaxed flags of all tokens, keys k [batch, kv_heads, tokens, head_dim]; what
+        follows a split is kept."""
         seed = self.noise_seed(call.layer_idx)
         weight = relaxed_flags(
             said.logits, said.valid, call.spec, form=form, threshold=threshold, split=self.split, seed=seed
         )
         if self.documents is not None:
-            return self.documents.together(weight, 2)
-        return torch.nn.functional.pad(weight, (0, tokens - said.logits.shape[-1]), value=1.0)
+            weight = self.documents.together(weight, 2)
+        else:
+            weight = torch.nn.functional.pad(weight, (0, k.shape[2] - said.logits.shape[-1]), value=1.0)
+        return weight.expand(-1, k.shape[1], -1) if weight.shape[1] == 1 else weight  # of latents, one for all heads
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -134,15 +137,16 @@ class Observe(_Judging):
         with torch.enable_grad():
             said = GateOutput(*self.judge(call, valid))
         if self.received:
-            got = received_attention(q, k, window=call.spec.window, scale=scaling, mask=mask, sinks=call.sinks)[
-                ..., : self.split
-            ]
+            window, own = call.spec.window, call.sinks
+            got = received_attention(q, k, window=window, scale=scaling, mask=mask, sinks=own)[..., : self.split]
+            if got.shape[1] > said.logits.shape[1]:  # all heads read one latent
+                got = got.amax(1, keepdim=True)
             said = said._replace(received=got if self.documents is None else self.documents.apart(got, 2))
         if self.local is not None:
             asking = slice(self.split or 0, None)
             with torch.enable_grad():
                 threshold = self.local(said.logits, said.valid)
-                weight = self.weigh(call, said, call.spec.relaxation, threshold, valid.shape[1])
+                weight = self.weigh(call, said, call.spec.relaxation, threshold, k)
                 out = gated_attention(
                     q[:, :, asking], k, v, weight, window=call.spec.window, scale=scaling,
                     mask=None if mask is None else mask[:, :, asking], decay=call.spec.relaxation == "decay",
@@ -194,7 +198,7 @@ class Relaxed(_Judging):
             call.record(said)
             if call.shared is not None:
                 call.shared[SAID] = said.logits, said.valid
-        weight = self.weigh(call, said, self.form or call.spec.relaxation, self.threshold_of(call), valid.shape[1])
+        weight = self.weigh(call, said, self.form or call.spec.relaxation, self.threshold_of(call), k)
         # A prompt's flags may act for its own queries too, though all of them were set at its end.
         whole = self.split is None or call.spec.context == "prompt" and call.spec.mask_prompt
         n, prompt = q.shape[2], 0 if whole else self.split or 0

@@ -60,12 +60,19 @@ class Geometry(NamedTuple):
 
     Attributes:
         heads: query heads. kv_heads: of keys and values. key_dim, value_dim: numbers of a head's key and value.
+        latent: values are the first numbers of keys, and only these are stored (gatekv.latent).
     """
 
     heads: int
     kv_heads: int
     key_dim: int
     value_dim: int
+    latent: bool = False
+
+    @property
+    def stored(self) -> tuple[int, int]:
+        """Numbers that a cache holds of a head's key and value."""
+        return self.key_dim, 0 if self.latent else self.value_dim
 
     def __str__(self) -> str:
         values = "" if self.key_dim == self.value_dim else f" (keys) and {self.value_dim} (values)"
@@ -88,7 +95,7 @@ def check_call(
         refuse(module, "is not causal")
     if k.shape[:3] != v.shape[:3]:
         refuse(module, f"has keys of shape {tuple(k.shape[1:])} and values of shape {tuple(v.shape[1:])} a sequence")
-    if geometry is not None and (k.shape[1], k.shape[3], v.shape[3]) != geometry[1:]:
+    if geometry is not None and not geometry.latent and (k.shape[1], k.shape[3], v.shape[3]) != geometry[1:4]:
         found = Geometry(geometry.heads, k.shape[1], k.shape[3], v.shape[3])
         refuse(module, f"hands its attention {found}, where its own attributes say {geometry}")
     if arguments.get("dropout"):

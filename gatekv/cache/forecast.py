@@ -78,7 +78,7 @@ def forecast(cache: KVCache, length: int, new_tokens: int = 0, batch: int = 1) -
         sums = [total + batch * held for total in sums]
     for i, layer in enumerate(cache.layers):
         sizes = every.get(i, layers[0].geometry)
-        shape = Shape(batch, sizes.kv_heads, sizes.key_dim, dtype, settings.block_size, even, beside, sizes.value_dim)
+        shape = Shape(batch, sizes.kv_heads, sizes.key_dim, dtype, settings.block_size, even, beside, sizes.stored[1])
         token = Foreign.forecast_bytes(shape, 1)
         if isinstance(layer, KVLayer):
             tokens.append(next(counts))

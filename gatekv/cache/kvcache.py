@@ -10,6 +10,7 @@ from transformers.cache_utils import LinearAttentionLayer
 from gatekv.cache import refusals, storage
 from gatekv.cache.config import CacheConfig
 from gatekv.cache.hybrid import HybridKVLayer, States, Steps
+from gatekv.cache.latents import LatentKVLayer
 from gatekv.cache.layer import KVLayer
 from gatekv.cache.ranking import adopt
 from gatekv.cache.segments.foreign import Foreign
@@ -87,17 +88,20 @@ class KVCache(States):
 
     def _build(self, settings: CacheConfig) -> None:
         """Our layers where the model has full attention; transformers' own where a sliding window bounds them."""
+        if any(w.geometry.latent for w in wrappers(self.model)):
+            refusals.check_latent(settings)
         self.config, config = settings, base_model(self.model).config.get_text_config(decoder=True)
         # Up to here Phi-3's generate would put another cache in our place, whatever its rotation.
         self._replaced_until = getattr(config, "original_max_position_embeddings", 0) or 0
         layers = cache_layers(base_model(self.model))
         for w in wrappers(self.model):
             own = layers[w.layer_idx]
-            layers[w.layer_idx] = (
-                HybridKVLayer(settings, w.layer_idx, own.number_of_states)
-                if isinstance(own, LinearAttentionLayer)
-                else KVLayer(settings, w.layer_idx)
-            )
+            if isinstance(own, LinearAttentionLayer):
+                layers[w.layer_idx] = HybridKVLayer(settings, w.layer_idx, own.number_of_states)
+            elif w.geometry.latent:
+                layers[w.layer_idx] = LatentKVLayer(settings, w.layer_idx, w.geometry.value_dim)
+            else:
+                layers[w.layer_idx] = KVLayer(settings, w.layer_idx)
         super().__init__(layers=layers)
         self._steps = Steps()
         self._introduce()
@@ -244,7 +248,7 @@ class KVCache(States):
                     state = layer.state.tensors() if isinstance(layer, HybridKVLayer) else []
                     other = distinct_bytes(state)
                     held, full = held + other, full + other
-                    keys, values = layer.window.keys, layer.window.values
+                    keys, values = layer.window.stored
                     token = keys.shape[1] * (keys.shape[3] + values.shape[3]) * keys.element_size()
                     gated, gated_full = (
                         gated + distinct_bytes(layer.tensors()) - other,

@@ -36,16 +36,17 @@ class KVLayer(Readable, Part, Memory, CacheLayerMixin):
         history: [batch, seen] bool, the real ones, where pads do not all stand on the left; padded: there are pads.
         first_call: tokens of the first call, 0 before it. calls, open, expected: see `gatekv.cache.refusals`.
         readers: later layers that read this one's keys and values; before, replays: see `gatekv.cache.sharing`.
+        latent: numbers of a key that are its value too (`gatekv.cache.latents`), or 0.
     """
 
     saved: tuple[str, ...] = ("seen", "folded", "base", "first_call", "padded", "real", "unmet", "history")
     saved += ("window", "store", "evictor", "evidence")
     borrowed, is_croppable = ("siblings",), True
+    readers, latent, replays = 0, 0, False
 
     def __init__(self, config: CacheConfig, layer_idx: int) -> None:
         super().__init__()
         self.config, self.layer_idx, self.siblings = config, layer_idx, cast(Siblings, LATER)
-        self.readers = 0
         self.reset()
 
     def reset(self) -> None:
@@ -57,13 +58,13 @@ class KVLayer(Readable, Part, Memory, CacheLayerMixin):
         self.evictor: Evictor = evictor_of(self.config)
         self.evidence = Evidence()
         self.seen = self.folded = self.base = self.first_call = self.calls = 0
-        self.is_initialized = self.recording = self.open = self.expected = self.padded = self.replays = False
+        self.is_initialized = self.recording = self.open = self.expected = self.padded = False
         self.before: Before | None = None
 
     def lazy_initialization(self, key_states: Tensor, value_states: Tensor | None) -> None:
-        value_dim = None if value_states is None else value_states.shape[-1]
-        self.window = RecentWindow(key_states, self.evictor.window_scores, value_dim)
-        self.store = CompressedStore(key_states, self.config, self.evictor.page_scores, value_dim)
+        dims = None if value_states is None or self.latent else value_states.shape[-1], self.latent
+        self.window = RecentWindow(key_states, self.evictor.window_scores, *dims)
+        self.store = CompressedStore(key_states, self.config, self.evictor.page_scores, *dims)
         self.real = torch.zeros(len(key_states), 1, dtype=torch.long, device=key_states.device)
         self.is_initialized = True
 
@@ -96,19 +97,10 @@ class KVLayer(Readable, Part, Memory, CacheLayerMixin):
 
     def reorder_cache(self, beam_idx: Tensor) -> None:
         """Re-order, repeat or reduce the batch."""
-        if self.is_initialized and not torch.equal(index := beam_idx.to(self.real.device), self._rows()):
-            self.index_select(index)
-
-    def batch_repeat_interleave(self, repeats: int) -> None:
         if self.is_initialized:
-            self.index_select(self._rows().repeat_interleave(repeats))
-
-    def batch_select_indices(self, indices: Tensor) -> None:
-        if self.is_initialized:
-            self.index_select(self._rows()[indices.to(self.real.device)])
-
-    def _rows(self) -> Tensor:
-        return torch.arange(len(self.real), device=self.real.device)
+            index, rows = beam_idx.to(self.real.device), torch.arange(len(self.real), device=self.real.device)
+            if not torch.equal(index, rows):
+                self.index_select(index)
 
     def activate_past_recording(self) -> None:
         """Keep the last ROLLBACK tokens whole until `crop` says which of them stay."""
@@ -137,11 +129,9 @@ class KVLayer(Readable, Part, Memory, CacheLayerMixin):
 
     def fed(self) -> Tensor:
         """[batch, slots since base] bool: which of the current prompt's or turn's are real; pads on the left."""
-        return (
-            self.window.valid
-            if self.folded == self.base
-            else torch.arange(self.base, self.seen, device=self.real.device) >= self.seen - self.real
-        )
+        if self.folded == self.base:
+            return self.window.valid
+        return torch.arange(self.base, self.seen, device=self.real.device) >= self.seen - self.real
 
     def fold(self, at_least: int = 1, rollback: int | None = None) -> None:
         """Let tokens that are old enough leave the window, if so many are.

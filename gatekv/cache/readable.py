@@ -50,7 +50,11 @@ class Readable:
             probe = window.keys.new_zeros(*heads, 1, window.keys.shape[-1])
             decoded = segment.reads(probe) if segment is store.narrow else segment.stores()
             for pages, read in zip(segment.stores(), decoded):
-                pool = getattr(read, name) if isinstance(read, Pages) else read[1 if name == "keys" else 2]
+                pool = (
+                    (read.keys if name == "keys" else read.answers)
+                    if isinstance(read, Pages)
+                    else read[1 if name == "keys" else 2]
+                )
                 rows = pages.unrolled(pool)
                 there = torch.arange(rows.shape[1], device=rows.device) < pages.lengths[:, None]
                 rows = torch.nn.functional.pad(rows, (0, width - rows.shape[-1]))

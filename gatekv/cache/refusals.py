@@ -11,6 +11,7 @@ from gatekv.cache.decision import admit_rows
 
 if TYPE_CHECKING:
     from gatekv.attention import AttentionCall
+    from gatekv.cache.config import CacheConfig
     from gatekv.cache.layer import KVLayer
 
 logger = logging.get_logger(__name__)
@@ -41,6 +42,26 @@ def check_whole(layer: "KVLayer", new: int = 0) -> None:
             "an earlier call with this cache was interrupted (by an error, or Ctrl-C), and some of its layers hold "
             "tokens that others do not: call cache.reset() and feed the text anew, or go on from a "
             "cache.snapshot() that was taken before."
+        )
+
+
+def check_latent(config: "CacheConfig") -> None:
+    """ValueError where a policy takes keys and values apart, which a cache of latents holds as one."""
+    policy = config.policy
+    part = policy.width or policy.remainder
+    if part is not None:
+        raise ValueError(
+            f"this model caches latents (MLA), whose values are a part of their keys, and {type(part).__name__} treats "
+            "them apart: leave it out of the policy."
+        )
+    if policy.scorer.cache_positions:
+        raise ValueError(
+            "positions='cache' turns queries by RoPE, and in latents (MLA) only a part of a key is rotated: use "
+            "positions='original'."
+        )
+    if config.backend not in (None, "torch"):
+        raise ValueError(
+            f"backend={config.backend!r} reads keys and values, and this model caches latents: use 'torch'."
         )
 
 

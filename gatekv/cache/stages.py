@@ -76,7 +76,7 @@ class Stage:
             asked, seen_by = q, mask
             if len(pieces) > 1:
                 asked, seen_by = q[:, :, a:c], None if mask is None else mask[:, :, a:c, : layer.seen]
-            outs.append(self.answer(layer, asked, seen_by, scale, call.sinks))
+            outs.append(q[..., :0] if call.silent else self.answer(layer, asked, seen_by, scale, call.sinks))
             self.after_piece(layer)
         if self.observes:
             layer.evidence.observe(layer.config, call, q, scale, valid, before)

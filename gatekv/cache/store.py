@@ -32,12 +32,13 @@ class CompressedStore(Part):
 
     saved = ("pages", "narrow", "sinks", "remainder")
 
-    def __init__(self, like: Tensor, config: "CacheConfig", with_scores: bool, value_dim: int | None = None) -> None:
-        """`like` [batch, kv_heads, tokens, head_dim] gives shapes, dtype and device; value_dim: as for the window."""
+    def __init__(self, like: Tensor, config: "CacheConfig", with_scores: bool, value_dim: int | None = None,
+                 latent: int = 0) -> None:  # fmt: skip
+        """`like` [batch, kv_heads, tokens, head_dim] gives shapes, dtype and device; the rest: as for the window."""
         policy = config.policy
-        backend = backends.choose(config.backend, config.block_size, like.device, like.dtype)
+        backend = "torch" if latent else backends.choose(config.backend, config.block_size, like.device, like.dtype)
         self.remainder: Remainder = policy.remainder_segment()
-        self.pages = Pages(like, config.block_size, with_scores, self.remainder.counts, backend, value_dim)
+        self.pages = Pages(like, config.block_size, with_scores, self.remainder.counts, backend, value_dim, latent)
         self.narrow = None if policy.width is None else policy.width.segment(self.pages)
         self.sinks: Paged | None = None
 
@@ -81,7 +82,7 @@ class CompressedStore(Part):
 
         real: [batch, 1], real tokens seen, the window's among them.
         """
-        keys, values, flags = (t[:, :, :leave] for t in (window.keys, window.values, window.flags))
+        keys, values, flags = (t[:, :, :leave] for t in (*window.stored, window.flags))
         scores = None if self.pages.scores is None else cast(Tensor, window.scores)[..., :leave]
         start = real - len(window)  # number of its first column among the row's real tokens, were it one
         self.pages.append(keys, values, flags, start, scores)

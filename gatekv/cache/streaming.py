@@ -80,12 +80,13 @@ def _replaced(layer: "KVLayer", evictor: "FixedBuffer", q: Tensor, new: New, sca
               learned: Tensor | None) -> Tensor:  # fmt: skip
     """The same where every head holds what it may."""
     store, pages, (b, kv) = layer.store, layer.store.pages, new.keys.shape[:2]
+    answers = new.keys[..., : layer.latent] if layer.latent else new.values
     memories, rest, scores = store.rectangles(q), store.remainder.answers(q, scale), None
     if memories is None:
-        own = segments.dense_segment(q, new.keys, new.values, None, scale)
+        own = segments.dense_segment(q, new.keys, answers, None, scale)
         out, lse = kept = segments.merge([*(part.attend(q, scale) for part in store.segments()), own])
     else:
-        mine = Rectangle(new.keys.flatten(0, 1), new.values.flatten(0, 1))
+        mine = Rectangle(new.keys.flatten(0, 1), answers.flatten(0, 1))
         out, said, paid = joint_attention(q, [*memories, mine], scale)
         kept = out, log_sum_exp(said, q) if rest or learned is not None else said
     if layer.config.needs.attention:

@@ -22,7 +22,7 @@ except ImportError as error:
 
 from gatekv.attention import AttentionCall, Inputs, sink_tokens
 from gatekv.cache.kvcache import KVCache
-from gatekv.geometry import foreign_layers
+from gatekv.geometry import foreign_layers, geometry_of
 from gatekv.modules import attention_layers, base_model, wrappers
 from gatekv.passes import Observe
 from gatekv.policies import Gate, View
@@ -100,6 +100,10 @@ class GateKVPress(ScorerPress):
             )
         if any(spec.relaxation == "decay" for _, spec in gates.values()):
             raise ValueError("gates whose tokens fade evict at every step, a press once: use gatekv.KVCache.")
+        if any(geometry_of(module).latent for _, module in layers):
+            raise ValueError(
+                "kvpress prunes keys and values by head, and this model caches latents (MLA): use KVCache."
+            )
         if any(foreign_layers(inner)):
             raise ValueError("kvpress takes layers with a sliding window, or a state, for whole ones: use KVCache.")
         if inner.config._attn_implementation == "eager":

@@ -95,8 +95,8 @@ class Objective(nn.Module):
         self.below_learns = any(p.requires_grad for name, p in model.named_parameters() if "gatekv_" not in name)
         announce(model)
         layers, inner = wrappers(model), base_model(model)
-        # Behind a prompt neither states nor keys read by later layers are at hand: all of a row runs at once.
-        self.whole_rows = remembers(inner) or bool(readers_of(inner))
+        # Behind a prompt neither states, nor latents, nor keys that later layers read are at hand: rows run whole.
+        self.whole_rows = remembers(inner) or bool(readers_of(inner)) or layers[0].geometry.latent
         self.spec = cast(GateSpec, gate_spec(model))
         self.sequence = ALONE
         check_objective(objective, prefill, sparsity, scope, self.spec)

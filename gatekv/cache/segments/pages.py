@@ -35,13 +35,18 @@ class Pages(Pool):
         like = self.keys.new_empty(len(self.lengths) // self.kv_heads, self.kv_heads, 0, self.keys.shape[-1])
         block_size = self.block_size if block_size is None else block_size
         held, value_dim = (self.scores is not None, self.counts is not None), self.values.shape[-1]
-        return Pages(like, block_size, *held, self.backend, value_dim)
+        return Pages(like, block_size, *held, self.backend, value_dim, self.latent)
+
+    @property
+    def answers(self) -> Tensor:
+        """[P, block_size, value_dim]: the values, which of latents are a part of the keys."""
+        return self.keys[..., : self.latent] if self.latent else self.values
 
     def stores(self) -> list["Pages"]:
         return [self]
 
     def reads(self, q: Tensor) -> list[Read]:
-        return [(q, self.keys, self.values, self.table)]
+        return [(q, self.keys, self.answers, self.table)]
 
     def received(self, q: Tensor, lse: Tensor, scale: float) -> Tensor:
         """[P, block_size]: the attention that q [batch, heads, n, head_dim] pay each token, mean over a group; lse:

@@ -4,7 +4,7 @@ from typing import NamedTuple, Self
 
 import torch
 
-from gatekv.cache.segments.segment import Paged
+from gatekv.cache.segments.segment import Paged, value_dims
 from gatekv.ops.page_table import PageTable
 from gatekv.parts import frozen
 
@@ -51,12 +51,13 @@ class Pool(Paged):
         with_counts: bool = False,
         backend: str = "torch",
         value_dim: int | None = None,
+        latent: int = 0,
     ) -> None:
-        """An empty store; `like` [batch, kv_heads, tokens, head_dim] gives shapes, dtype and device; value_dim: of the
-        values, where they are not as wide as keys."""
+        """An empty store; `like` [batch, kv_heads, tokens, head_dim] gives shapes, dtype and device; value_dim, latent:
+        as for the window."""
         b, kv, _, d = like.shape
-        self.block_size, self.kv_heads, self.backend = block_size, kv, backend
-        self.keys, self.values = (like.new_zeros(0, block_size, width) for width in (d, value_dim or d))
+        self.block_size, self.kv_heads, self.backend, self.latent = block_size, kv, backend, latent
+        self.keys, self.values = (like.new_zeros(0, block_size, width) for width in value_dims(d, value_dim, latent))
         self.positions = torch.zeros(0, block_size, dtype=torch.int32, device=like.device)
         self.scores = torch.zeros(0, block_size, device=like.device) if with_scores else None
         self.counts = self.positions.clone() if with_counts else None

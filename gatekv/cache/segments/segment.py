@@ -21,6 +21,11 @@ UNEVEN = 128  # pages, of rows of unequal length, up to which reading more than 
 Read = tuple[Tensor, Tensor, Tensor, PageTable]  # queries, keys, values, table: what paged attention takes
 
 
+def value_dims(key_dim: int, value_dim: int | None, latent: int) -> tuple[int, int]:
+    """Numbers that are held of a key and a value: a value may be narrower, or a part of the key."""
+    return key_dim, 0 if latent else key_dim if value_dim is None else value_dim
+
+
 @dataclass(frozen=True)
 class Shape:
     """Sizes of one layer's memory, for what it will hold (`Segment.forecast_bytes`).
@@ -49,7 +54,7 @@ class Shape:
     @property
     def dims(self) -> tuple[int, int]:
         """Numbers of a head's key and value."""
-        return self.head_dim, self.value_dim or self.head_dim
+        return value_dims(self.head_dim, self.value_dim, 0)
 
     @property
     def key_bytes(self) -> int:

@@ -71,7 +71,7 @@ class CachePositionSinks(Paged):
         """q: [batch, heads, 1, head_dim], turned as if asked from the cache's last slot."""
         acc = torch.promote_types(q.dtype, torch.float32)
         turned = rotate(unrotate(q.to(acc), self.now), self.last).to(q.dtype)
-        return [(turned, self.pages.keys, self.pages.values, self.pages.table)]
+        return [(turned, self.pages.keys, self.pages.answers, self.pages.table)]
 
     def index_select(self, index: Tensor) -> None:
         super().index_select(index)

@@ -4,7 +4,7 @@ from typing import NamedTuple, Self, cast
 
 import torch
 
-from gatekv.cache.segments.segment import Segment, Shape
+from gatekv.cache.segments.segment import Segment, Shape, value_dims
 from gatekv.ops import segments
 from gatekv.ops.order import along, order_of
 from gatekv.ops.rectangle import Rectangle
@@ -48,11 +48,12 @@ class RecentWindow(Segment):
 
     saved = ("flags", "valid", "scores", "psi")
 
-    def __init__(self, like: Tensor, with_scores: bool, value_dim: int | None = None) -> None:
+    def __init__(self, like: Tensor, with_scores: bool, value_dim: int | None = None, latent: int = 0) -> None:
         """An empty one; `like` [batch, kv_heads, tokens, head_dim] gives shapes, dtype and device; value_dim: of the
-        values, where they are not as wide as keys."""
+        values, where they are not as wide as keys; latent: numbers of a key that are its value too, 0: none."""
         b, kv, _, d = like.shape
-        self._buffers = [like.new_empty(b, kv, 0, width) for width in (d, value_dim or d)]
+        self.latent = latent
+        self._buffers = [like.new_empty(b, kv, 0, width) for width in value_dims(d, value_dim, latent)]
         self.flags = torch.ones(b, kv, 0, dtype=torch.bool, device=like.device)
         self.valid = self.flags[:, 0]
         self.scores = self.flags.float() if with_scores else None
@@ -78,7 +79,12 @@ class RecentWindow(Segment):
 
     @property
     def values(self) -> Tensor:
-        return self._buffers[1][:, :, : len(self)]
+        return self.keys[..., : self.latent] if self.latent else self._buffers[1][:, :, : len(self)]
+
+    @property
+    def stored(self) -> tuple[Tensor, Tensor]:
+        """Keys and values as they are held: of latents, values of no numbers."""
+        return self.keys, self._buffers[1][:, :, : len(self)]
 
     def attend(self, q: Tensor, scale: float, visible: Tensor | None = None) -> tuple[Tensor, Tensor]:
         return segments.dense_segment(q, self.keys, self.values, visible, scale)
@@ -117,7 +123,7 @@ class RecentWindow(Segment):
 
     def first(self) -> New:
         """The oldest token."""
-        return New(self.keys, self.values, self.flags, self.valid, self.scores, self.psi).cut(0, 1)
+        return New(*self.stored, self.flags, self.valid, self.scores, self.psi).cut(0, 1)
 
     def rewrite(self, flags: Tensor, scores: Tensor) -> None:
         """Give the last tokens the flags and scores [batch, kv_heads, n] that they waited for."""
@@ -139,7 +145,7 @@ class RecentWindow(Segment):
     def pads_first(self) -> None:
         """Move pads to the left; all else keeps its order."""
         order = order_of(self.valid)
-        self._buffers = [along(t, order, 2) for t in (self.keys, self.values)]
+        self._buffers = [along(t, order, 2) for t in self.stored]
         self.flags, self.valid = along(self.flags, order, 2), along(self.valid, order, 1)
         self.scores, self.psi = (None if t is None else along(t, order, 2) for t in (self.scores, self.psi))
         self.shared = False
@@ -161,7 +167,8 @@ class RecentWindow(Segment):
         return super().fork()
 
     def state_dict(self) -> dict[str, Tensor]:
-        return {"keys": self.keys, "values": self.values} | super().state_dict()
+        keys, values = self.stored
+        return {"keys": keys, "values": values} | super().state_dict()
 
     def load_state_dict(self, tensors: dict[str, Tensor]) -> None:
         super().load_state_dict(tensors)

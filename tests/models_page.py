@@ -20,8 +20,10 @@ NAMES = {
     "DeepSeek V3": "deepseek_v3", "DeepSeek V3.2": "deepseek_v32", "DeepSeek V4": "deepseek_v4", "Kimi Linear": "kimi_linear",
     "MiniCPM 3": "minicpm3", "Mamba": "mamba", "Mamba 2": "mamba2", "RWKV": "rwkv", "RecurrentGemma": "recurrent_gemma",
 }  # fmt: skip
+STATES = ("Mamba", "recurrence", "linear attention", "convolution", "nothing")
 # What a reason matches -> (its heading, what it would take to serve such a model); the first that fits.
 GROUPS = {
+    r"^no attention$": ("No attention at all", "nothing: a state does not grow"),
     r"caches one latent vector": (
         "Latent attention (MLA)",
         "a cache that evicts latent vectors: one decision for all heads of a layer",
@@ -65,6 +67,10 @@ GROUPS = {
     r"is not causal": ("Not causal", "nothing to evict from: such a model reads its whole input at once"),
     r"encoder-decoder": ("Encoder-decoders", "caches of two kinds; only the decoder's own grows"),
     r"its config does not say whose": ("Shared keys that the config does not name", "a config that says whose they are"),
+    r"uses cache of its own": (
+        "A cache class that the model insists on",
+        "a model in transformers that takes any cache",
+    ),
     r"interrupted": (
         "Layers that are left out for text alone",
         "layers of cross-attention, which count no tokens, beside those that do",
@@ -77,9 +83,12 @@ def read() -> dict:
     return json.loads(FILE.read_text(encoding="utf-8"))
 
 
-def group_of(reason: str) -> str | None:
+def group_of(entry: dict) -> str | None:
     """Heading under which a refusal stands, or None."""
-    return next((GROUPS[pattern][0] for pattern in GROUPS if re.search(pattern, reason)), None)
+    attends = any(name.startswith(("full", "sliding", "chunked", "latent", "indexed")) for name in entry["layers"])
+    known = all(name in STATES for name in entry["layers"])
+    said = entry["reason"] if attends or not known else "no attention"
+    return next((GROUPS[pattern][0] for pattern in GROUPS if re.search(pattern, said)), None)
 
 
 def attention(entry: dict) -> str:
@@ -95,7 +104,7 @@ def order(kept: str) -> tuple:
 
 def kind(entry: dict) -> str:
     """The row of the short table that a served type belongs to."""
-    layers = {name for name in entry["layers"] if name != "nothing"}
+    layers = set(entry["layers"]) - {"nothing", "cross-attention"}
     if "latent" in layers:
         return "latent attention"
     if "shared" in layers:
@@ -157,7 +166,7 @@ def short() -> str:
     for shown, model_type in NAMES.items():
         entry = record["causal"].get(model_type, {})
         if entry.get("status") == "refused":
-            reasons.setdefault(group_of(entry["reason"]) or "", []).append(shown)
+            reasons.setdefault(group_of(entry) or "", []).append(shown)
     refused = "; ".join(f"{lower(why)} ({', '.join(names)})" for why, names in sorted(reasons.items()))
     return f"{kinds()}\ngatekv serves {' and '.join(said)} of transformers {record['transformers']}. Refused with the reason: {refused}.\n"
 
@@ -192,14 +201,14 @@ def refused() -> str:
     for mapping in MAPPINGS:
         for model_type, e in read()[mapping].items():
             if e["status"] == "refused":
-                found.setdefault(group_of(e["reason"]) or "Other", []).append((model_type, e["reason"]))
+                found.setdefault(group_of(e) or "Other", []).append((model_type, e["reason"]))
     takes = dict(GROUPS.values())
     out = []
     for name in [*takes, "Other"]:
         if name in found:
             types = sorted({model_type for model_type, _ in found[name]})
             out += [f"**{name}** ({len(types)}): {', '.join(f'`{t}`' for t in types)}", ""]
-            out += [f"> {found[name][0][1]}", "", f"It would take {takes.get(name, 'a closer look')}.", ""]
+            out += [f"> {found[name][0][1]}", "", f"What it would take: {takes.get(name, 'a closer look')}.", ""]
     return "\n".join(out)
 
 

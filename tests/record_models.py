@@ -2,6 +2,7 @@
 
     python tests/record_models.py                # every type of both mappings: a second or two each
     python tests/record_models.py llama gpt_oss  # these only, the rest stays as it is
+    python tests/record_models.py --status refused broken  # those that are recorded so
     python tests/record_models.py --tidy         # tries nothing; drops types that transformers no longer has
     python docs/tables.py                        # then renew the pages
 
@@ -28,7 +29,15 @@ import gatekv
 from gatekv import GateKVConfig
 
 MAPPINGS = {"causal": zoo.causal_types, "image": zoo.image_types}
-IMAGES = ("gemma3", "internvl", "llava", "mistral3", "qwen2_5_vl", "qwen3_vl")  # tests/unit/test_images.py runs them
+IMAGES = (
+    "gemma3",
+    "internvl",
+    "llava",
+    "mistral3",
+    "qwen2_5_vl",
+    "qwen3_5",
+    "qwen3_vl",
+)  # tests/unit/test_images.py runs them
 SINCE = "unreleased"  # version that a type is written down with when it is served for the first time
 # What a layer keeps, by transformers' name of its cache layer; `{state}` is told from the modules.
 KEPT = {
@@ -72,6 +81,8 @@ def layers_of(model) -> dict[str, int]:
             what = what.format(state=state_of(own or everywhere))
         elif name == "DynamicLayer" and getattr(config, "kv_lora_rank", None):
             what = "latent"
+        elif name == "DynamicLayer" and here and all("CrossAttention" in n for n in here):
+            what = "cross-attention"  # to images alone
         elif name == "DynamicSlidingWindowLayer" and i < len(kinds) and "chunked" in kinds[i]:
             what = "chunked"
         elif name == "DummyLayer" and any("Attention" in n for n in here):
@@ -133,9 +144,9 @@ def tried(model_type: str, image: bool, before: dict, found: dict | None = None)
         if gates != "ok":
             entry["reason"] = found["gates"] if gates != "refused" else first_calls(model, gates=True)[1]
         return entry
-    if cache == "refused":
+    if cache != "wrong":
         when, reason = first_calls(model)
-        if reason:
+        if reason:  # transformers may be who says it: MiniMax takes no cache but its own
             return entry | {"status": "refused", "when": when, "reason": reason}
     return entry | {"status": "broken", "reason": f"{found['cache']} | {found['gates']}"}
 
@@ -144,6 +155,7 @@ def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("types", nargs="*")
     parser.add_argument("--mapping", choices=list(MAPPINGS), help="this one only")
+    parser.add_argument("--status", nargs="+", help="types only that are recorded so, such as refused or broken")
     parser.add_argument("--tidy", action="store_true")
     parser.add_argument("--found", type=Path, help="with --mapping: what tests/zoo.py --json wrote, in place of a run")
     args = parser.parse_args()
@@ -155,10 +167,13 @@ def main() -> None:
     for name, types in MAPPINGS.items():
         held, known = record.setdefault(name, {}), types()
         for model_type in known if not args.tidy and args.mapping in (None, name) else ():
+            if args.status and held.get(model_type, {}).get("status") not in args.status:
+                continue
             if (args.types and model_type not in args.types) or (found and model_type not in found):
                 continue
             held[model_type] = tried(model_type, name == "image", held.get(model_type, {}), found.get(model_type))
             print(name, model_type, held[model_type]["status"], held[model_type].get("reason", ""), flush=True)
+            FILE.write_text(json.dumps(record, indent=1) + "\n")
             gc.collect()
         record[name] = {t: held[t] for t in sorted(held) if t in known}
         record["transformers"] = transformers.__version__

@@ -149,6 +149,7 @@ CHANGES: dict[str, dict] = {
 PARTIAL = {"rope_type": "default", "rope_theta": 1e7, "partial_rotary_factor": 0.25}
 GATED_DELTA = dict(keep=range(4), num_attention_heads=8, num_key_value_heads=1, head_dim=32)
 QWEN35 = dict(GATED_DELTA, rope_parameters=dict(PARTIAL, mrope_section=[2, 1, 1], mrope_interleaved=True))
+QWEN35_DENSE = dict(QWEN35, num_key_value_heads=2)
 WIDE = dict(keep=range(6), num_attention_heads=4, num_key_value_heads=2, head_dim=32, query_pre_attn_scalar=32)
 SHARING = dict(
     num_hidden_layers=10, layer_types=([S] * 4 + [F]) * 2, num_kv_shared_layers=5, num_attention_heads=8,
@@ -161,11 +162,11 @@ GEMMA4_31B = dict(
 LATENT = dict(num_attention_heads=8, num_key_value_heads=8, qk_nope_head_dim=16, qk_rope_head_dim=8, v_head_dim=16)
 REAL: dict[str, dict] = {
     "qwen3_next": dict(GATED_DELTA, rope_parameters=PARTIAL),  # as Qwen/Qwen3-Next-80B-A3B-Instruct
-    "qwen3_5_text": QWEN35,  # as Qwen/Qwen3.5-27B
-    "qwen3_5": dict(text_config=QWEN35),
+    "qwen3_5_text": QWEN35_DENSE,  # as Qwen/Qwen3.5-9B
+    "qwen3_5": dict(text_config=QWEN35_DENSE),
     "qwen3_5_moe_text": QWEN35,  # as Qwen/Qwen3.5-35B-A3B
     "qwen3_5_moe": dict(text_config=QWEN35),
-    "gemma3_text": WIDE,  # as google/gemma-3-1b-it
+    "gemma3_text": dict(WIDE, num_key_value_heads=1),  # as google/gemma-3-1b-it
     "gemma3": dict(text_config=WIDE),  # as google/gemma-3-4b-it
     "gemma3n_text": dict(SHARING, intermediate_size=[96] * 10, activation_sparsity_pattern=[0.95] * 5 + [0.0] * 5,
                          num_key_value_heads=2, laurel_rank=8),  # as google/gemma-3n-E2B-it
@@ -175,14 +176,14 @@ REAL: dict[str, dict] = {
     "gpt_oss": dict(num_attention_heads=8, num_key_value_heads=1, head_dim=16, keep=range(4)),  # as openai/gpt-oss-20b
     "llama4_text": dict(keep=range(4), num_attention_heads=5, num_key_value_heads=1),  # as Llama-4-Scout-17B-16E
     "llama4": dict(text_config=dict(keep=range(4), num_attention_heads=5, num_key_value_heads=1)),
-    "glm4": dict(num_attention_heads=8, num_key_value_heads=2,
+    "glm4": dict(num_attention_heads=16, num_key_value_heads=1,
                  rope_parameters=dict(PARTIAL, partial_rotary_factor=0.5)),  # as THUDM/GLM-4-9B-0414
     "glm4_moe": dict(num_attention_heads=12, num_key_value_heads=1, attention_bias=True, use_qk_norm=True,
                      rope_parameters=dict(PARTIAL, partial_rotary_factor=0.5)),  # as zai-org/GLM-4.5
     "minimax": dict(num_hidden_layers=8, layer_types=[L] * 7 + [F], head_dim=16, block_size=16, num_attention_heads=8,
                     num_key_value_heads=1),  # as MiniMaxAI/MiniMax-Text-01
     "mimo_v2_flash": dict(
-        keep=range(6), num_attention_heads=8, num_key_value_heads=2, head_dim=24, v_head_dim=16,
+        keep=range(6), num_attention_heads=16, num_key_value_heads=1, head_dim=24, v_head_dim=16,
     ),  # as XiaomiMiMo/MiMo-V2-Flash
     "phi3": dict(num_attention_heads=6, num_key_value_heads=2, hidden_size=96, original_max_position_embeddings=256,
                  sliding_window=None, rope_parameters=dict(PARTIAL, rope_type="longrope", partial_rotary_factor=0.75,
@@ -193,7 +194,7 @@ REAL: dict[str, dict] = {
     "deepseek_v3": dict(LATENT, n_group=2, topk_group=1),  # as deepseek-ai/DeepSeek-V3
     "lfm2_vl": dict(text_config=dict(num_hidden_layers=6, layer_types=[C, C, F] * 2, full_attn_idxs=None)),  # as LiquidAI/LFM2-VL-1.6B
     "idefics2": dict(text_config=dict(sliding_window=None)),
-    "lfm2": dict(num_hidden_layers=6, layer_types=[C, C, F] * 2, full_attn_idxs=None),  # as LiquidAI/LFM2-1.2B
+    "lfm2": dict(num_attention_heads=8, num_hidden_layers=6, layer_types=[C, C, F] * 2, full_attn_idxs=None),  # as LiquidAI/LFM2-1.2B
     "bamba": dict(num_hidden_layers=6, attn_layer_indices=[2, 5]),  # as ibm-ai-platform/Bamba-9B-v2
     "jamba": dict(num_hidden_layers=8, attn_layer_period=4, attn_layer_offset=2),  # as ai21labs/AI21-Jamba-Mini-1.5
     "granitemoehybrid": dict(num_hidden_layers=6, layer_types=[L, L, F] * 2, num_attention_heads=12, head_dim=16,

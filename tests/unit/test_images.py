@@ -43,11 +43,13 @@ WRAPPERS = {
         dict(vision_config=dict(deepstack_visual_indexes=[0, 1], num_position_embeddings=64)),
         rows_of_patches(2 * 3 * 16 * 16), "mm_token_type_ids",
     ),
+    "qwen3_5": (dict(vision_config=dict(num_position_embeddings=64)), rows_of_patches(2 * 3 * 16 * 16), "mm_token_type_ids"),
     "llava": (dict(vision_config=dict(image_size=28)), pictures(28), None),
     "gemma3": (dict(mm_tokens_per_image=4, vision_config=dict(image_size=64)), pictures(64), "token_type_ids"),
     "internvl": (dict(image_seq_length=4, vision_config=dict(image_size=[56, 56])), pictures(56), None),
     "mistral3": (dict(image_token_index=120, vision_config=dict(image_size=56)), pictures(56, sizes=True), None),
 }  # fmt: skip
+TOLERANCE = {"qwen3_5": 1e-4}  # whose state is float32 whatever the model's dtype, and is rounded by chunk
 
 
 @pytest.fixture(params=[n if n in ("qwen3_vl", "gemma3") else pytest.param(n, marks=pytest.mark.exhaustive) for n in WRAPPERS])  # fmt: skip
@@ -115,7 +117,13 @@ def test_a_full_budget_is_the_plain_model(wrapper):
     other = {**batch, "images": {**batch["images"], "pixel_values": -batch["images"]["pixel_values"]}}
     assert zoo.difference(logits(model, other), wanted, batch["attention_mask"]) > 1e-3, "the images are seen"
     cache = gatekv.KVCache(model, "snapkv", 1.0, decode="keep")
-    zoo.close("logits", logits(model, batch, TOKENS - PROMPT, cache), wanted, batch["attention_mask"], 1e-6)
+    zoo.close(
+        "logits",
+        logits(model, batch, TOKENS - PROMPT, cache),
+        wanted,
+        batch["attention_mask"],
+        TOLERANCE.get(wrapper, 1e-6),
+    )
     asked = dict(
         batch["images"], **batch["kinds"], input_ids=batch["input_ids"], attention_mask=batch["attention_mask"]
     )
@@ -131,7 +139,7 @@ def test_half_a_budget_saves_memory_and_rows_do_not_know_of_each_other(wrapper):
         batch = prompts(wrapper, model, chosen)
         rows.append(logits(model, batch, TOKENS - PROMPT, cache)[-1:, -LENGTHS[1] :])
         assert cache.memory()["ratio"] < 1 and rows[-1].isfinite().all()
-    zoo.close("row alone", rows[1], rows[0], torch.ones(1, LENGTHS[1]), 1e-6)
+    zoo.close("row alone", rows[1], rows[0], torch.ones(1, LENGTHS[1]), TOLERANCE.get(wrapper, 1e-6))
 
 
 def test_what_is_trained_is_what_is_deployed(wrapper):
@@ -142,4 +150,4 @@ def test_what_is_trained_is_what_is_deployed(wrapper):
     with gatekv.modules.gates_off(peft):
         assert zoo.difference(logits(peft, batch), wanted, batch["attention_mask"]) > 1e-4, "the gates evict nothing"
     got = logits(peft, batch, TOKENS - PROMPT, gatekv.KVCache(peft, "gate"))
-    zoo.close("the two forms", got, wanted, batch["attention_mask"], 1e-6)
+    zoo.close("the two forms", got, wanted, batch["attention_mask"], TOLERANCE.get(wrapper, 1e-6))

@@ -13,6 +13,7 @@ import torch
 import transformers
 import zoo
 from peft import get_peft_model
+from test_images import WRAPPERS
 
 import gatekv
 from gatekv import GateKVConfig
@@ -64,7 +65,7 @@ def state(model) -> tuple:
 @pytest.mark.parametrize("mapping,model_type", cases("refused"))
 def test_a_refused_type_says_why_and_is_left_as_it_was(mapping, model_type):
     entry, model = RECORD[mapping][model_type], built(mapping, model_type)
-    assert models_page.group_of(entry["reason"]), "docs/models.md has no group for this reason"
+    assert models_page.group_of(entry), "docs/models.md has no group for this reason"
     before, batch = state(model), zoo.inputs(model)
     answer = zoo.logits(model, batch, use_cache=False)
     when, said = record_models.first_calls(model)
@@ -89,6 +90,10 @@ def test_every_type_of_transformers_is_in_the_record(mapping):
         f"say whether gatekv serves them: run `python tests/record_models.py {' '.join(missing)}`, then "
         "`python docs/tables.py`, and commit both. Where a tiny model cannot be made, see tests/zoo.py."
     )
+
+
+def test_the_record_knows_which_types_ran_with_images():
+    assert sorted(WRAPPERS) == sorted(t for t, entry in RECORD["image"].items() if entry.get("image"))
 
 
 @pytest.mark.parametrize("mapping", list(record_models.MAPPINGS))

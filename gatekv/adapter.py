@@ -163,7 +163,7 @@ class GateKVConfig(PeftConfig, GateSpec, LessSpec):
 
 
 def _hidden_size(model: nn.Module) -> int:
-    return model.config.get_text_config(decoder=True).hidden_size
+    return cast("PreTrainedModel", model).config.get_text_config(decoder=True).hidden_size
 
 
 def parts_of(config: GateKVConfig, hidden_size: int, layer: Geometry) -> dict[str, nn.Module]:
@@ -253,15 +253,7 @@ class GateKVModel(BaseTuner):
                 f"later layers of {type(model).__name__} read earlier ones' keys and values, and low-rank maps belong "
                 "to the queries of one layer: set less_rank=0."
             )
-        names = {id(module): name for name, module in model.named_modules()}
-        if config.target_modules is None:
-            config.target_modules = sorted({names[id(module)].split(".")[-1] for _, module in layers})
-        for name in config.target_modules:
-            if not any(f".{names[id(module)]}".endswith(f".{name}") for _, module in layers):
-                raise ValueError(
-                    f"target_modules names {name!r:.60}, and no full-attention layer of {type(model).__name__} is "
-                    f"called so: they are called …{names[id(layers[0][1])].split('.')[-1]}. Leave it out to gate all."
-                )
+        self._prepare_adapter_config(config, {})
         found, wanted = fingerprint(model), config.base_fingerprint
         if wanted is None:
             config.base_fingerprint = found
@@ -283,6 +275,20 @@ class GateKVModel(BaseTuner):
             found = {self._remove_adapter_name_from_key(k, "default"): v for k, v in config.file_shapes.items()}
             gates = {k: v for k, v in found.items() if f".{PREFIX}" in k}
             check_shapes(gates, self._shapes(model, config))
+
+    def _prepare_adapter_config(self, config: GateKVConfig, model_config: dict) -> GateKVConfig:  # type: ignore[override]
+        """Where no module is named, all that are gated are."""
+        model = self.model
+        layers, names = attention_layers(model), {id(module): name for name, module in model.named_modules()}
+        if config.target_modules is None:
+            config.target_modules = sorted({names[id(module)].split(".")[-1] for _, module in layers})
+        for name in config.target_modules:
+            if not any(f".{names[id(module)]}".endswith(f".{name}") for _, module in layers):
+                raise ValueError(
+                    f"target_modules names {name!r:.60}, and no full-attention layer of {type(model).__name__} is "
+                    f"called so: they are called …{names[id(layers[0][1])].split('.')[-1]}. Leave it out to gate all."
+                )
+        return config
 
     def _shapes(self, model: "PreTrainedModel", config: GateKVConfig) -> dict[str, tuple[int, ...]]:
         """Name -> shape of every tensor that an adapter file of `config` has; nothing is allocated."""
@@ -306,8 +312,19 @@ class GateKVModel(BaseTuner):
         low_cpu_mem_usage: bool = False,
         state_dict: dict[str, torch.Tensor] | None = None,
     ) -> None:
-        """LoRA first, whose layers freeze as the base does; then PEFT's own way, which also says who is active."""
-        config = self.peft_config[adapter_name]
+        """LoRA first, whose layers freeze as the base does; then PEFT's own way, which also says who is active.
+
+        Raises:
+            ValueError: the base has adapters of its own, which would be switched, trained and saved with the gates.
+        """
+        tuned = [m for m in model.modules() if isinstance(m, BaseTunerLayer)]
+        if isinstance(model, PeftModel) or tuned and not any(isinstance(m, Parts) for m in tuned):
+            raise ValueError(
+                f"{type(modules.base_model(model)).__name__} has an adapter already, which gates on top of it would "
+                "train and save as their own: merge it first (model = model.merge_and_unload()), or let LoRA learn "
+                "with the gates (GateKVConfig(lora={...}))."
+            )
+        config = self._prepare_adapter_config(self.peft_config[adapter_name], {})
         if (fields := config.lora) is not None:
             if config.file_shapes is not None:
                 lora.check_ranks(model, fields, config.file_shapes)
@@ -388,6 +405,12 @@ class GateKVModel(BaseTuner):
         mine = re.compile(rf"\.(gatekv_gate|gatekv_less|lora_\w+)\.{re.escape(adapter_name)}(\.|$)")
         expected = {k: v for k, v in model.state_dict().items() if mine.search(k)}
         cure = "the file belongs to another config or was edited: load the folder as it was saved."
+        if base := sorted(set(mapped) & _embeddings(model)):  # PEFT's choice, in files before 2026-11-30
+            logger.warning(
+                f"gatekv: the adapter file holds {len(base)} embeddings of its base, which had been resized; they are "
+                "left out, because no adapter changes its base: where new tokens matter, load the base that has them."
+            )
+            mapped = {name: tensor for name, tensor in mapped.items() if name not in base}
         if stray := sorted(set(mapped) - set(expected)):
             raise ValueError(f"stray tensor '{stray[0]}' ({len(stray)} in all) in the adapter file: {cure}")
         if missing := sorted(set(expected) - set(mapped)):
@@ -422,6 +445,26 @@ def _pairs(
     """(a tensor to load, the gate's that it replaces), but for those without numbers yet."""
     gates = [name for name in mapped if ".gatekv_gate." in name and expected[name].device.type != "meta"]
     return [(mapped[name], expected[name]) for name in gates]
+
+
+def _embeddings(model: nn.Module) -> set[str]:
+    """Names of the base's own input and output embeddings."""
+    inner = modules.base_model(model)
+    mine = {id(m) for m in (inner.get_input_embeddings(), inner.get_output_embeddings()) if m is not None}
+    return {f"{name}.weight" for name, module in model.named_modules(remove_duplicate=False) if id(module) in mine}
+
+
+def _saving(save: Callable[..., Any]) -> Callable[..., Any]:
+    """PeftModel.save_pretrained, which adds the embeddings of a base that was resized: ours are the base's, not the
+    adapter's, which is put on a base that has them. Asked for by name, they are saved for whoever reads the file."""
+
+    @functools.wraps(save)
+    def save_pretrained(self: PeftModel, save_directory: str, *args: Any, **kwargs: Any) -> Any:
+        if all(isinstance(config, GateKVConfig) for config in self.peft_config.values()) and len(args) < 3:
+            kwargs.setdefault("save_embedding_layers", False)
+        return save(self, save_directory, *args, **kwargs)
+
+    return save_pretrained
 
 
 def _reloading(load: Callable[..., Any]) -> Callable[..., Any]:
@@ -472,6 +515,7 @@ def _take_over(model: nn.Module, name: str, saved: GateKVConfig) -> None:
 
 
 PeftModel.load_adapter = _reloading(PeftModel.load_adapter)  # type: ignore[method-assign]
+PeftModel.save_pretrained = _saving(PeftModel.save_pretrained)  # type: ignore[method-assign]
 
 
 def set_calibration(model: nn.Module, calibration: Calibration | None, threshold: float | None = None) -> None:

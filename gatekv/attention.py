@@ -13,20 +13,28 @@ import torch
 from transformers import AttentionInterface, AttentionMaskInterface, Cache
 from transformers.masking_utils import ALL_MASK_ATTENTION_FUNCTIONS
 from transformers.modeling_utils import ALL_ATTENTION_FUNCTIONS
+from transformers.utils import logging
 
 from gatekv.config import GateSpec
 from gatekv.gates.key_mlp import key_features
 from gatekv.gates.relaxations import relax
 from gatekv.latent import Latent, latent_of
 from gatekv.less.maps import LessMaps
+from gatekv.masks import whole_mask
+from gatekv.ops.scale import Scale
 from gatekv.ops.sequence import ALONE, Sequence
 from gatekv.precision import attended, without_autocast
+from gatekv.rotary import Probe, Rotary, rotary_of
 from gatekv.support import LATER, Geometry, check_call, refuse, visible_keys
 
 if TYPE_CHECKING:
     from gatekv.support import SelfAttention
 
+logger = logging.get_logger(__name__)
+
+# transformers' implementation -> what answers in a gated layer; INSTEAD of all others, with sdpa's numbers.
 NAMES = {"sdpa": "gatekv", "eager": "gatekv_eager"}
+INSTEAD = "gatekv_instead"
 
 
 class Memory:
@@ -72,7 +80,7 @@ class Inputs(NamedTuple):
 
     Attributes:
         q: [batch, heads, queries, head_dim]. k, v: [batch, kv_heads, tokens, head_dim].
-        mask: [batch, 1, queries, tokens] bool, or None = causal. scaling: of the scores.
+        mask: [batch, 1, queries, tokens] bool, or None = causal. scaling: of the scores, a `Scale`, which knows a cap.
     """
 
     q: torch.Tensor
@@ -124,7 +132,8 @@ class AttentionCall:
     Attributes:
         hidden: [batch, tokens, hidden_size], the layer's input; from `prepare` on, what the gate reads. Where processes
             share rows, of this one's tokens.
-        layer_idx: of the layer. rotary: (cos, sin) of the new tokens, or None.
+        layer_idx: of the layer. rotary: `position_embeddings` of the new tokens as the layer was handed them, or None;
+            `turning` says what they mean. module: the self_attn, once its attention function is called.
         gate: the gate in force or None; spec: its GateSpec. less: the low-rank maps in force, or None.
         memory: the gatekv cache layer, which answers; or None:
         context: what the pass over whole sequences asks (gatekv.passes); record: called with what was found.
@@ -139,7 +148,7 @@ class AttentionCall:
 
     hidden: torch.Tensor
     layer_idx: int
-    rotary: tuple[torch.Tensor, torch.Tensor] | None = None
+    rotary: Rotary | tuple[torch.Tensor, torch.Tensor] | torch.Tensor | None = None
     gate: torch.nn.Module | None = None
     spec: GateSpec = LATER
     less: LessMaps | None = None
@@ -153,16 +162,38 @@ class AttentionCall:
     shared: MutableMapping[str, Any] | None = None
     record: Callable[[object], None] = LATER
     answered: bool = False
+    module: "SelfAttention | None" = None
 
     def prepare(self, k: torch.Tensor) -> None:
         """From here on `hidden` is what the gate reads: the layer's input, or the new keys k [B, K, Q, D]."""
         if self.gate is not None and self.gate.reads == "keys":
-            self.hidden = key_features(k, self.rotary)
+            self.hidden = key_features(k, self.turning())
+
+    def turning(self, strict: bool = True) -> Rotary | None:
+        """How RoPE turns the new tokens in this layer; None: the layer is handed no positions.
+
+        strict: raise where it is not known, too; else None.
+
+        Raises:
+            ValueError: the layer turns them in a way that is not known here.
+        """
+        if self.rotary is not None and not isinstance(self.rotary, Rotary):
+            try:
+                self.rotary = rotary_of(self.module, self.rotary)
+            except ValueError:
+                if strict:
+                    raise
+                return None
+        return self.rotary
 
     def columns(self, of: Callable[[torch.Tensor], torch.Tensor]) -> "AttentionCall":
         """The call of some of the new tokens, or all in another order: `of` tells which from a tensor [batch or 1,
         tokens, ...]."""
-        rotary = None if self.rotary is None else (of(self.rotary[0]), of(self.rotary[1]))
+        rotary = self.rotary
+        if isinstance(rotary, Rotary):
+            rotary = rotary.columns(of)
+        elif rotary is not None:
+            rotary = of(rotary) if isinstance(rotary, torch.Tensor) else (of(rotary[0]), of(rotary[1]))
         return replace(self, hidden=of(self.hidden), rotary=rotary)
 
     @property
@@ -212,7 +243,28 @@ def live_mask(q_slots: torch.Tensor, k_slots: torch.Tensor, flags: torch.Tensor,
     return (q_slots[:, None] - k_slots < max(window, 1)) | flags[:, :, None]
 
 
-def _forward(base: str) -> Callable[..., tuple[torch.Tensor, torch.Tensor | None]]:
+def name_of(implementation: str | None) -> str:
+    """The name of gatekv's attention function in the gated layers of a model of that attention implementation.
+
+    Raises:
+        ValueError: transformers makes no masks for it, so that pads would be taken for tokens.
+    """
+    if implementation in NAMES:
+        return NAMES[implementation]
+    if implementation is None or implementation not in ALL_MASK_ATTENTION_FUNCTIONS:
+        raise ValueError(
+            f"attention implementation {implementation!r} has no mask function, so gatekv could not tell pads from "
+            "tokens: call model.set_attn_implementation('sdpa'), or register one with transformers' "
+            "AttentionMaskInterface."
+        )
+    logger.warning_once(
+        f"gatekv's attention answers in gated layers instead of {implementation}, whose result it cannot weigh; other "
+        "layers, and calls with other caches, keep it."
+    )
+    return INSTEAD
+
+
+def _forward(base: str, instead: bool = False) -> Callable[..., tuple[torch.Tensor, torch.Tensor | None]]:
     # `attention_mask` bears transformers' name: some models pass it by keyword.
     # Arguments as transformers' own functions have them, `dropout` too: who wraps them (kvpress) passes it by place.
     def attention(
@@ -224,7 +276,7 @@ def _forward(base: str) -> Callable[..., tuple[torch.Tensor, torch.Tensor | None
         dropout: float = 0.0,
         *,
         scaling: float,
-        gatekv: AttentionCall | None = None,
+        gatekv: AttentionCall | Probe | None = None,
         **kwargs: Any,
     ) -> tuple[torch.Tensor, torch.Tensor | None]:
         kwargs = {"dropout": dropout} | kwargs
@@ -236,14 +288,19 @@ def _forward(base: str) -> Callable[..., tuple[torch.Tensor, torch.Tensor | None
         call = gatekv
         if call is None:
             return own()
+        if isinstance(call, Probe):
+            call.see(q, k)
         if call.answered:
             refuse(module, "calls attention more than once a layer")
-        call.answered = True
+        call.answered, call.module = True, module
         check_call(module, k, v, kwargs, call.geometry)
         call.prepare(k)
-        call.sinks = kwargs.get("s_aux")
+        call.sinks, scaling = kwargs.get("s_aux"), Scale(scaling, kwargs.get("softcap"))
         sequence = ALONE if call.memory is not None else call.context.sequence
         q, k, v = map(sequence.into, (q, k, v))
+        if instead:
+            keys = None if call.memory is not None else k.shape[2]
+            attention_mask = whole_mask(module, attention_mask, q, keys, kwargs.get("position_ids"))
         weights = None
         if not call.replaces:
             out, weights = own()
@@ -276,3 +333,5 @@ def register() -> None:
     for base, name in NAMES.items():
         AttentionInterface.register(name, _forward(base))
         AttentionMaskInterface.register(name, ALL_MASK_ATTENTION_FUNCTIONS[base])
+    AttentionInterface.register(INSTEAD, _forward("sdpa", instead=True))
+    AttentionMaskInterface.register(INSTEAD, ALL_MASK_ATTENTION_FUNCTIONS["sdpa"])

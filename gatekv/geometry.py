@@ -7,7 +7,7 @@ its layer keeps beside keys and values, transformers says itself (`DynamicCache`
 import inspect
 import types
 from collections import Counter
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING, Any, cast
 
 from torch import nn
 from transformers import DynamicCache, PreTrainedModel
@@ -24,10 +24,11 @@ from gatekv.latent import is_latent
 from gatekv.support import NO_INTERFACE, Geometry, refuse
 
 if TYPE_CHECKING:
-    pass
+    from gatekv.support import SelfAttention
 
 GATED = (DynamicLayer, LinearAttentionAndFullAttentionLayer)  # every key and value of the text: these layers grow
 FOREIGN = (DynamicSlidingWindowLayer, LinearAttentionLayer, LinearAttentionAndSlidingWindowAttentionLayer)  # bounded
+CROSS = "cross_attention_states"  # what an attention to images is given
 NONE = (DummyLayer,)  # no attention in that layer, or another layer's keys and values
 
 
@@ -36,7 +37,7 @@ def _first(module: nn.Module, *names: str) -> Any:
     return next((value for value in found if isinstance(value, int) and not isinstance(value, bool)), None)
 
 
-def geometry_of(module: nn.Module) -> Geometry:
+def geometry_of(module: Any) -> Geometry:
     """Sizes of an attention module, from its attributes, its projections, and last its config.
 
     Families name them differently, and a config may have one number where layers differ (Gemma 4): so what belongs to
@@ -80,7 +81,7 @@ def attends(module: nn.Module) -> bool:
     """Whether a module calls transformers' attention interface itself, from a place in the cache, causally."""
     if getattr(module, "layer_idx", None) is None or not getattr(module, "is_causal", True):
         return False
-    return "ALL_ATTENTION_FUNCTIONS" in names_in(module)
+    return "ALL_ATTENTION_FUNCTIONS" in names_in(module) and not _crosses(module)
 
 
 def output_projection(module: nn.Module) -> nn.Module:
@@ -134,6 +135,16 @@ def remembers(model: PreTrainedModel) -> bool:
     return any(isinstance(layer, LinearAttentionLayer) for layer in cache_layers(model))
 
 
+def crossing(model: PreTrainedModel) -> set[int]:
+    """Layers whose keys and values are of images (mllama), and not of the text."""
+    placed = [m for m in model.modules() if getattr(m, "layer_idx", None) is not None]
+    return {cast("SelfAttention", m).layer_idx for m in placed if _crosses(m)}
+
+
+def _crosses(module: nn.Module) -> bool:
+    return "ALL_ATTENTION_FUNCTIONS" in names_in(module) and CROSS in inspect.signature(module.forward).parameters
+
+
 def cache_layers(model: PreTrainedModel) -> list[Any]:
     """A fresh cache layer of transformers' own for each layer of the text decoder.
 
@@ -150,7 +161,7 @@ def cache_layers(model: PreTrainedModel) -> list[Any]:
     return layers
 
 
-def attention_modules(model: PreTrainedModel) -> list[tuple[nn.Module, nn.Module]]:
+def attention_modules(model: PreTrainedModel) -> list[tuple[nn.Module, "SelfAttention"]]:
     """(parent, attention) of every layer of the text decoder that attends, by depth.
 
     Raises:
@@ -158,7 +169,7 @@ def attention_modules(model: PreTrainedModel) -> list[tuple[nn.Module, nn.Module
     """
     name, config = type(model).__name__, model.config.get_text_config(decoder=True)
     found = [
-        (parent, module)
+        (parent, cast("SelfAttention", module))
         for parent in model.modules()
         for module in parent.children()
         # An image tower's attention has another config, and no place in the cache.

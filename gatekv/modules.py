@@ -21,16 +21,17 @@ from transformers import Cache, PreTrainedModel
 from gatekv import attention
 from gatekv.attention import AttentionCall, Memory
 from gatekv.config import GateSpec
-from gatekv.geometry import GATED, attention_modules, cache_layers, geometry_of, readers_of
+from gatekv.geometry import GATED, attention_modules, cache_layers, crossing, geometry_of, readers_of
 from gatekv.passes import PassContext, Plain, Relaxed
 from gatekv.recompute import Pass, follow_passes
-from gatekv.support import LATER, NO_INTERFACE, refuse
+from gatekv.support import LATER, NO_INTERFACE
 
 if TYPE_CHECKING:
     from transformers import PretrainedConfig
 
     from gatekv.gates.calibration import Calibration
     from gatekv.less.maps import LessMaps
+    from gatekv.rotary import Rotation
     from gatekv.support import SelfAttention
 
 LEARNING = Relaxed()  # what a forward in training mode does, where no pass is running
@@ -45,7 +46,7 @@ class GatedAttention:
 
     Attributes:
         module: the attention. geometry: its sizes. specs, calibrations: by adapter name. running: the pass that is in
-        force, or None.
+        force, or None. rotation: how the layer turns keys by position, once somebody asked (`gatekv.rotary`).
     """
 
     def __init__(self, module: nn.Module) -> None:
@@ -54,6 +55,7 @@ class GatedAttention:
         self.specs: dict[str, GateSpec] = {}
         self.calibrations: dict[str, Calibration | None] = {}
         self.running: Pass | None = None
+        self.rotation: Rotation | str | None = None
 
     @property
     def recorded(self) -> Any:
@@ -168,6 +170,7 @@ class ReadingAttention(GatedAttention):
         past: object,
         rotary: tuple[torch.Tensor, torch.Tensor] | None,
         shared: MutableMapping[str, Any] | None = None,
+        follows: bool = True,
     ) -> AttentionCall | None:
         call = self.source.call(hidden, past, rotary, shared, follows=True)
         return call if call is None else replace(call, geometry=self.geometry)
@@ -191,7 +194,7 @@ def _named(plain: type) -> type:
         return _CLASSES["named", plain]
 
     def name(self: Any) -> str:
-        return attention.NAMES.get(self._attn_implementation_internal, self._attn_implementation_internal)
+        return attention.name_of(self._attn_implementation_internal)
 
     members = {"_attn_implementation": property(name), "__module__": plain.__module__}
     return _CLASSES.setdefault(("named", plain), type(plain.__name__, (plain,), members))
@@ -273,8 +276,8 @@ def device_of(module: nn.Module) -> torch.device:
     placed = next((d for h in hooks if (d := getattr(h, "execution_device", None)) is not None), None)
     if placed is not None:
         return torch.device(placed)  # a number: of the accelerator that there is
-    tensors = chain(module.parameters(), module.buffers())
-    return next((t.device for t in tensors if t.device.type != "meta"), torch.device("meta"))
+    tensors, nowhere = chain(module.parameters(), module.buffers()), torch.device("meta")
+    return next((t.device for t in tensors if t.device != nowhere), nowhere)
 
 
 def wrappers(model: nn.Module) -> list[GatedAttention]:
@@ -302,34 +305,32 @@ def gate_spec(model: nn.Module) -> GateSpec | None:
     return next((w.specs[name] for w in wrappers(model) if (name := w.active())), None)
 
 
-def attention_layers(model: nn.Module) -> list[tuple[nn.Module, nn.Module]]:
+def attention_layers(model: nn.Module) -> list[tuple[nn.Module, "SelfAttention"]]:
     """(parent, attention) of every full-attention layer of the (text) decoder, by depth.
 
     Raises:
         ValueError: when the model has none that gatekv can gate, or would answer wrongly; says why.
     """
     inner = base_model(model)
-    name, config = type(inner).__name__, inner.config.get_text_config(decoder=True)
+    name = type(inner).__name__
     if inner.config.is_encoder_decoder:
         raise ValueError(f"{name} is an encoder-decoder; gatekv evicts from the cache of decoder-only models.")
     found, layers = attention_modules(inner), cache_layers(inner)
-    wanted = [i for i, layer in enumerate(layers) if type(layer) in GATED]
-    full = [(p, m) for p, m in found if cast("SelfAttention", m).layer_idx in wanted]
+    wanted = [i for i, layer in enumerate(layers) if type(layer) in GATED and i not in crossing(inner)]
+    full = [(p, m) for p, m in found if m.layer_idx in wanted]
     if not full:
         raise ValueError(
             f"every layer of {name} has a sliding window, or none: its cache is bounded already. Where the window is "
             "longer than any input (Phi-3 128k), load the model with sliding_window=None."
         )
-    if without := sorted({*wanted} - {cast("SelfAttention", m).layer_idx for _, m in full}):
+    if without := sorted({*wanted} - {m.layer_idx for _, m in full}):
         if other := next((m for m in inner.modules() if getattr(m, "layer_idx", None) == without[0]), None):
             raise ValueError(NO_INTERFACE.format(type(other).__name__))
         raise ValueError(
             f"{name} keeps keys and values for layer {without[0]}, and no attention module of its own belongs to it "
             "(several layers share one?): gatekv evicts from each layer by its own module's attention."
         )
-    for _, module in full:  # said here too, where the config tells, so as not to fail in the middle of a run
-        if getattr(config, "attn_logit_softcapping", None) is not None:
-            refuse(module, "caps its attention scores (`attn_logit_softcapping`)")
+    for _, module in full:  # said here already, so as not to fail in the middle of a run
         geometry_of(module)
     return full
 
@@ -354,13 +355,12 @@ def use_attention(model: nn.Module) -> None:
         ValueError: an attention implementation, or a model, that gatekv cannot take part in.
     """
     inner = base_model(model)
-    implementation = inner.config.get_text_config(decoder=True)._attn_implementation
-    if implementation not in attention.NAMES:
-        raise ValueError(
-            f"attention implementation {implementation!r} is not supported: load the model with "
-            f"attn_implementation= one of {', '.join(attention.NAMES)}."
-        )
-    if not inner._can_set_attn_implementation():
+    text = inner.config.get_text_config(decoder=True)
+    # An image tower may compute attention by itself; the last model with the decoder's config is the decoder.
+    models = [m for m in inner.modules() if isinstance(m, PreTrainedModel)]
+    decoder = [inner, *(m for m in models if m.config.model_type == text.model_type)][-1]
+    attention.name_of(text._attn_implementation)
+    if not decoder._can_set_attn_implementation():
         raise ValueError(NO_INTERFACE.format(type(inner).__name__))
     attention.register()
 
@@ -378,7 +378,7 @@ def attach_readers(model: nn.Module) -> None:
     """Let the layers that read a gated layer's keys and values go by its flags."""
     inner = base_model(model)
     of_layer = {w.layer_idx: w for w in wrappers(inner)}
-    places = {cast("SelfAttention", module).layer_idx: module for _, module in attention_modules(inner)}
+    places = {module.layer_idx: module for _, module in attention_modules(inner)}
     for place, source in readers_of(inner).items():
         if source in of_layer:
             gate(places[place], of_layer[source])

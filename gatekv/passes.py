@@ -24,7 +24,7 @@ from gatekv.ops.naive import causal_mask, dense_segment
 from gatekv.ops.on_the_spot import on_the_spot
 from gatekv.ops.remainder import left_of
 from gatekv.ops.sequence import ALONE, Sequence
-from gatekv.precision import wide
+from gatekv.precision import weight_dtype, wide
 
 if TYPE_CHECKING:
     from gatekv.support import SelfAttention
@@ -293,6 +293,7 @@ def output_error(
     """
     out, plain, valid = sequence.out_of(out), sequence.out_of(plain), sequence.part(valid, 1)
     last = output_projection(module)
-    project = lambda t: wide(last(t.flatten(2).to(last.weight.dtype))) * valid[..., None]  # noqa: E731
+    kind = weight_dtype(last, plain.dtype)
+    project = lambda t: wide(last(t.flatten(2).to(kind))) * valid[..., None]  # noqa: E731
     size = sequence.mean(project(plain.detach()).square().sum((1, 2))).clamp_min(1e-6)
     return on_the_spot(lambda x: (project(x).square().sum((1, 2)) / size).mean(), out - plain.detach())

@@ -33,3 +33,10 @@ def wide(numbers: torch.Tensor, beside: torch.Tensor | None = None) -> torch.Ten
     """
     kind = torch.promote_types(numbers.dtype, torch.float32)
     return numbers.to(kind if beside is None else torch.promote_types(kind, beside.dtype))
+
+
+def weight_dtype(linear: torch.nn.Module, otherwise: torch.dtype) -> torch.dtype:
+    """What a linear layer multiplies in: its weight's dtype. Packed weights (bitsandbytes, GPTQ, AWQ, fp8) have none
+    that numbers could be cast to; such layers take what the model computes in, which is `otherwise`."""
+    dtype = getattr(getattr(linear, "weight", None), "dtype", otherwise)
+    return dtype if dtype.is_floating_point and dtype.itemsize > 1 else otherwise

@@ -10,7 +10,6 @@ if TYPE_CHECKING:
 # Arguments with which models change what attention computes. Neither form of the law has them, so a layer that passes
 # one (not None, not False) is refused; arguments that change nothing (output_attentions, position_ids, …) are ignored.
 UNKNOWN_TO_THE_LAW = {
-    "softcap": "caps its attention scores",
     "sinks": "has learned attention sinks that are not called `s_aux`",
     "position_bias": "adds a bias to its attention scores",
     "indices": "chooses the keys that each query reads",

@@ -4,7 +4,6 @@ from typing import TYPE_CHECKING, cast
 
 import torch
 
-from gatekv.cache.segments.sinks import Rotary
 from gatekv.ops.order import along, order_of
 from gatekv.parts import Part
 from gatekv.support import LATER
@@ -14,6 +13,7 @@ if TYPE_CHECKING:
     from gatekv.cache.config import CacheConfig
 
 Tensor = torch.Tensor
+Pair = tuple[Tensor, Tensor]
 
 
 class Evidence(Part):
@@ -21,9 +21,9 @@ class Evidence(Part):
 
     Attributes:
         queries: [batch, heads, last, head_dim], the last ones' queries. hidden: [batch, tokens, width], what a gate
-        reads, of an undecided cache alone. rotary: (cos, sin) [batch or 1, tokens, rotary_dim], or None. scaling: of
-        the attention logits. sinks: [heads], the model's learned ones,
-        or None. known: of an undecided prompt, scores that some policy asked for already.
+        reads, of an undecided cache alone. rotary: (cos, sin) [batch or 1, tokens, rotary_dim], as
+        `AttentionCall.turning` reads them, or None. scaling: of the attention logits. sinks: [heads], the model's
+        learned ones, or None. known: of an undecided prompt, scores that some policy asked for already.
     """
 
     saved = ("queries",)
@@ -32,7 +32,7 @@ class Evidence(Part):
     def __init__(self) -> None:
         self.queries: Tensor | None = None
         self.hidden: Tensor | None = None
-        self.rotary: Rotary | None = None
+        self.rotary: Pair | None = None
         self.scaling: float = LATER
         self.sinks: Tensor | None = None
         self.known: dict | None = None
@@ -58,12 +58,13 @@ class Evidence(Part):
 
         if last := config.queries:
             self.queries = behind(self.queries, q, 2)[:, :, -last:]
-        if (config.turns_queries or config.defer) and call.rotary is not None:
-            new = call.rotary
+        turning = call.turning(strict=not config.defer) if config.turns_queries or config.defer else None
+        if turning is not None and turning.relative:
+            new: Pair = turning
             old = (None, None) if self.rotary is None else tuple(t.expand(len(new[0]), -1, -1) for t in self.rotary)
             if self.rotary is not None:
-                new = cast(Rotary, tuple(t.expand(len(cast(Tensor, old[0])), -1, -1) for t in new))
-            self.rotary = cast(Rotary, tuple(behind(a, b, 1) for a, b in zip(old, new)))
+                new = cast(Pair, tuple(t.expand(len(cast(Tensor, old[0])), -1, -1) for t in new))
+            self.rotary = cast(Pair, tuple(behind(a, b, 1) for a, b in zip(old, new)))
         if config.defer:
             self.hidden = behind(self.hidden, call.hidden, 1)
 
@@ -82,5 +83,5 @@ class Evidence(Part):
         super().index_select(index)
         self.sinks = sinks
         if rotary is not None and len(rotary[0]) > 1:
-            rotary = cast(Rotary, tuple(t.index_select(0, index) for t in rotary))
+            rotary = cast(Pair, tuple(t.index_select(0, index) for t in rotary))
         self.rotary = rotary

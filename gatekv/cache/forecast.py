@@ -78,14 +78,16 @@ def forecast(cache: KVCache, length: int, new_tokens: int = 0, batch: int = 1) -
         sums = [total + batch * held for total in sums]
     for i, layer in enumerate(cache.layers):
         sizes = every.get(i, layers[0].geometry)
-        shape = Shape(batch, sizes.kv_heads, sizes.key_dim, dtype, settings.block_size, even, beside, sizes.stored[1])
+        key_dim, value_dim = sizes.stored
+        apart = None if value_dim == key_dim else value_dim
+        shape = Shape(batch, sizes.kv_heads, key_dim, dtype, settings.block_size, even, beside, apart)
         token = Foreign.forecast_bytes(shape, 1)
         if isinstance(layer, KVLayer):
             tokens.append(next(counts))
             told = _Layer(settings, gated[i], evictor, shape)
             found = told.bytes(tokens[-1], length), told.bytes(tokens[-1], length, new_tokens)
             full = length * token, (length + new_tokens) * token
-        elif not isinstance(layer, DynamicSlidingWindowLayer):  # a state, counted above, or nothing
+        elif not isinstance(layer, DynamicSlidingWindowLayer):  # a state, counted above; images, not known
             continue
         else:  # a sliding layer's first view still holds the whole prompt's storage
             window = layer.sliding_window

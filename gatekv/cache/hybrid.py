@@ -1,6 +1,6 @@
 """A layer that keeps keys and values and a state beside them (Falcon-H1, Zaya), and whether states kept step."""
 
-from typing import Any
+from typing import Any, cast
 
 import torch
 from transformers import Cache
@@ -14,7 +14,7 @@ from gatekv.cache.segments.foreign import Foreign
 Tensor = torch.Tensor
 
 
-class HybridKVLayer(KVLayer, LinearAttentionCacheLayerMixin):
+class HybridKVLayer(KVLayer, LinearAttentionCacheLayerMixin):  # type: ignore[misc]  # two ways to begin, one of them ours
     """Its keys and values are evicted as everywhere; the state is transformers' own.
 
     Attributes:
@@ -64,7 +64,7 @@ class HybridKVLayer(KVLayer, LinearAttentionCacheLayerMixin):
         super().activate_past_recording()
         self.state.layer.activate_past_recording()
 
-    def crop(self, tokens_to_remove: int) -> None:  # type: ignore[override]
+    def crop(self, tokens_to_remove: int) -> None:
         super().crop(tokens_to_remove)
         self.state.layer.crop(tokens_to_remove)
 
@@ -81,10 +81,11 @@ class Steps:
 
     def use(self, layer_idx: int, first: KVLayer) -> None:
         """A state of a layer is read or renewed; first: the first layer that evicts, which counts the forwards."""
-        number = first.calls + (layer_idx <= first.layer_idx)
-        # A layer's turn before that of a later one that is done: the forward has begun anew.
-        self._broken |= any(n == number and layer_idx < p < first.layer_idx for p, n in self._last.items())
-        self._last[layer_idx] = number
+        self._last[layer_idx] = first.calls + (layer_idx <= first.layer_idx)
+
+    def begin(self, first: KVLayer) -> None:
+        """A forward begins: the one before must have come as far as `first`, if it has used a state."""
+        self._broken |= any(n > first.calls for p, n in self._last.items() if p <= first.layer_idx)
 
     def fork(self) -> "Steps":
         """For a copy of the cache."""
@@ -107,6 +108,11 @@ class States(Cache):
     def evicting(self) -> list[KVLayer]:
         """The layers that gatekv holds, by depth."""
         return [layer for layer in self.layers if isinstance(layer, KVLayer)]
+
+    def get_mask_sizes(self, query_length: int, layer_idx: int) -> tuple[int, int]:
+        """As transformers' own, who asks when a forward begins."""
+        self._steps.begin(self.evicting()[0])
+        return super().get_mask_sizes(query_length, layer_idx)
 
     def get_conv_state(self, layer_idx: int, state_idx: int = 0) -> torch.Tensor | None:
         """As transformers' own; so are the next three."""
@@ -143,11 +149,11 @@ class States(Cache):
 
     def batch_repeat_interleave(self, repeats: int) -> None:
         """Each sequence `repeats` times, one after the other."""
-        self.reorder_cache(torch.arange(self._rows()).repeat_interleave(repeats))
+        self.reorder_cache(cast(torch.LongTensor, torch.arange(self._rows()).repeat_interleave(repeats)))
 
     def batch_select_indices(self, indices: torch.Tensor) -> None:
         """Keep the sequences at indices [new_batch], or where a mask [batch] says True."""
-        self.reorder_cache(torch.arange(self._rows(), device=indices.device)[indices])
+        self.reorder_cache(cast(torch.LongTensor, torch.arange(self._rows(), device=indices.device)[indices]))
 
     def _rows(self) -> int:
         return next((len(layer.real) for layer in self.evicting() if layer.is_initialized), 0)

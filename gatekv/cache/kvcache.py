@@ -148,7 +148,6 @@ class KVCache(States):
                 cache.layers[i] = Foreign(layer).fork().layer
             elif isinstance(layer, HybridKVLayer):
                 cast(HybridKVLayer, cache.layers[i]).state = layer.state.fork()
-        cache._steps = self._steps.fork()
         cache._introduce()
         for layer in cache.evicting():
             layer.evictor.on_prompt_end(layer)

@@ -11,6 +11,7 @@ from gatekv.cache.decision import Selection, Undecided, choose
 from gatekv.cache.eviction import Evictor, FixedBuffer, KeepAll
 from gatekv.cache.gate_eviction import Cut, Decay, GateEvictor, Threshold
 from gatekv.cache.gate_stream import GateStream
+from gatekv.cache.refusals import NO_ROTARY
 from gatekv.policies import View
 
 if TYPE_CHECKING:
@@ -189,7 +190,13 @@ def evictor_of(config: CacheConfig) -> Evictor:
 
 def adopt(layer: "KVLayer", other: "KVLayer", gate: torch.nn.Module | None, maps: "LessMaps | None") -> None:
     """Let an empty layer take over an undecided one's whole prompt, sharing its tensors; gate judges it from here on,
-    and maps remember it."""
+    and maps remember it.
+
+    Raises:
+        ValueError: a policy that turns queries by RoPE, and a model whose rotation was not known.
+    """
+    if layer.config.turns_queries and other.evidence.rotary is None:
+        raise ValueError(NO_ROTARY)
     layer.lazy_initialization(other.window.keys[:, :, :0], None)
     layer.window, layer.evidence = other.window.fork(), other.evidence.fork()
     layer.evidence.known = other.evidence.known  # one for all who ask

@@ -15,6 +15,11 @@ if TYPE_CHECKING:
     from gatekv.cache.layer import KVLayer
 
 logger = logging.get_logger(__name__)
+NO_ROTARY = (
+    "positions='cache' turns queries by RoPE, and this model's attention gets no `position_embeddings`, turns by them "
+    "in a way that gatekv does not know, or weighs channels behind that, so that more than distances counts: use "
+    "positions='original'."
+)
 
 
 def check_owner(layer: "KVLayer") -> None:
@@ -35,7 +40,8 @@ def check_whole(layer: "KVLayer", new: int = 0) -> None:
         return
     uneven = any(other.open or other.before or other.calls != layer.calls for other in layers)
     for place, other in layer.siblings.others:
-        uneven |= other.get_seq_length() != layer.seen + (new if place < layer.layer_idx else 0)
+        if other.is_sliding:  # else it holds what cross-attention looks at: images, not the text
+            uneven |= other.get_seq_length() != layer.seen + (new if place < layer.layer_idx else 0)
     uneven |= layer.siblings.steps.uneven(layer.calls, layer.layer_idx if new else -1)
     if uneven:
         raise ValueError(
@@ -117,11 +123,8 @@ def check_call(layer: "KVLayer", call: "AttentionCall", new: int, mask: torch.Te
             budget is below what the policy protects.
     """
     config, prompt = layer.config, not layer.decided
-    if prompt and config.turns_queries and call.rotary is None:
-        raise ValueError(
-            "positions='cache' turns queries by RoPE, and this model's attention gets no `position_embeddings`: "
-            "use positions='original'."
-        )
+    if prompt and config.turns_queries and not ((turning := call.turning()) and turning.relative):
+        raise ValueError(NO_ROTARY)
     if prompt and config.kinds is not None and len(config.kinds) != len(layer.real):
         raise ValueError(
             f"kinds has {len(config.kinds)} rows, the prompt {len(layer.real)}: give one row a sequence (beam)."

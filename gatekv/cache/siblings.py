@@ -19,7 +19,7 @@ class Siblings:
     """
 
     def __init__(self, layers: "list[KVLayer]", others: list[tuple[int, Any]], steps: "Steps") -> None:
-        """layers: those that evict, by depth; others: (place in the model, layer) of those with a sliding window."""
+        """layers: those that evict, by depth; others: (place in the model, layer) of transformers' own."""
         self.steps = steps
         self._layers = [weakref.ref(layer) for layer in layers]
         self.masks = Masks()
@@ -32,5 +32,5 @@ class Siblings:
 
     @property
     def others(self) -> list[tuple[int, Any]]:
-        """(place in the model, layer) of those that transformers bounds itself."""
+        """(place in the model, layer) of transformers' own."""
         return [(place, ref()) for place, ref in self._others]

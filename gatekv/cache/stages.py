@@ -19,6 +19,8 @@ from gatekv.ops.joint import joint_attention, log_sum_exp
 from gatekv.ops.learned_sinks import with_sinks
 from gatekv.ops.order import along, order_of
 from gatekv.ops.paged_attention import FEW_QUERIES
+from gatekv.ops.scale import cap_of
+from gatekv.ops.segments import in_blocks
 
 if TYPE_CHECKING:
     from gatekv.cache.layer import KVLayer
@@ -101,7 +103,7 @@ class Stage:
         mask: [batch, 1, n, seen] bool or None; sinks: [heads], learned ones, or None.
         """
         n, window, store = q.shape[2], layer.window, layer.store
-        if self.whole and mask is None and n == len(window) and not len(store):
+        if self.whole and mask is None and n == len(window) and not len(store) and cap_of(scale) is None:
             if sinks is not None:
                 return learned_sinks.attend(q, window.keys, window.values, sinks, scale, None, causal=True)
             gqa, attend = q.shape[1] != window.kv_heads, torch.nn.functional.scaled_dot_product_attention
@@ -120,6 +122,8 @@ class Stage:
         parts = [part.attend(q, scale) for part in store.segments()]
         if parts or rest:
             return with_sinks(segments.merge([*parts, window.attend(q, scale, visible), *rest]), sinks)[0].to(q.dtype)
+        if cap_of(scale) is not None:
+            return with_sinks(in_blocks(q, window.keys, window.values, visible, scale), sinks)[0].to(q.dtype)
         if sinks is not None:
             return learned_sinks.attend(q, window.keys, window.values, sinks, scale, visible, causal=False)
         # Head by head of a group, so that no key or value is copied for its queries.

@@ -14,7 +14,7 @@ from gatekv.cache import stages
 from gatekv.cache.layer import KVLayer
 from gatekv.cache.segments.foreign import Foreign
 from gatekv.fingerprint import fingerprint, gates_sha256, lora_sha256
-from gatekv.modules import wrappers
+from gatekv.modules import device_of, wrappers
 from gatekv.parts import Part, below
 from gatekv.policies.registry import described, rebuilt
 from gatekv.version import VERSION
@@ -107,11 +107,11 @@ def load(cls: type["KVCache"], path: str, model: nn.Module, backend: str | None)
     """See `KVCache.load`."""
     header, tensors = _read(path)
     _check(path, header, model)
-    homes = {w.layer_idx: next(w.module.parameters()).device for w in wrappers(model)}
+    homes, elsewhere = {w.layer_idx: device_of(w.module) for w in wrappers(model)}, device_of(model)
     policy = rebuilt(header["policy"])
     cache = cls(model, policy, header["budget"], backend=backend, **header["options"])
     for i, layer in enumerate(cast("list[Any]", cache.layers)):
-        home = homes.get(i, next(model.parameters()).device)
+        home = homes.get(i, elsewhere)
         mine = {name: t.to(home) for name, t in below(tensors, str(i)).items()}
         part: Part = layer if isinstance(layer, KVLayer) else Foreign(layer)
         try:

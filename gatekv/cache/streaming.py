@@ -6,13 +6,14 @@ import torch
 
 from gatekv.attention import AttentionCall
 from gatekv.cache import alignment
-from gatekv.cache.segments.sinks import CachePositionSinks, Rotary
+from gatekv.cache.segments.sinks import CachePositionSinks
 from gatekv.cache.segments.window import New
 from gatekv.cache.stages import Decode, Mask
 from gatekv.ops import segments
 from gatekv.ops.joint import joint_attention, log_sum_exp
 from gatekv.ops.learned_sinks import share_of_keys, with_sinks
 from gatekv.ops.rectangle import Rectangle
+from gatekv.rotary import Rotary
 from gatekv.support import LATER
 
 if TYPE_CHECKING:
@@ -43,12 +44,13 @@ class Streaming(Decode):
             entering = entering.masked_fill((index < layer.config.sinks)[:, None], torch.inf)
         layer.open, outs, flags = True, [], fed.flags(k.shape[1])
         alignment.remember(layer, fed)
+        turning = LATER if sinks is None else cast(Rotary, call.turning())
         tokens = New(k, v, flags, fed.valid, entering)
         for i in range(n):
             new, asked = tokens.cut(i, i + 1), q if n == 1 else q[:, :, i : i + 1]
             layer.seen, layer.folded, layer.real = layer.seen + 1, layer.folded + 1, layer.real + new.valid
             if sinks is not None:
-                sinks.step(cast(Rotary, tuple(t[:, i : i + 1] for t in cast(Rotary, call.rotary))), new.valid)
+                sinks.step(turning.token(i), new.valid)
             step = _replaced if evictor.full else _appended
             outs.append(step(layer, evictor, asked, new, scale, mask is None, call.sinks))
         if sinks is not None:

@@ -34,7 +34,7 @@ def add_untrained(model: "PeftModel") -> None:
     with torch.random.fork_rng():
         torch.manual_seed(0)  # the same control in every run and for every task
         model.add_adapter(UNTRAINED, GateKVConfig(**fields))
-    state = get_peft_model_state_dict(model, adapter_name=UNTRAINED)
+    state = get_peft_model_state_dict(model, adapter_name=UNTRAINED, save_embedding_layers=False)
     generator = torch.Generator().manual_seed(0)
     for name, tensor in state.items():
         if name.endswith(("out.weight", "out_weight")):  # zero at the start of training: every score would tie

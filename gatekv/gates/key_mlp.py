@@ -5,22 +5,10 @@ from torch import nn
 
 from gatekv.config import GateSpec
 from gatekv.gates.gate import Gate, State
+from gatekv.rotary import Angles, unrotate
 
 
-def unrotate(keys: torch.Tensor, rotary: tuple[torch.Tensor, torch.Tensor]) -> torch.Tensor:
-    """Keys as they were before RoPE.
-
-    keys: [batch, kv_heads, tokens, head_dim]; rotary: (cos, sin) [batch or 1, tokens, rotary_dim] as transformers hands
-    them to attention. The inverse of k·cos + rotate_half(k)·sin; cos² + sin² is the square of RoPE's attention scaling.
-    """
-    cos, sin = (t[:, None].to(keys.dtype) for t in rotary)
-    turned, rest = keys[..., : cos.shape[-1]], keys[..., cos.shape[-1] :]  # Phi rotates a part of the head only
-    a, b = turned.chunk(2, -1)
-    back = (turned * cos - torch.cat([-b, a], -1) * sin) / (cos.square() + sin.square())
-    return torch.cat([back, rest], -1)
-
-
-def key_features(keys: torch.Tensor, rotary: tuple[torch.Tensor, torch.Tensor] | None) -> torch.Tensor:
+def key_features(keys: torch.Tensor, rotary: Angles | None) -> torch.Tensor:
     """What the gate reads: [batch, tokens, kv_heads · 2 · head_dim], each head's key before and after RoPE.
 
     Raises:
@@ -28,7 +16,8 @@ def key_features(keys: torch.Tensor, rotary: tuple[torch.Tensor, torch.Tensor] |
     """
     if rotary is None:
         raise ValueError(
-            "gate='key_mlp' reads keys before RoPE, and this model's attention gets no `position_embeddings`: use mlp."
+            "gate='key_mlp' reads keys before RoPE, and this model's attention gets no `position_embeddings`: use "
+            "gate='mlp'."
         )
     both = torch.cat([unrotate(keys, rotary), keys], -1)
     return both.transpose(1, 2).flatten(2)

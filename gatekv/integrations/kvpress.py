@@ -87,7 +87,7 @@ class GateKVPress(ScorerPress):
         model: the PEFT model, or the transformers model inside it. It is as before afterwards.
 
         Raises:
-            ValueError: no gates in force, gates that fade, sliding-window layers, eager attention.
+            ValueError: no gates in force, gates that fade, sliding-window layers, attention other than sdpa.
         """
         inner = base_model(model)
         gates = {w.layer_idx: (w.gate(), w.specs[name]) for w in wrappers(inner) if (name := w.active())}
@@ -106,7 +106,7 @@ class GateKVPress(ScorerPress):
             )
         if any(foreign_layers(inner)):
             raise ValueError("kvpress takes layers with a sliding window, or a state, for whole ones: use KVCache.")
-        if inner.config._attn_implementation == "eager":
+        if inner.config._attn_implementation != "sdpa":
             raise ValueError("kvpress masks single heads in sdpa only: load the model with attn_implementation='sdpa'.")
 
         views = self.views

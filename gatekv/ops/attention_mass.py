@@ -6,6 +6,7 @@ import torch
 
 from gatekv.ops.learned_sinks import softmax
 from gatekv.ops.naive import accumulation_dtype, causal_mask, group_queries
+from gatekv.ops.scale import capped
 
 ELEMENTS = 2**24  # of a block of probabilities
 
@@ -25,7 +26,8 @@ def _paid(
     for a in range(0, n, step):
         c = min(n, a + step)
         start, end = total - n + a, total - n + c
-        s = torch.einsum("bkgqd,bktd->bkgqt", qg[:, :, :, a:c], ka[:, :, :end]).mul_(scale)
+        s = torch.einsum("bkgqd,bktd->bkgqt", qg[:, :, :, a:c], ka[:, :, :end])
+        s = capped(s.mul_(scale), scale)
         seen = causal_mask(c - a, end, q.device) & valid[:, None, None, None, :end]
         p = softmax(s.masked_fill_(~seen, -torch.inf), sinks)
         # A pad's query sees nothing: its softmax is not a number.

@@ -12,6 +12,7 @@ import torch
 
 from gatekv.ops import backends
 from gatekv.ops.naive import accumulation_dtype, causal_mask, group_queries
+from gatekv.ops.scale import cap_of, capped
 
 BLOCK = 128
 # In the backward pass an evicted key keeps e^-60 of its weight: nothing beside the others, but enough to divide by
@@ -31,10 +32,12 @@ def _tiles(
     mask: torch.Tensor | None,
     window: int,
     decay: bool,
+    scale: float,
     sinks: torch.Tensor | None = None,
-) -> Iterator[tuple[slice, slice, int, int, torch.Tensor]]:
-    """Every block of probabilities: (heads, queries, first, end, p [N, G, Q, end]), slices of the N = B·K heads and of
-    the queries, where `first` is the first query's place among the keys and `end` follows the last key of the block.
+) -> Iterator[tuple[slice, slice, int, int, torch.Tensor, torch.Tensor | None]]:
+    """Every block of probabilities: (heads, queries, first, end, p [N, G, Q, end], slope), slices of the N = B·K heads
+    and of the queries, where `first` is the first query's place among the keys and `end` follows the last key of the
+    block; slope, as p: of the cap, by which logits move with products, or None.
 
     q: [N, G, Q, D], scaled; k: [N, T, D]; log_gate: [N, T]; mask: [B or 1, 1, Q, T] or None; sinks: [N, G] or None.
     """
@@ -49,9 +52,10 @@ def _tiles(
             if mask is not None:
                 row = torch.arange(head, head + step, device=q.device) // (rows // len(mask))
                 seen = mask[row, 0, queries, :end]
-            p = _probabilities(q[heads, :, queries], k[heads, :end], log_gate[heads, :end], seen, first, window, decay,
-                               None if sinks is None else sinks[heads])  # fmt: skip
-            yield heads, queries, first, end, p
+            own = None if sinks is None else sinks[heads]
+            block = q[heads, :, queries], k[heads, :end], log_gate[heads, :end], seen, first, window, decay, scale, own
+            p, slope = _probabilities(*block)
+            yield heads, queries, first, end, p, slope
 
 
 def _probabilities(
@@ -62,11 +66,16 @@ def _probabilities(
     first: int,
     window: int,
     decay: bool,
+    scale: float,
     sinks: torch.Tensor | None = None,
-) -> torch.Tensor:
-    """Probabilities [N, G, Q, T] of one block of queries, beside sinks [N, G]; all 0 for a query that looks nowhere."""
+) -> tuple[torch.Tensor, torch.Tensor | None]:
+    """(probabilities [N, G, Q, T] of one block of queries, beside sinks [N, G]; all 0 for a query that looks nowhere;
+    slope of the cap, alike, or None)."""
     (n, g, m, d), t = q.shape, k.shape[1]
-    s = torch.bmm(q.reshape(n, g * m, d), k.transpose(1, 2)).view(n, g, m, t)
+    s, slope = torch.bmm(q.reshape(n, g * m, d), k.transpose(1, 2)).view(n, g, m, t), None
+    if (cap := cap_of(scale)) is not None:
+        s = capped(s, scale)
+        slope = 1 - (s / cap).square()
     distance, local, far = _band(first, t, window, decay, q.device)
     bias = (log_gate[:, None] * distance if distance is not None else log_gate[:, None])[:, None]
     s[..., :far] += bias[..., :far]
@@ -78,7 +87,7 @@ def _probabilities(
     p = s.softmax(-1)
     if sinks is not None:
         p.mul_(torch.sigmoid(s.logsumexp(-1, keepdim=True) - sinks[..., None, None]))
-    return p if mask is None else p.nan_to_num_(nan=0.0)
+    return p if mask is None else p.nan_to_num_(nan=0.0), slope
 
 
 def _band(
@@ -129,7 +138,7 @@ class _GatedAttention(torch.autograd.Function):
         qs, ks, log_gate = _operands(q, k, gate, scale)
         out, vs = q.new_empty(*qs.shape[:-1], v.shape[-1]), v.flatten(0, 1).to(_product_dtype(q))
         own = _sinks_by_row(sinks, qs)
-        for heads, queries, _, end, p in _tiles(qs, ks, log_gate, mask, window, decay, own):
+        for heads, queries, _, end, p, _ in _tiles(qs, ks, log_gate, mask, window, decay, scale, own):
             answer = torch.bmm(p.flatten(1, 2).to(vs.dtype), vs[heads, :end])
             out[heads, :, queries] = answer.unflatten(1, p.shape[1:3])
         out = out.view(*q.shape[:-1], v.shape[-1])
@@ -153,7 +162,7 @@ class _GatedAttention(torch.autograd.Function):
         ql, kl = qs.to(low), ks.to(low)
         dq, dk, dlog = torch.empty_like(ql), torch.zeros_like(ks), torch.zeros_like(log_gate)
         dv, own = ks.new_zeros(*ks.shape[:2], v.shape[-1]), _sinks_by_row(sinks, qs)
-        for heads, queries, first, end, p in _tiles(qs, ks, log_gate, mask, window, decay, own):
+        for heads, queries, first, end, p, bend in _tiles(qs, ks, log_gate, mask, window, decay, ctx.scale, own):
             p, db = p.to(low), do[heads, :, queries].flatten(1, 2)
             ds = torch.bmm(db, vs[heads, :end].transpose(1, 2)).view_as(p).mul_(p)
             if ctx.needs_input_grad[3]:
@@ -162,6 +171,7 @@ class _GatedAttention(torch.autograd.Function):
                 dlog[heads, :far] += slope[..., :far].sum((1, 2), dtype=acc)
                 dlog[heads, far:end] += slope[..., far:].masked_fill(local, 0).sum((1, 2), dtype=acc)
             if any(ctx.needs_input_grad[:3]):
+                ds = ds if bend is None else ds * bend
                 shape, p, ds = p.shape[1:3], p.flatten(1, 2), ds.flatten(1, 2)
                 dq[heads, :, queries] = torch.bmm(ds, kl[heads, :end]).unflatten(1, shape)
                 dk[heads, :end] += torch.bmm(ds.transpose(1, 2), ql[heads, :, queries].flatten(1, 2))
@@ -204,7 +214,7 @@ def received_attention(
     qs, ks, log_gate = _operands(q.float(), k.float(), torch.ones(k.shape[:3], device=k.device), scale)
     best = torch.zeros_like(log_gate)
     own = _sinks_by_row(sinks, qs)
-    for heads, queries, first, end, p in _tiles(qs, ks, log_gate, mask, window, False, own):
+    for heads, queries, first, end, p, _ in _tiles(qs, ks, log_gate, mask, window, False, scale, own):
         _, local, far = _band(first, end, window, False, q.device)
         p[..., far:].masked_fill_(local, 0)
         if mask is not None:  # a pad sees real keys but not itself: its query is no query

@@ -13,6 +13,8 @@ import triton
 import triton.language as tl
 from torch.autograd.function import once_differentiable
 
+from gatekv.ops.scale import cap_of
+
 # e^{s - lse} of an evicted key is unbounded; beyond e^60 only its direction matters and float32 would overflow.
 MAX_EXPONENT = tl.constexpr(60.0)
 # Of queries, keys, values or gradients that a program holds at once, each. At most 64 tokens: larger tiles, and 64 in
@@ -37,9 +39,10 @@ def _store(X, row, at, n, value, D: tl.constexpr, WIDTH: tl.constexpr):
 
 
 @triton.jit
-def _scores(q, k, gate, Mask, i, j, queries, keys, mask_q, mask_k, window, scale,
-            MASKED: tl.constexpr, DECAY: tl.constexpr):  # fmt: skip
-    """(logits, log weight, distance), each [len(i), len(j)]; the logits of keys that may not be attended to are -inf.
+def _scores(q, k, gate, Mask, i, j, queries, keys, mask_q, mask_k, window, scale, cap,
+            MASKED: tl.constexpr, DECAY: tl.constexpr, CAPPED: tl.constexpr):  # fmt: skip
+    """(logits, log weight, distance, slope of the logits' cap), each [len(i), len(j)]; the logits of keys that may not
+    be attended to are -inf.
 
     gate [len(j)] counts from a distance of `window` on; Mask points at the row of query i[0].
     """
@@ -49,9 +52,13 @@ def _scores(q, k, gate, Mask, i, j, queries, keys, mask_q, mask_k, window, scale
         at = tl.arange(0, i.shape[0])[:, None] * mask_q + j[None, :] * mask_k
         allowed &= tl.load(Mask + at, mask=(i < queries)[:, None] & (j < keys)[None, :], other=0) != 0
     s = tl.dot(q, tl.trans(k), input_precision="ieee") * scale
+    slope = 1.0
+    if CAPPED:
+        bent = 2 * tl.sigmoid(2 * s / cap) - 1  # tanh
+        s, slope = bent * cap, 1 - bent * bent
     log_gate = tl.where(gate > 0, tl.log(tl.where(gate > 0, gate, 1.0)), float("-inf"))[None, :]
     bias = log_gate * tl.maximum(distance, 1) if DECAY else log_gate
-    return tl.where(allowed, s, float("-inf")), tl.where(distance >= window, bias, 0.0), distance
+    return tl.where(allowed, s, float("-inf")), tl.where(distance >= window, bias, 0.0), distance, slope
 
 
 @triton.jit
@@ -74,8 +81,8 @@ def _visited(Order, kv_row, at, far, near, keys, BLOCK: tl.constexpr):
 
 @triton.jit
 def _forward(Q, K, V, Gate, Order, Rank, Mask, Sinks, Out, Lse, heads, group, queries, keys, mask_b, mask_q, mask_k,
-             window, scale, D: tl.constexpr, WIDTH: tl.constexpr, BLOCK: tl.constexpr,
-             MASKED: tl.constexpr, DECAY: tl.constexpr, SINKS: tl.constexpr):  # fmt: skip
+             window, scale, cap, D: tl.constexpr, WIDTH: tl.constexpr, BLOCK: tl.constexpr,
+             MASKED: tl.constexpr, DECAY: tl.constexpr, CAPPED: tl.constexpr, SINKS: tl.constexpr):  # fmt: skip
     """One block of queries of one head: output and log-sum-exp, the head's sink in both; +inf where a query sees
     nothing, so e^{s - lse} = 0."""
     block, row = tl.program_id(0), tl.program_id(1).to(tl.int64)
@@ -93,7 +100,8 @@ def _forward(Q, K, V, Gate, Order, Rank, Mask, Sinks, Out, Lse, heads, group, qu
         j = _visited(Order, kv_row, at, far, near, keys, BLOCK)
         k, v = _load(K, kv_row, j, keys, D, WIDTH), _load(V, kv_row, j, keys, D, WIDTH)
         gate = tl.load(Gate + kv_row * keys + j, mask=j < keys, other=0.0)
-        s, bias, _ = _scores(q, k, gate, mask, i, j, queries, keys, mask_q, mask_k, window, scale, MASKED, DECAY)
+        s, bias, _, _ = _scores(q, k, gate, mask, i, j, queries, keys, mask_q, mask_k, window, scale, cap, MASKED,
+                                DECAY, CAPPED)  # fmt: skip
         s += bias
         new_top = tl.maximum(top, tl.max(s, 1))
         base = tl.where(new_top == float("-inf"), 0.0, new_top)
@@ -110,8 +118,9 @@ def _forward(Q, K, V, Gate, Order, Rank, Mask, Sinks, Out, Lse, heads, group, qu
 
 @triton.jit
 def _grad_queries(Q, K, V, Gate, Order, Rank, Mask, Out, Lse, DOut, Delta, DQ, heads, group, queries, keys,
-                  mask_b, mask_q, mask_k, window, scale, D: tl.constexpr, WIDTH: tl.constexpr, BLOCK: tl.constexpr,
-                  MASKED: tl.constexpr, DECAY: tl.constexpr, QUERIES: tl.constexpr):  # fmt: skip
+                  mask_b, mask_q, mask_k, window, scale, cap, D: tl.constexpr, WIDTH: tl.constexpr, BLOCK: tl.constexpr,
+                  MASKED: tl.constexpr, DECAY: tl.constexpr, CAPPED: tl.constexpr,
+                  QUERIES: tl.constexpr):  # fmt: skip
     """One block of queries of one head: delta = dout · out, and the queries' gradient unless nobody wants it."""
     block, row = tl.program_id(0), tl.program_id(1).to(tl.int64)
     kv_row, mask = row // group, Mask + row // heads * mask_b + tl.cast(block, tl.int64) * BLOCK * mask_q
@@ -128,17 +137,19 @@ def _grad_queries(Q, K, V, Gate, Order, Rank, Mask, Out, Lse, DOut, Delta, DQ, h
             j = _visited(Order, kv_row, at, far, near, keys, BLOCK)
             k, v = _load(K, kv_row, j, keys, D, WIDTH), _load(V, kv_row, j, keys, D, WIDTH)
             gate = tl.load(Gate + kv_row * keys + j, mask=j < keys, other=0.0)
-            s, bias, _ = _scores(q, k, gate, mask, i, j, queries, keys, mask_q, mask_k, window, scale, MASKED, DECAY)
+            s, bias, _, slope = _scores(q, k, gate, mask, i, j, queries, keys, mask_q, mask_k, window, scale, cap,
+                                        MASKED, DECAY, CAPPED)  # fmt: skip
             ds = tl.exp(s + bias - lse[:, None]) * (tl.dot(do, tl.trans(v), input_precision="ieee") - delta[:, None])
+            ds *= slope
             dq += tl.dot(ds.to(k.dtype), k, input_precision="ieee")
         _store(DQ, row, i, queries, dq * scale, D, WIDTH)
 
 
 @triton.jit
 def _grad_keys(Q, K, V, Gate, Order, Mask, Lse, DOut, Delta, DK, DV, DGate, kv_heads, group, queries, keys,
-               mask_b, mask_q, mask_k, window, scale, D: tl.constexpr, WIDTH: tl.constexpr, BLOCK: tl.constexpr,
-               MASKED: tl.constexpr, DECAY: tl.constexpr, STEP: tl.constexpr, KEYS: tl.constexpr,
-               GATES: tl.constexpr):  # fmt: skip
+               mask_b, mask_q, mask_k, window, scale, cap, D: tl.constexpr, WIDTH: tl.constexpr, BLOCK: tl.constexpr,
+               MASKED: tl.constexpr, DECAY: tl.constexpr, CAPPED: tl.constexpr, STEP: tl.constexpr,
+               KEYS: tl.constexpr, GATES: tl.constexpr):  # fmt: skip
     """One tile of listed keys of one KV head: gradients of keys and values (KEYS) and of gates (GATES), over its group.
 
     The queries come in tiles of STEP.
@@ -164,9 +175,8 @@ def _grad_keys(Q, K, V, Gate, Order, Mask, Lse, DOut, Delta, DK, DV, DGate, kv_h
             q, do = _load(Q, row, i, queries, D, WIDTH), _load(DOut, row, i, queries, D, WIDTH)
             lse = tl.load(Lse + row * queries + i, mask=i < queries, other=float("inf"))[:, None]
             delta = tl.load(Delta + row * queries + i, mask=i < queries, other=0.0)[:, None]
-            s, bias, distance = _scores(
-                q, k, gate, mask, i, j, queries, keys, mask_q, mask_k, window, scale, MASKED, DECAY
-            )
+            s, bias, distance, bend = _scores(q, k, gate, mask, i, j, queries, keys, mask_q, mask_k, window, scale, cap,
+                                              MASKED, DECAY, CAPPED)  # fmt: skip
             pull = tl.dot(do, tl.trans(v), input_precision="ieee") - delta
             if GATES:
                 slope = tl.exp(tl.minimum(s - lse, MAX_EXPONENT)) * pull
@@ -178,7 +188,7 @@ def _grad_keys(Q, K, V, Gate, Order, Mask, Lse, DOut, Delta, DK, DV, DGate, kv_h
                 if at < weighs:
                     p = tl.exp(s + bias - lse)
                     dv += tl.dot(tl.trans(p.to(do.dtype)), do, input_precision="ieee")
-                    dk += tl.dot(tl.trans((p * pull).to(q.dtype)), q, input_precision="ieee")
+                    dk += tl.dot(tl.trans((p * pull * bend).to(q.dtype)), q, input_precision="ieee")
     if KEYS:
         _store(DK, kv_row, j, keys, dk * scale, D, WIDTH)
         _store(DV, kv_row, j, keys, dv, D, WIDTH)
@@ -213,8 +223,9 @@ class _GatedAttention(torch.autograd.Function):
         block = max(16, min(128, TILE_BYTES // width) // q.element_size())
         strides = (0, 0, 0) if mask is None else (mask.stride(0), mask.stride(2), mask.stride(3))
         order, rank = _listed(gate)
-        ctx.sizes = (h // kv, m, n, *strides, window, scale)
-        ctx.shape = dict(D=d, WIDTH=width, BLOCK=block, MASKED=mask is not None, DECAY=decay,
+        cap = cap_of(scale)
+        ctx.sizes = (h // kv, m, n, *strides, window, float(scale), 1.0 if cap is None else cap)
+        ctx.shape = dict(D=d, WIDTH=width, BLOCK=block, MASKED=mask is not None, DECAY=decay, CAPPED=cap is not None,
                          num_warps=4 if width <= 64 else 8, num_stages=2)  # fmt: skip
         out, lse = torch.empty_like(q), torch.empty(b, h, m, dtype=torch.float32, device=q.device)
         with torch.cuda.device_of(q):

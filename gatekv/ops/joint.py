@@ -4,6 +4,7 @@ import torch
 
 from gatekv.ops.naive import accumulation_dtype
 from gatekv.ops.rectangle import Rectangle
+from gatekv.ops.scale import capped
 
 Tensor = torch.Tensor
 
@@ -17,7 +18,7 @@ def joint_attention(
     asked, scores = (q.to(acc) * scale).reshape(rows, group * n, -1), []
     for keys, _, hidden, own in memories:
         x = asked if own is None else (own.to(acc) * scale).reshape(rows, group * n, -1)
-        s = torch.bmm(x, keys.to(acc).transpose(1, 2))
+        s = capped(torch.bmm(x, keys.to(acc).transpose(1, 2)), scale)
         if hidden is not None:
             s.masked_fill_(hidden if hidden.shape[1] == 1 else hidden.repeat(1, group, 1), -torch.inf)
         scores.append(s)

@@ -7,6 +7,8 @@ from typing import TYPE_CHECKING
 
 import torch
 
+from gatekv.ops.scale import capped
+
 if TYPE_CHECKING:
     from gatekv.ops.page_table import PageTable
     from gatekv.ops.rectangle import Rectangle
@@ -52,7 +54,8 @@ def gated_attention(
             d out_i / d gate_j = exp(s_ij - lse_i) (v_j - out_i)   (Attention-Gate, arXiv 2410.12876, straight-through).
         window: keys with i - j < max(window, 1) ignore their gate.
         decay: the weight is gate_j^(i - j): a key fades with its distance (TRIM-KV), at a rate of its own.
-        scale: of the logits.  mask: [B, 1, Q, T] bool, True = may attend; None = causal.
+        scale: of the logits, a `gatekv.ops.scale.Scale` where they are capped.
+        mask: [B, 1, Q, T] bool, True = may attend; None = causal.
         sinks: [H], learned logits of what stands for nothing (see `with_sinks`), or None.
 
     Returns:
@@ -85,7 +88,7 @@ def gated_segment(q: Tensor, k: Tensor, v: Tensor, weight: Tensor, mask: Tensor,
     """
     b, h, m, _ = q.shape
     acc, kv = accumulation_dtype(q), k.shape[1]
-    s = torch.einsum("bkgqd,bktd->bkgqt", group_queries(q, kv).to(acc), k.to(acc)) * scale
+    s = capped(torch.einsum("bkgqd,bktd->bkgqt", group_queries(q, kv).to(acc), k.to(acc)) * scale, scale)
     allowed = mask[:, :, None].expand(b, 1, 1, m, k.shape[2])
     # The maximum runs over evicted keys too: they may outweigh every live one, and their gradient must stay finite.
     top = s.masked_fill(~allowed, -torch.inf).amax(-1, keepdim=True).detach().clamp_min(torch.finfo(acc).min)
@@ -103,7 +106,7 @@ def received_attention(
     (the score of KVzip, arXiv 2505.23416, over the text itself). Returns [B, K, T] float32; 0 where no query is left.
     """
     b, kv, n, _ = k.shape
-    s = torch.einsum("bkgqd,bktd->bkgqt", group_queries(q, kv).float(), k.float()) * scale
+    s = capped(torch.einsum("bkgqd,bktd->bkgqt", group_queries(q, kv).float(), k.float()) * scale, scale)
     allowed = (causal_mask(n, n, q.device) if mask is None else mask).expand(b, 1, n, n)[:, :, None]
     asks = allowed.diagonal(dim1=-2, dim2=-1)[..., None]  # a pad sees real keys but not itself: its query is no query
     p = _softmax(s.masked_fill(~allowed, -torch.inf), sinks).masked_fill(~(allowed & asks), 0)
@@ -122,7 +125,7 @@ def _softmax(s: Tensor, sinks: Tensor | None) -> Tensor:
 def _paid(q: Tensor, k: Tensor, scale: float, valid: Tensor, asks: Tensor, sinks: Tensor | None) -> Tensor:
     """Probabilities [B, K, G, Q, T] of the last Q tokens' queries over all keys; zero for pads and who does not ask."""
     acc = accumulation_dtype(q)
-    s = torch.einsum("bkgqd,bktd->bkgqt", group_queries(q, k.shape[1]).to(acc), k.to(acc)) * scale
+    s = capped(torch.einsum("bkgqd,bktd->bkgqt", group_queries(q, k.shape[1]).to(acc), k.to(acc)) * scale, scale)
     seen = causal_mask(q.shape[2], k.shape[2], q.device) & (asks[:, :, None] & valid[:, None])[:, None, None]
     return _softmax(s.masked_fill(~seen, -torch.inf), sinks).masked_fill(~seen, 0)
 
@@ -173,7 +176,7 @@ def dense_segment(q: Tensor, k: Tensor, v: Tensor, mask: Tensor | None, scale: f
     """
     b, h, n, _ = q.shape
     kv, acc = k.shape[1], accumulation_dtype(q)
-    s = torch.einsum("bkgqd,bktd->bkgqt", group_queries(q, kv).to(acc), k.to(acc)) * scale
+    s = capped(torch.einsum("bkgqd,bktd->bkgqt", group_queries(q, kv).to(acc), k.to(acc)) * scale, scale)
     if mask is not None:
         s = s.masked_fill(~mask[:, :, None], -torch.inf)
     lse = s.logsumexp(-1)
@@ -196,7 +199,7 @@ def joint_attention(
     said, values = [], []
     for keys, value, hidden, own in memories:
         x = (q if own is None else own).to(acc).reshape(rows, b * h // rows, n, -1)
-        s = torch.einsum("rgqd,rtd->rgqt", x, keys.to(acc)) * scale
+        s = capped(torch.einsum("rgqd,rtd->rgqt", x, keys.to(acc)) * scale, scale)
         said.append(s if hidden is None else s.masked_fill(hidden[:, None], -torch.inf))
         values.append(value.to(acc))
     s = torch.cat(said, -1)
@@ -277,7 +280,7 @@ def paged_segment(q: Tensor, keys: Tensor, values: Tensor, table: "PageTable", s
     for r in range(table.rows):
         mine = [(p, f) for p, o, f in zip(*(t.tolist() for t in (table.pages, table.owners, table.fill))) if o == r]
         k, v = (torch.cat([t[:0, 0], *(t[p, :f] for p, f in mine)]).to(acc) for t in (keys, values))
-        s = heads[r] @ k.T * scale
+        s = capped(heads[r] @ k.T * scale, scale)
         lse = s.logsumexp(-1)
         outs.append(torch.exp(s - lse.masked_fill(lse == -torch.inf, 0)[..., None]) @ v)
         lses.append(lse)
@@ -296,7 +299,7 @@ def paged_mass(q: Tensor, keys: Tensor, table: "PageTable", lse: Tensor, scale: 
     norm = group_queries(lse[..., None], table.rows // b).to(acc).flatten(0, 1).flatten(1, 2)  # [B*K, G*Q, 1]
     out = torch.zeros(keys.shape[:2], dtype=acc, device=keys.device)
     for p, r, f in zip(*(t.tolist() for t in (table.pages, table.owners, table.fill))):
-        paid = torch.exp(heads[r] @ keys[p, :f].to(acc).T * scale - norm[r])
+        paid = torch.exp(capped(heads[r] @ keys[p, :f].to(acc).T * scale, scale) - norm[r])
         out[p, :f] = paid.amax(0) if most else paid.mean(0)
     return out
 

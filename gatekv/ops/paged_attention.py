@@ -4,6 +4,7 @@ import torch
 
 from gatekv.ops.naive import accumulation_dtype, group_queries
 from gatekv.ops.page_table import PageTable
+from gatekv.ops.scale import capped
 from gatekv.ops.segments import merge, rows_segment
 
 Tensor = torch.Tensor
@@ -17,7 +18,7 @@ def paged_segment(q: Tensor, keys: Tensor, values: Tensor, table: PageTable, sca
     b, h, n, d = q.shape
     x = (group_queries(q, table.rows // b).to(accumulation_dtype(q)) * scale).reshape(table.rows, -1, d)
     answer = _many_queries if x.shape[1] > FEW_QUERIES else _even_rows if table.even else _page_by_page
-    out, lse = answer(x, keys, values, table)
+    out, lse = answer(x, keys, values, table, scale)
     return out.reshape(b, h, n, -1), lse.reshape(b, h, n)
 
 
@@ -30,7 +31,7 @@ def paged_mass(q: Tensor, keys: Tensor, table: PageTable, lse: Tensor, scale: fl
     for a in range(0, len(owners), CHUNK):
         span = slice(a, a + CHUNK)
         k, mine = keys.index_select(0, table.pages[span]).to(acc), owners[span]
-        s = torch.bmm(x.index_select(0, mine), k.transpose(1, 2))
+        s = capped(torch.bmm(x.index_select(0, mine), k.transpose(1, 2)), scale)
         paid = s.sub_(norm.index_select(0, mine)).exp_()
         out[table.pages[span].long()] = paid.amax(1) if most else paid.mean(1)
     unused = torch.arange(keys.shape[1], device=keys.device) >= table.fill[:, None]
@@ -38,7 +39,7 @@ def paged_mass(q: Tensor, keys: Tensor, table: PageTable, lse: Tensor, scale: fl
     return out
 
 
-def _page_by_page(x: Tensor, keys: Tensor, values: Tensor, table: PageTable) -> tuple[Tensor, Tensor]:
+def _page_by_page(x: Tensor, keys: Tensor, values: Tensor, table: PageTable, scale: float) -> tuple[Tensor, Tensor]:
     """Each page answers alone; answers of one row are summed. x: [rows, queries, D], scaled."""
     owners, (rows, queries, _) = table.owners.long(), x.shape
     if not len(owners):
@@ -46,7 +47,7 @@ def _page_by_page(x: Tensor, keys: Tensor, values: Tensor, table: PageTable) -> 
     spans = [slice(a, a + CHUNK) for a in range(0, len(owners), CHUNK)]
     load = lambda pool, span: pool.index_select(0, table.pages[span]).to(x.dtype)  # noqa: E731
     parts = [torch.bmm(x.index_select(0, owners[span]), load(keys, span).transpose(1, 2)) for span in spans]
-    s = parts[0] if len(parts) == 1 else torch.cat(parts)  # [entries, queries, block]
+    s = capped(parts[0] if len(parts) == 1 else torch.cat(parts), scale)  # [entries, queries, block]
     unused = torch.arange(keys.shape[1], device=x.device) >= table.fill[:, None]
     s = s.masked_fill_(unused[:, None], -torch.inf)
     index = owners[:, None].expand(-1, queries)
@@ -60,7 +61,7 @@ def _page_by_page(x: Tensor, keys: Tensor, values: Tensor, table: PageTable) -> 
     return out / total.masked_fill(empty, 1)[..., None], (top + total.log()).masked_fill(empty, -torch.inf)
 
 
-def _even_rows(x: Tensor, keys: Tensor, values: Tensor, table: PageTable) -> tuple[Tensor, Tensor]:
+def _even_rows(x: Tensor, keys: Tensor, values: Tensor, table: PageTable, scale: float) -> tuple[Tensor, Tensor]:
     """Rows of equal page counts are a rectangle; spans of it answer and merge."""
     pages, fill, block = (*(t.view(table.rows, -1) for t in (table.pages, table.fill)), keys.shape[1])
     assert table.even is not None
@@ -72,11 +73,11 @@ def _even_rows(x: Tensor, keys: Tensor, values: Tensor, table: PageTable) -> tup
         hidden = None
         if a + step >= table.even:  # only the last page of a row can be part empty
             hidden = (slots >= fill[:, a : a + step, None]).view(table.rows, 1, 1, -1)
-        answers.append(rows_segment(x, k, v, hidden))
+        answers.append(rows_segment(x, k, v, hidden, scale))
     return merge(answers)
 
 
-def _many_queries(x: Tensor, keys: Tensor, values: Tensor, table: PageTable) -> tuple[Tensor, Tensor]:
+def _many_queries(x: Tensor, keys: Tensor, values: Tensor, table: PageTable, scale: float) -> tuple[Tensor, Tensor]:
     """Rows of about as many pages (up to twice) are gathered once and read together, by blocks of queries."""
     out, lse = x.new_zeros(*x.shape[:2], values.shape[-1]), x.new_full(x.shape[:2], -torch.inf)
     pages = [table.even] * table.rows if table.even is not None else table.starts.diff().tolist()
@@ -93,5 +94,5 @@ def _many_queries(x: Tensor, keys: Tensor, values: Tensor, table: PageTable) -> 
         step, asked = max(1, SCORES // (len(rows) * k.shape[1])), x.index_select(0, index)
         for a in range(0, x.shape[1], step):
             block = slice(a, a + step)
-            out[index, block], lse[index, block] = rows_segment(asked[:, block], k, v, hidden)
+            out[index, block], lse[index, block] = rows_segment(asked[:, block], k, v, hidden, scale)
     return out, lse

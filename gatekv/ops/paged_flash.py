@@ -5,6 +5,7 @@ import torch
 from gatekv.ops import paged_attention
 from gatekv.ops.naive import group_queries
 from gatekv.ops.page_table import PageTable
+from gatekv.ops.scale import cap_of
 
 PAGE_MULTIPLE = 256  # the kernel's own condition on block_size
 
@@ -24,7 +25,8 @@ def paged_segment(
     x = group_queries(q, table.rows // b).flatten(0, 1).transpose(1, 2)  # [rows, Q, G, D]
     out, lse = flash_attn_with_kvcache(
         x.contiguous(), keys[:, :, None], values[:, :, None], cache_seqlens=table.lengths,
-        block_table=table.block_table, softmax_scale=scale, causal=False, return_softmax_lse=True,
+        block_table=table.block_table, softmax_scale=float(scale), causal=False, return_softmax_lse=True,
+        softcap=cap_of(scale) or 0.0,
     )  # fmt: skip
     empty = (table.lengths == 0)[:, None, None]
     out = out.float().transpose(1, 2).masked_fill(empty[..., None], 0)  # [rows, G, Q, D]

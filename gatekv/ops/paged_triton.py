@@ -7,14 +7,15 @@ import triton.language as tl
 from gatekv.ops import paged_attention
 from gatekv.ops.naive import group_queries
 from gatekv.ops.page_table import PageTable
+from gatekv.ops.scale import cap_of
 
 SPLIT_TOKENS = 1024  # tokens that one program reads
 
 
 @triton.jit
-def _split(Q, K, V, Pages, Starts, Fill, Out, Lse, scale, stride_key, stride_value, queries, splits, per_split,
+def _split(Q, K, V, Pages, Starts, Fill, Out, Lse, scale, cap, stride_key, stride_value, queries, splits, per_split,
            M: tl.constexpr, D: tl.constexpr, V_D: tl.constexpr, KEY_DIM: tl.constexpr, HEAD_DIM: tl.constexpr,
-           BLOCK: tl.constexpr, GROUP: tl.constexpr):  # fmt: skip
+           BLOCK: tl.constexpr, GROUP: tl.constexpr, CAPPED: tl.constexpr):  # fmt: skip
     """One row, one range of its pages: softmax-weighted values and log-sum-exp over that range.
 
     Tiles: queries [M, D], keys [GROUP * BLOCK, D], values [GROUP * BLOCK, V_D] = GROUP pages of BLOCK tokens.
@@ -41,7 +42,10 @@ def _split(Q, K, V, Pages, Starts, Fill, Out, Lse, scale, stride_key, stride_val
         value_at = page * stride_value + (tokens % BLOCK) * HEAD_DIM
         k = tl.load(K + key_at[:, None] + d, mask=live[:, None] & real_d[None, :], other=0.0)
         v = tl.load(V + value_at[:, None] + e, mask=live[:, None] & real_e[None, :], other=0.0)
-        s = tl.where(live[None, :], tl.dot(q, tl.trans(k), input_precision="ieee"), float("-inf"))
+        s = tl.dot(q, tl.trans(k), input_precision="ieee")
+        if CAPPED:
+            s = cap * (2 * tl.sigmoid(2 * s / cap) - 1)  # tanh
+        s = tl.where(live[None, :], s, float("-inf"))
         new_top = tl.maximum(top, tl.max(s, 1))
         p = tl.exp(s - new_top[:, None])
         shrink = tl.exp(top - new_top)
@@ -69,10 +73,11 @@ def paged_segment(
     out = torch.empty(table.rows, splits, queries, width, dtype=torch.float32, device=q.device)
     lse = torch.empty(table.rows, splits, queries, dtype=torch.float32, device=q.device)
     _split[(table.rows, splits)](
-        x, keys, values, table.pages, table.starts, table.fill, out, lse, scale, keys.stride(0), values.stride(0),
+        x, keys, values, table.pages, table.starts, table.fill, out, lse, float(scale), cap_of(scale) or 1.0,
+        keys.stride(0), values.stride(0),
         queries, splits, per_split, M=max(16, triton.next_power_of_2(queries)), D=max(16, triton.next_power_of_2(d)),
         V_D=max(16, triton.next_power_of_2(width)), KEY_DIM=d, HEAD_DIM=width,
-        BLOCK=block, GROUP=max(1, 64 // block),
+        BLOCK=block, GROUP=max(1, 64 // block), CAPPED=cap_of(scale) is not None,
     )  # fmt: skip
     whole = lse.logsumexp(1)
     share = torch.exp(lse - whole.masked_fill(whole == -torch.inf, 0)[:, None])

@@ -3,8 +3,10 @@
 import torch
 
 from gatekv.ops.naive import accumulation_dtype
+from gatekv.ops.scale import capped
 
 Tensor = torch.Tensor
+SCORES = 2**24  # that are held at once
 
 
 def dense_segment(q: Tensor, k: Tensor, v: Tensor, mask: Tensor | None, scale: float) -> tuple[Tensor, Tensor]:
@@ -13,17 +15,27 @@ def dense_segment(q: Tensor, k: Tensor, v: Tensor, mask: Tensor | None, scale: f
     acc = accumulation_dtype(q)
     x = (q.to(acc) * scale).reshape(b * kv, h // kv * n, d)
     hidden = None if mask is None else ~mask.expand(b, kv, n, t).reshape(b * kv, 1, n, t)
-    out, lse = rows_segment(x, k.flatten(0, 1).to(acc), v.flatten(0, 1).to(acc), hidden)
+    out, lse = rows_segment(x, k.flatten(0, 1).to(acc), v.flatten(0, 1).to(acc), hidden, scale)
     return out.view(b, h, n, -1), lse.view(b, h, n)
 
 
-def rows_segment(x: Tensor, k: Tensor, v: Tensor, hidden: Tensor | None) -> tuple[Tensor, Tensor]:
+def in_blocks(q: Tensor, k: Tensor, v: Tensor, mask: Tensor | None, scale: float) -> tuple[Tensor, Tensor]:
+    """`dense_segment` for many queries: never all of their scores at once."""
+    step = max(1, SCORES // max(q.shape[0] * q.shape[1] * k.shape[2], 1))
+    parts = [
+        dense_segment(q[:, :, a : a + step], k, v, None if mask is None else mask[:, :, a : a + step], scale)
+        for a in range(0, q.shape[2], step)
+    ]
+    return torch.cat([out for out, _ in parts], 2), torch.cat([lse for _, lse in parts], 2)
+
+
+def rows_segment(x: Tensor, k: Tensor, v: Tensor, hidden: Tensor | None, scale: float) -> tuple[Tensor, Tensor]:
     """One batched product per row: x [rows, queries, D], scaled; k, v [rows, T, D] in x's dtype.
 
-    hidden: bool [rows, 1, Q or 1, T] where queries are G·Q, or None = all is seen. Returns out [rows, queries, D] and
-    lse [rows, queries]; a query that sees nothing gets (0, -inf).
+    scale: of which the cap is still to come. hidden: bool [rows, 1, Q or 1, T] where queries are G·Q, or None = all is
+    seen. Returns out [rows, queries, D] and lse [rows, queries]; a query that sees nothing gets (0, -inf).
     """
-    s = torch.bmm(x, k.transpose(1, 2))
+    s = capped(torch.bmm(x, k.transpose(1, 2)), scale)
     if hidden is None:
         top = s.amax(-1, keepdim=True)
     else:

@@ -70,8 +70,8 @@ class FastGen(Scorer):
         """(step [batch, kv_heads, tokens] at which a token joins, 0 to 4; what a head finds before each of the steps
         [batch, kv_heads, 5], as a share; attention received [batch, kv_heads, tokens])."""
         valid, index, length = view.valid, real_index(view.valid), view.valid.sum(-1)
-        asked = dict(scale=view.scaling, valid=valid, sinks=view.learned_sinks)
-        mass = attention_mass(view.queries, view.keys, **asked)
+        sinks = view.learned_sinks
+        mass = attention_mass(view.queries, view.keys, scale=view.scaling, valid=valid, sinks=sinks)
         kinds = torch.zeros_like(index) if view.kinds is None else view.kinds
         heavy = top(mass.masked_fill(~valid[:, None], -torch.inf), (length * self.heavy).long()[:, None, None])
         near = (length * self.local).long()
@@ -82,7 +82,8 @@ class FastGen(Scorer):
             step = step.masked_fill(joins[i] & valid[:, None], i)
         found = [mass.new_zeros(mass.shape[:2])] + [(mass * (step <= i)).sum(-1) for i in range(3)]
         beside = (step <= 2) & valid[:, None]
-        close = local_mass(view.queries, view.keys, **asked, near=near, beside=beside)
+        asked = view.queries, view.keys
+        close = local_mass(*asked, scale=view.scaling, valid=valid, near=near, beside=beside, sinks=sinks)
         before = torch.stack([*found, found[-1] + close], -1) / length[:, None, None].clamp_min(1)
         return step, before, mass
 

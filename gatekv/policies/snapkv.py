@@ -7,6 +7,7 @@ import torch
 from gatekv.config import check_choice
 from gatekv.ops.learned_sinks import softmax
 from gatekv.ops.naive import accumulation_dtype, causal_mask, group_queries
+from gatekv.ops.scale import capped
 from gatekv.policies.scorer import Scorer, View
 
 
@@ -17,7 +18,7 @@ def window_attention(view: View, window: int) -> torch.Tensor:
     """
     acc = accumulation_dtype(view.keys)
     q = group_queries(view.queries[:, :, -window:], view.keys.shape[1]).to(acc)
-    s = torch.einsum("bkgqd,bktd->bkgqt", q, view.keys.to(acc)) * view.scaling
+    s = capped(torch.einsum("bkgqd,bktd->bkgqt", q, view.keys.to(acc)) * view.scaling, view.scaling)
     seen = causal_mask(window, view.keys.shape[2], s.device) & view.valid[:, None, None, None]
     a = softmax(s.masked_fill(~seen, -torch.inf), view.learned_sinks).masked_fill(~seen, 0)
     return a.masked_fill(~view.valid[:, None, None, -window:, None], 0)

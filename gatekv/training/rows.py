@@ -16,6 +16,7 @@ from transformers.cache_utils import DynamicLayer
 
 from gatekv.gates.documents import Documents
 from gatekv.geometry import foreign_layers, remembers
+from gatekv.masks import told_of_pads_alone
 from gatekv.modules import base_model
 from gatekv.ops.naive import causal_mask
 from gatekv.ops.sequence import ALONE, Sequence
@@ -62,7 +63,11 @@ class Rows:
     @classmethod
     def of(cls, batch: Batch, model: nn.Module, sequence: Sequence = ALONE) -> "Rows":
         """batch: input_ids, attention_mask, weights [batch, tokens] and, packed, segments and position_ids. input_ids
-        say which device; the rest may lie on the CPU. model: whose masks these are."""
+        say which device; the rest may lie on the CPU. model: whose masks these are.
+
+        Raises:
+            ValueError: several packed rows, for an attention that finds the documents of one.
+        """
         ids, mask, inner = batch["input_ids"], batch["attention_mask"], base_model(model)
         segments, valid = batch.get("segments"), batch["attention_mask"].bool()
         packed = segments is not None and bool((segments.amax(-1) > 0).any())
@@ -79,6 +84,12 @@ class Rows:
         elif inner.config._attn_implementation == "sdpa" and not any(foreign_layers(inner)):
             seen = visible(valid.to(ids.device), segments if segments is None else segments.to(ids.device))
         elif segments is not None and not remembers(inner):
+            if packed and len(ids) > 1 and told_of_pads_alone(inner.config._attn_implementation):
+                raise ValueError(
+                    f"{inner.config._attn_implementation} tells documents apart in one packed row at a time, and this "
+                    f"batch has {len(ids)}: set per_device_train_batch_size=1, or load the model with "
+                    "attn_implementation='sdpa'."
+                )
             seen = None  # transformers reads the borders off positions that start anew, for sliding layers too
         documents = None if segments is None else Documents(segments, ids.device)
         positions, of_row = positions.to(ids.device), sequence.of(ids.shape[1])

@@ -10,9 +10,9 @@ from triton.compiler import ASTSource
 from gatekv.ops import gated_triton
 
 TYPES = {"Gate": "*fp32", "Lse": "*fp32", "Delta": "*fp32", "DGate": "*fp32", "Order": "*i32", "Rank": "*i32",
-         "Sinks": "*fp32", "Mask": "*u8", "scale": "fp32"}  # fmt: skip
+         "Sinks": "*fp32", "Mask": "*u8", "scale": "fp32", "cap": "fp32"}  # fmt: skip
 TENSORS = ("Q", "K", "V", "Out", "DOut", "DQ", "DK", "DV")
-SHAPE = dict(D=80, WIDTH=128, BLOCK=64, MASKED=True, DECAY=True)
+SHAPE = dict(D=80, WIDTH=128, BLOCK=64, MASKED=True, DECAY=True, CAPPED=True)
 KERNELS = {
     gated_triton._forward: SHAPE | dict(SINKS=True),
     gated_triton._grad_queries: SHAPE | dict(QUERIES=True),

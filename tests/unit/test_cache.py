@@ -270,10 +270,10 @@ def test_errors_name_the_cure():
         filled(model, "keydiff", 0.5)[0].crop(-3)
     with pytest.raises(ValueError, match="decide.. needs a cache made by"):
         filled(model, "keydiff", 0.5)[0].decide("keydiff", 0.5)
-    flex = tiny()
-    flex.config._attn_implementation_internal = "flex_attention"
-    with pytest.raises(ValueError, match="attn_implementation= one of sdpa, eager"):
-        gatekv.KVCache(flex, "keydiff", 0.5)
+    paged = tiny()
+    paged.set_attn_implementation("paged|eager")
+    with pytest.raises(ValueError, match="has no mask function"):
+        gatekv.KVCache(paged, "keydiff", 0.5)
     with pytest.raises(ValueError, match="Linear is no transformers model"):
         gatekv.KVCache(torch.nn.Linear(2, 2), "keydiff", 0.5)
 

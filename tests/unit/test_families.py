@@ -138,23 +138,10 @@ def other(model_type, **changes):
 
 
 MIXED = dict(layer_types=["sliding_attention", "full_attention"], sliding_window=8)
-LATENT = dict(q_lora_rank=8, kv_lora_rank=8, qk_rope_head_dim=8, qk_nope_head_dim=8, v_head_dim=8, n_routed_experts=4,
-              n_group=1, topk_group=1, num_key_value_heads=6, first_k_dense_replace=2)  # fmt: skip
 REFUSED = {
-    "gpt2": (dict(n_embd=48, n_head=6, n_layer=2), "GPT2LMHeadModel has no `self_attn`"),
     "xglm": (dict(d_model=48, ffn_dim=64, num_layers=2, attention_heads=6), "XGLM.* computes attention by itself"),
     "mistral": (dict(sliding_window=8), "every layer of MistralForCausalLM has a sliding window"),
-    "gemma2": (MIXED, "Gemma2Attention .* caps its attention scores"),
-    "gpt_oss": (dict(MIXED, num_local_experts=2, num_experts_per_tok=1), "GptOssAttention .* learned attention sinks"),
-    "deepseek_v3": (LATENT, "DeepseekV3ForCausalLM caches one latent vector"),
-    "lfm2": (dict(layer_types=["conv", "full_attention"]), "Lfm2ForCausalLM has layers that remember something else"),
-    "gemma3n_text": (
-        dict(
-            num_hidden_layers=4, layer_types=MIXED["layer_types"] * 2, num_kv_shared_layers=2,
-            activation_sparsity_pattern=[0.0] * 4, vocab_size_per_layer_input=97,
-        ),
-        "Gemma3nForCausalLM read other layers' keys",
-    ),
+    "bert": (dict(is_decoder=False), "BertSelfAttention is not causal"),
 }  # fmt: skip
 
 
@@ -212,14 +199,16 @@ def test_arguments_that_change_attention_are_refused(name):
 
 
 def test_other_shapes_and_directions_are_refused():
-    module = wrappers(gated())[0].module
-    k = torch.zeros(1, 3, 5, 8)
-    with pytest.raises(ValueError, match="keys of shape .3, 5, 8. and values of shape .3, 5, 4."):
-        check_call(module, k, k[..., :4], {})
-    with pytest.raises(ValueError, match="2 KV heads in a layer where its config says 3"):
-        check_call(module, k[:, :2], k[:, :2], {})
+    w = wrappers(gated())[0]
+    module, k = w.module, torch.zeros(1, 3, 5, 8)
+    with pytest.raises(ValueError, match="keys of shape .3, 5, 8. and values of shape .3, 4, 8."):
+        check_call(module, k, k[:, :, :4], {}, w.geometry)
+    with pytest.raises(ValueError, match="2 KV heads of 8 numbers, where its own attributes say 3 KV heads of 8"):
+        check_call(module, k[:, :2], k[:, :2], {}, w.geometry)
+    with pytest.raises(ValueError, match="3 KV heads of 8 .keys. and 4 .values. numbers, where its own"):
+        check_call(module, k, k[..., :4], {}, w.geometry)
     with pytest.raises(ValueError, match="not causal"):
-        check_call(module, k, k, dict(is_causal=False))
+        check_call(module, k, k, dict(is_causal=False), w.geometry)
 
 
 def test_dropout_of_the_base_is_refused_in_training_only():
@@ -245,7 +234,7 @@ def test_an_attention_that_never_asks_the_interface_is_noticed():
     model = tiny()
     model.model.layers[0].self_attn = Own()
     with pytest.raises(ValueError, match="Own computes attention by itself"):
-        model(torch.ones(1, 8, dtype=torch.long), past_key_values=gatekv.KVCache(model, "full"))
+        gatekv.KVCache(model, "full")
     assert AttentionCall(torch.zeros(1), 0).answered is False
 
 

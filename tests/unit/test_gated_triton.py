@@ -18,6 +18,7 @@ if os.environ.get("TRITON_INTERPRET") != "1" and not torch.cuda.is_available():
     pytest.skip("needs TRITON_INTERPRET=1, which tests/conftest.py sets", allow_module_level=True)
 
 from gatekv.ops import gated_triton
+from gatekv.ops.scale import Scale
 
 DEVICE = torch.device("cuda" if torch.cuda.is_available() else "cpu")
 GATES = {
@@ -107,6 +108,20 @@ def padded_and_packed(n, queries):
 
 
 @pytest.mark.covering(1)  # the interpreter takes five seconds a case
+@pytest.mark.parametrize("sinks,cap,narrow", [(True, None, 16), (False, 0.8, 16), (True, 0.8, 9)])
+def test_sinks_caps_and_narrow_values(sinks, cap, narrow):
+    (q, k, v, gate), dout = problem(53, queries=37, heads=4, kv=2, batch=2)
+    v = v[..., :narrow].detach().requires_grad_()
+    own = torch.tensor([-2.0, 0, 1, 3], device=DEVICE) if sinks else None
+    options, scale = dict(window=7, sinks=own), Scale(16**-0.5, cap)
+    found = []
+    for function in (gated_triton.gated_attention, naive.gated_attention):
+        out = function(q, k, v, gate, scale=scale, **options)
+        found.append((out, *torch.autograd.grad(out, (q, k, v, gate), dout[..., :narrow])))
+    for a, b in zip(*found):
+        torch.testing.assert_close(a, b, rtol=1e-4, atol=1e-5)
+
+
 @pytest.mark.parametrize("gates", ["in blocks", "soft"])
 @pytest.mark.parametrize("queries", [53, 20])
 def test_masks(gates, queries):

@@ -25,6 +25,7 @@ LEVELS = [
     ["modules", "fingerprint", "adapter_file"],
     ["passes", "recompute"],
     ["attention"],
+    ["masks"],
     ["policies", "presets", "prompts", "questions", "fetch", "options"],
     ["cache.segments"],  # memory that answers: a width's or a remainder's file names the one that it needs
     ["gates", "less"],
@@ -41,6 +42,9 @@ LEVELS = [
         "extras",
         "textfiles",
         "precision",
+        "rotary",
+        "geometry",
+        "latent",
     ],
 ]
 

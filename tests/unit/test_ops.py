@@ -3,9 +3,10 @@
 import pytest
 import torch
 
+from gatekv.ops import attention_mass, learned_sinks, naive
 from gatekv.ops import gated_attention as fast
-from gatekv.ops import naive
 from gatekv.ops.on_the_spot import on_the_spot
+from gatekv.ops.scale import Scale
 
 
 def problem(n, heads=6, kv=3, d=8, batch=2, seed=0):
@@ -52,6 +53,68 @@ def test_gated_attention_of_the_last_queries(queries, masked, decay):
         results.append((out, *torch.autograd.grad(out.square().sum(), (q, k, v, gate))))
     for a, b in zip(*results):
         torch.testing.assert_close(a, b, rtol=1e-10, atol=1e-12)
+
+
+ODD = {"sinks": dict(sinks=True), "cap": dict(cap=0.7), "both": dict(sinks=True, cap=0.7), "narrow": dict(narrow=3)}
+
+
+@pytest.mark.parametrize("odd", list(ODD))
+@pytest.mark.parametrize("masked", [False, True])
+@pytest.mark.parametrize("n,queries,decay", [(1, 1, False), (150, 150, False), (61, 9, True)])
+def test_gated_attention_with_sinks_caps_and_narrow_values(n, queries, decay, masked, odd):
+    q, k, v, gate = problem(n)
+    odd = ODD[odd]
+    if decay:
+        gate = (1 - 0.1 * gate.detach()).requires_grad_()
+    q = q[:, :, -queries:].detach().requires_grad_()
+    v = v[..., : odd.get("narrow", 8)].detach().requires_grad_()
+    mask = naive.causal_mask(queries, n)[None, None].repeat(2, 1, 1, 1) if masked else None
+    if masked:
+        mask[1, ..., : n // 3] = False
+    sinks = torch.tensor([-3.0, -1, 0, 0.5, 1, 4], dtype=torch.float64) if "sinks" in odd else None
+    results = []
+    for function in (naive.gated_attention, fast.gated_attention):
+        scale = Scale(0.35, odd.get("cap"))
+        out = function(q, k, v, gate, window=7, scale=scale, mask=mask, decay=decay, sinks=sinks)
+        results.append((out, *torch.autograd.grad(out.square().sum(), (q, k, v, gate))))
+    for a, b in zip(*results):
+        torch.testing.assert_close(a, b, rtol=1e-10, atol=1e-12)
+    if sinks is None and not odd.get("cap"):
+        return
+    plain = fast.gated_attention(q, k, v, gate, window=7, scale=0.35, mask=mask, decay=decay)
+    assert n == 1 and sinks is None or (plain - results[0][0]).abs().max() > 1e-3, "it makes a difference"
+
+
+def test_sinks_are_one_more_column_of_the_softmax():
+    q, k, v, _ = problem(23)
+    sinks = torch.randn(6, dtype=torch.float64)
+    out = fast.gated_attention(q, k, v, torch.ones(2, 3, 23, dtype=torch.float64), window=1, scale=0.35, sinks=sinks)
+    keys, values = (t.repeat_interleave(2, 1) for t in (k, v))
+    s = (q @ keys.mT * 0.35).masked_fill(~naive.causal_mask(23, 23), -torch.inf)
+    p = torch.cat([s, sinks[None, :, None, None].expand(2, -1, 23, 1)], -1).softmax(-1)[..., :-1]
+    torch.testing.assert_close(out, p @ values, rtol=1e-10, atol=1e-12)
+    torch.testing.assert_close(learned_sinks.attend(q, k, v, sinks, 0.35, None, causal=True), p @ values)
+    visible = naive.causal_mask(23, 23)[None, None]
+    torch.testing.assert_close(learned_sinks.attend(q, k, v, sinks, 0.35, visible, causal=False), p @ values)
+
+
+@pytest.mark.parametrize("sinks", [None, torch.tensor([-3.0, -1, 0, 0.5, 1, 4], dtype=torch.float64)])
+@pytest.mark.parametrize("cap", [None, 0.7])
+def test_received_attention_and_mass_with_sinks_and_caps(sinks, cap):
+    q, k, _, _ = problem(47)
+    scale, valid = Scale(0.35, cap), torch.ones(2, 47, dtype=torch.bool)
+    valid[1, :20] = False
+    mask = naive.causal_mask(47, 47)[None, None] & valid[:, None, None]
+    beside, near = torch.rand(2, 3, 47) < 0.2, torch.tensor([5, 9])
+    found = []
+    for form, mass in ((naive, naive), (fast, attention_mass)):
+        found.append([
+            form.received_attention(q, k, window=3, scale=scale, mask=mask, sinks=sinks).double(),
+            mass.attention_mass(q, k, scale=scale, valid=valid, sinks=sinks),
+            mass.local_mass(q, k, scale=scale, valid=valid, near=near, beside=beside, sinks=sinks),
+        ])  # fmt: skip
+    for (a, b), rtol in zip(zip(*found), (1e-5, 1e-10, 1e-10)):
+        torch.testing.assert_close(a, b, rtol=rtol, atol=1e-7)
 
 
 @pytest.mark.parametrize("heads,kv", [(4, 4), (8, 1), (6, 2)])

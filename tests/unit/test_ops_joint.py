@@ -5,6 +5,7 @@ import torch
 
 from gatekv.ops import joint, naive, segments
 from gatekv.ops.rectangle import Rectangle
+from gatekv.ops.scale import Scale
 
 B, KV, G, D = 2, 3, 2, 8
 
@@ -22,15 +23,16 @@ def memories(lengths, queries, generator, hides, fewer=3):
 
 
 @pytest.mark.parametrize("hides", [False, True])
+@pytest.mark.parametrize("scale", [0.3, Scale(0.3, 0.8)], ids=["plain", "capped"])
 @pytest.mark.parametrize("queries", [1, 3])
 @pytest.mark.parametrize("lengths", [(1,), (7,), (13, 1), (5, 17, 3)])
-def test_the_fast_one_equals_the_readable_one(lengths, queries, hides):
+def test_the_fast_one_equals_the_readable_one(lengths, queries, scale, hides):
     generator = torch.Generator().manual_seed(0)
     parts = memories(lengths, queries, generator, hides)
     q = torch.randn(B, KV * G, queries, D, generator=generator, dtype=torch.float64, requires_grad=True)
     found = []
     for form in (joint, naive):
-        out, scores, paid = form.joint_attention(q, parts, 0.3, blind=True)
+        out, scores, paid = form.joint_attention(q, parts, scale, blind=True)
         leaves = [q, *(t for part in parts for t in part[:2])]
         out.nan_to_num().square().sum().backward() if not hides else None
         found.append([out, scores, *paid, *(t.grad.clone() for t in leaves if t.grad is not None)])

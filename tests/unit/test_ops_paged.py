@@ -9,6 +9,7 @@ import torch
 
 from gatekv.ops import backends, naive, paged_attention, paged_flash, segments
 from gatekv.ops.page_table import PageTable
+from gatekv.ops.scale import Scale
 
 COUNTS = {
     "equal": [33] * 6,
@@ -47,6 +48,25 @@ def test_torch_matches_naive(counts, n, heads):
     wanted = naive.paged_segment(q, keys, values, table, 0.3)
     for a, b in zip(got, wanted):
         assert a.shape == b.shape and not torch.isnan(a).any()
+        torch.testing.assert_close(a, b, rtol=1e-10, atol=1e-12)
+
+
+@pytest.mark.parametrize("counts", ["equal", "unequal", "empty"])
+@pytest.mark.parametrize("n", [1, 33])
+def test_capped_scores(counts, n):
+    keys, values, table = memory(COUNTS[counts])
+    keys = keys.clamp(-3, 3)
+    q, scale = queries(2, 12, n, 8), Scale(0.3, 0.8)
+    got = paged_attention.paged_segment(q, keys, values, table, scale)
+    wanted = naive.paged_segment(q, keys, values, table, scale)
+    for a, b in zip(got, wanted):
+        torch.testing.assert_close(a, b, rtol=1e-10, atol=1e-12)
+    paid = [f(q, keys, table, wanted[1], scale) for f in (paged_attention.paged_mass, naive.paged_mass)]
+    torch.testing.assert_close(*paid, rtol=1e-10, atol=1e-12)
+    dense = torch.randn(2, 6, 19, 8, dtype=torch.float64), torch.randn(2, 6, 19, 5, dtype=torch.float64)
+    for a, b in zip(segments.dense_segment(q, *dense, None, scale), naive.dense_segment(q, *dense, None, scale)):
+        torch.testing.assert_close(a, b, rtol=1e-10, atol=1e-12)
+    for a, b in zip(segments.in_blocks(q, *dense, None, scale), naive.dense_segment(q, *dense, None, scale)):
         torch.testing.assert_close(a, b, rtol=1e-10, atol=1e-12)
 
 

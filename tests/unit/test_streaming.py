@@ -6,9 +6,9 @@ from conftest import padded_batch, tiny
 
 import gatekv
 from gatekv.attention import AttentionCall
-from gatekv.cache.segments.sinks import rotate
 from gatekv.ops import naive
 from gatekv.policies import H2O, TOVA, L2Norm, StreamingLLM
+from gatekv.rotary import rotate
 
 KV, GROUP, D, PROMPT, STEPS = 2, 2, 16, 40, 30
 POLICIES = {

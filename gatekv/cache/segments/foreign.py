@@ -1,5 +1,6 @@
-"""Layers that are not ours: a sliding window bounds them, or a state of fixed size stands for all tokens (linear
-attention, Mamba, convolutions). They are copied, counted and saved, and never evicted."""
+"""Layers that are not ours: a sliding window bounds them, a state of fixed size stands for all tokens (linear
+attention, Mamba, convolutions), or they hold the images of cross-attention. They are copied, counted and saved, and
+never evicted."""
 
 import copy
 from typing import Any, Self
@@ -17,7 +18,8 @@ class Foreign(Segment):
     """A cache layer of transformers' own, seen as a segment; it answers through the model, not through us.
 
     Attributes:
-        layer: transformers' `DynamicSlidingWindowLayer`, `LinearAttentionLayer`, both in one, or a layer of nothing.
+        layer: transformers' `DynamicSlidingWindowLayer`, `LinearAttentionLayer`, both in one, `DynamicLayer` of images,
+        empty where none was read, or a layer of nothing.
     """
 
     def __init__(self, layer: Any) -> None:
@@ -64,16 +66,18 @@ class Foreign(Segment):
 
     def state_dict(self) -> dict[str, Tensor]:
         found = dict(self.states())
-        if self.attends:
+        if self.attends and self.layer.is_initialized:
             found |= {"keys": self.layer.keys, "values": self.layer.values}
-            found |= {"seen": torch.tensor(self.layer.cumulative_length)}
+            if self.layer.is_sliding:
+                found |= {"seen": torch.tensor(self.layer.cumulative_length)}
         return found
 
     def load_state_dict(self, tensors: dict[str, Tensor]) -> None:
-        if self.attends:
+        if self.attends and (tensors or self.layer.is_sliding):
             self.layer.lazy_initialization(tensors["keys"], tensors["values"])
             self.layer.keys, self.layer.values = tensors["keys"], tensors["values"]
-            self.layer.cumulative_length = int(tensors["seen"])
+            if self.layer.is_sliding:
+                self.layer.cumulative_length = int(tensors["seen"])
         for name, state in tensors.items():
             kind, _, number = name.partition(".")
             if kind in KINDS and self.remembers:

@@ -6,19 +6,10 @@ import torch
 
 from gatekv.cache.segments.pages import Pages
 from gatekv.cache.segments.segment import Paged, Read, Shape
-from gatekv.gates.key_mlp import unrotate
+from gatekv.rotary import Angles, asked_from
 from gatekv.support import LATER
 
 Tensor = torch.Tensor
-Rotary = tuple[Tensor, Tensor]
-
-
-def rotate(x: Tensor, rotary: Rotary) -> Tensor:
-    """x·cos + rotate_half(x)·sin over the first rotary_dim channels; shapes as in `unrotate`, its inverse."""
-    cos, sin = (t[:, None].to(x.dtype) for t in rotary)
-    turned, rest = x[..., : cos.shape[-1]], x[..., cos.shape[-1] :]
-    a, b = turned.chunk(2, -1)
-    return torch.cat([turned * cos + torch.cat([-b, a], -1) * sin, rest], -1)
 
 
 class CachePositionSinks(Paged):
@@ -39,11 +30,11 @@ class CachePositionSinks(Paged):
     def __init__(self, pages: Pages) -> None:
         """An empty one beside `pages`, whose sinks it will take."""
         self.pages = pages.blank()
-        self.last: Rotary = LATER
+        self.last: Angles = LATER
         self.wait: Tensor = LATER
-        self.now: Rotary = LATER
+        self.now: Angles = LATER
 
-    def absorb(self, pages: Pages, room: Tensor, real: Tensor, rotary: Rotary) -> None:
+    def absorb(self, pages: Pages, room: Tensor, real: Tensor, rotary: Angles) -> None:
         """Take the tokens of infinite score out of `pages`.
 
         room: [batch] tokens a head may hold; real: [batch] tokens of the prompt, which ends at rotary's last column;
@@ -56,7 +47,7 @@ class CachePositionSinks(Paged):
         cos, sin = (t.expand(len(room), -1, -1).gather(1, index) for t in rotary)
         self.last, self.wait = (cos, sin), (column - columns + 1).clamp_min(0)
 
-    def step(self, rotary: Rotary, valid: Tensor) -> None:
+    def step(self, rotary: Angles, valid: Tensor) -> None:
         """A token asks now: rotary (cos, sin) [batch or 1, 1, rotary_dim], valid [batch, 1] bool."""
         self.now = rotary
         waits = (self.wait[:, None] > 0) & valid
@@ -70,7 +61,7 @@ class CachePositionSinks(Paged):
     def reads(self, q: Tensor) -> list[Read]:
         """q: [batch, heads, 1, head_dim], turned as if asked from the cache's last slot."""
         acc = torch.promote_types(q.dtype, torch.float32)
-        turned = rotate(unrotate(q.to(acc), self.now), self.last).to(q.dtype)
+        turned = asked_from(q.to(acc), self.now, self.last).to(q.dtype)
         return [(turned, self.pages.keys, self.pages.answers, self.pages.table)]
 
     def index_select(self, index: Tensor) -> None:

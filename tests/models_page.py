@@ -64,7 +64,10 @@ GROUPS = {
         "Keys that are changed between cache and attention",
         "a map from the heads in the cache to those that the attention is handed",
     ),
-    r"is not causal": ("Not causal", "nothing to evict from: such a model reads its whole input at once"),
+    r"is not causal": (
+        "Attention that does not call itself causal",
+        "decisions for a prompt that sees itself as a whole (PaliGemma, GIT); an encoder has nothing to evict",
+    ),
     r"encoder-decoder": ("Encoder-decoders", "caches of two kinds; only the decoder's own grows"),
     r"its config does not say whose": ("Shared keys that the config does not name", "a config that says whose they are"),
     r"uses cache of its own": (
@@ -73,7 +76,7 @@ GROUPS = {
     ),
     r"interrupted": (
         "Layers that are left out for text alone",
-        "layers of cross-attention, which count no tokens, beside those that do",
+        "to be told why: this is said of another call",
     ),
 }  # fmt: skip
 

@@ -11,6 +11,7 @@ config needs (`CHANGES`), its released shape (`REAL`), or why it cannot be made 
 """
 
 import argparse
+import contextlib
 import gc
 import json
 import logging
@@ -145,7 +146,9 @@ def tried(model_type: str, image: bool, before: dict, found: dict | None = None)
             entry["reason"] = found["gates"] if gates != "refused" else first_calls(model, gates=True)[1]
         return entry
     if cache != "wrong":
-        when, reason = first_calls(model)
+        when, reason = "", ""
+        with contextlib.suppress(Exception):  # what the survey said of it is written down
+            when, reason = first_calls(model)
         if reason:  # transformers may be who says it: MiniMax takes no cache but its own
             return entry | {"status": "refused", "when": when, "reason": reason}
     return entry | {"status": "broken", "reason": f"{found['cache']} | {found['gates']}"}

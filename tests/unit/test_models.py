@@ -21,8 +21,8 @@ from gatekv.modules import wrappers
 
 RECORD = models_page.read()
 SAMPLE = {
-    "causal": "llama qwen3_5_text gpt_oss gemma4_text falcon_h1 gpt2 mimo_v2_flash lfm2 jamba xglm diffllama bailing_hybrid",
-    "image": "gemma4 lfm2_vl",
+    "causal": "llama qwen3_5_text gpt_oss gemma4_text falcon_h1 gpt2 mimo_v2_flash lfm2 gemma2 deepseek_v3 xglm diffllama",
+    "image": "lfm2_vl",
 }
 
 

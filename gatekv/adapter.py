@@ -236,6 +236,7 @@ class GateKVModel(BaseTuner):
     peft_config: dict[str, GateKVConfig]  # type: ignore[assignment]  # its configs are gatekv's
     tuner_layer_cls = BaseTunerLayer  # gates and LoRA's layers are switched, frozen and deleted together
     target_module_mapping = {}
+    _gated_layers: set[int]  # while an adapter is put in: ids of the attention modules that get gates
 
     def _pre_injection_hook(  # type: ignore[override]  # its configs are gatekv's
         self, model: "PreTrainedModel", config: GateKVConfig, adapter_name: str
@@ -325,11 +326,13 @@ class GateKVModel(BaseTuner):
                 "with the gates (GateKVConfig(lora={...}))."
             )
         config = self._prepare_adapter_config(self.peft_config[adapter_name], {})
+        self._gated_layers = {id(module) for _, module in attention_layers(model)}
         if (fields := config.lora) is not None:
             if config.file_shapes is not None:
                 lora.check_ranks(model, fields, config.file_shapes)
             lora.inject(model, adapter_name, fields, low_cpu_mem_usage)
         super().inject_adapter(model, adapter_name, autocast_adapter_dtype, low_cpu_mem_usage, state_dict)
+        del self._gated_layers
         modules.attach_readers(model)
 
     def delete_adapter(self, adapter_name: str) -> None:
@@ -376,7 +379,7 @@ class GateKVModel(BaseTuner):
         parent: nn.Module,
         current_key: str,
     ) -> None:
-        if any(target is module for _, module in attention_layers(self.model)):  # no sliding layer, no image tower
+        if id(target) in self._gated_layers:  # no sliding layer, no image tower
             add_parts(target, adapter_name, self.active_adapters, config, _hidden_size(self.model))
 
     @classmethod

@@ -4,13 +4,15 @@ An attention module has a place in the cache (`layer_idx`), is causal, and calls
 its layer keeps beside keys and values, transformers says itself (`DynamicCache`).
 """
 
+import functools
 import inspect
+import sys
 import types
 from collections import Counter
 from typing import TYPE_CHECKING, Any, cast
 
 from torch import nn
-from transformers import DynamicCache, PreTrainedModel
+from transformers import Cache, DynamicCache, PreTrainedModel
 from transformers.cache_utils import (
     DummyLayer,
     DynamicLayer,
@@ -70,11 +72,17 @@ def geometry_of(module: Any) -> Geometry:
     return Geometry(heads, kv_heads, key_dim, _first(module, "v_head_dim") or key_dim)
 
 
-def names_in(module: nn.Module) -> set[str]:
+def names_in(module: nn.Module) -> frozenset[str]:
     """Names that the methods of a module's class use, decorated ones too: what it calls, whatever it is called."""
-    methods = [f for c in type(module).__mro__ if c is not nn.Module for f in vars(c).values() if callable(f)]
+    kind: Any = type(module)
+    return _names_in(kind)
+
+
+@functools.cache
+def _names_in(kind: Any) -> frozenset[str]:
+    methods = [f for c in kind.__mro__ if c is not nn.Module for f in vars(c).values() if callable(f)]
     plain = [inspect.unwrap(f) for f in methods]
-    return {name for f in plain if isinstance(f, types.FunctionType) for name in f.__code__.co_names}
+    return frozenset(name for f in plain if isinstance(f, types.FunctionType) for name in f.__code__.co_names)
 
 
 def attends(module: nn.Module) -> bool:
@@ -142,7 +150,30 @@ def crossing(model: PreTrainedModel) -> set[int]:
 
 
 def _crosses(module: nn.Module) -> bool:
-    return "ALL_ATTENTION_FUNCTIONS" in names_in(module) and CROSS in inspect.signature(module.forward).parameters
+    kind: Any = type(module)
+    return _looks_at_images(kind)
+
+
+@functools.cache
+def _looks_at_images(kind: Any) -> bool:
+    return "ALL_ATTENTION_FUNCTIONS" in _names_in(kind) and CROSS in inspect.signature(kind.forward).parameters
+
+
+def layers_by_kind(model: PreTrainedModel) -> dict[str, int]:
+    """How many layers there are of each kind, those that evict first; a layer with keys and a state counts once."""
+    images, readers, counts = crossing(model), readers_of(model), Counter(evict=0)
+    for i, layer in enumerate(cache_layers(model)):
+        if i in images:
+            counts["attend to images"] += 1
+        elif type(layer) in GATED:
+            counts["evict"] += 1
+        elif isinstance(layer, DynamicSlidingWindowLayer):
+            counts["have a sliding window"] += 1
+        elif isinstance(layer, LinearAttentionLayer):
+            counts["keep a state"] += 1
+        else:
+            counts["read an evicting layer's keys" if i in readers else "keep nothing"] += 1
+    return dict(counts)
 
 
 def cache_layers(model: PreTrainedModel) -> list[Any]:
@@ -152,6 +183,12 @@ def cache_layers(model: PreTrainedModel) -> list[Any]:
         ValueError: when one remembers what gatekv neither copies nor counts.
     """
     layers = DynamicCache(config=model.config.get_text_config(decoder=True)).layers
+    code = sys.modules[type(model).__module__]
+    own = (c for c in vars(code).values() if isinstance(c, type) and issubclass(c, Cache))
+    if (kind := next((c.__name__ for c in own if c.__module__ == code.__name__), None)) is not None:
+        raise ValueError(
+            f"{type(model).__name__} takes no cache but its own {kind}: gatekv does not support this model."
+        )
     for layer in layers:
         if type(layer) not in (*GATED, *FOREIGN, *NONE):
             raise ValueError(

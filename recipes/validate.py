@@ -90,7 +90,8 @@ def text_of(row: dict, limit: int) -> str:
 def main(argv: list[str]) -> list[dict]:
     args = load(argv, ValidateOptions, __doc__)
     from gatekv.bundled import adapter_path
-    from gatekv.modules import base_model, gate_spec, wrappers
+    from gatekv.geometry import layers_by_kind
+    from gatekv.modules import base_model, gate_spec
     from gatekv.policies.amount import read_budget
 
     budgets, lengths = [read_budget(text) for text in args.budgets], args.prompt_tokens
@@ -100,8 +101,9 @@ def main(argv: list[str]) -> list[dict]:
     model = empty_model(adapter, args.model, hardware.dtype_name)
     policies = args.policies or ["gate+global" if gate_spec(model) else "snapkv"]
     config = base_model(model).config.get_text_config(decoder=True)
-    gated, every = len(wrappers(model)), config.num_hidden_layers
-    print(f"{config.model_type}: {gated} layers evict, {every - gated} have a sliding window; {hardware.dtype_name}")
+    (first, evict), *others = layers_by_kind(base_model(model)).items()
+    kinds = [f"{evict} layers {first}", *(f"{count} {kind}" for kind, count in others)]
+    print(f"{config.model_type}: {', '.join(kinds)}; {hardware.dtype_name}")
     if args.adapter:
         own = sum(p.numel() for name, p in model.named_parameters() if "gatekv_" in name or "lora_" in name)
         print(f"{args.adapter}: {own:,} parameters beside the cache")

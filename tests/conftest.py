@@ -34,6 +34,7 @@ from gatekv.modules import base_model, wrappers
 FAMILIES = ["llama", "qwen3"]  # of the large matrices; test_families.py runs the laws in short over all of KINDS
 VOCAB = 97
 EXPERTS = dict(num_experts_per_tok=2, output_router_logits=False)
+PLAIN_ROPE = {"rope_type": "default", "rope_theta": 1e4}
 HALF_SLIDING = dict(layer_types=["sliding_attention", "full_attention"], sliding_window=8)
 # Name -> (transformers' model type, what differs from SHAPE). Sliding layers keep transformers' own cache.
 KINDS = {
@@ -45,6 +46,8 @@ KINDS = {
     "gemma3": ("gemma3_text", dict(HALF_SLIDING, query_pre_attn_scalar=8)),
     "phi3": ("phi3", dict(pad_token_id=0, bos_token_id=None, eos_token_id=None)),
     "mixtral": ("mixtral", dict(EXPERTS, num_local_experts=4, sliding_window=None)),
+    "gpt_oss": ("gpt_oss", dict(HALF_SLIDING, **EXPERTS, num_local_experts=4, rope_parameters=PLAIN_ROPE)),
+    "lfm2": ("lfm2", dict(layer_types=["conv", "full_attention"])),
     "qwen3_moe": ("qwen3_moe", dict(EXPERTS, num_experts=4, moe_intermediate_size=32)),
 }
 SHAPE = dict(

@@ -18,7 +18,7 @@ NAMES = {
     "Command R7B": "cohere2", "EXAONE 4": "exaone4", "StarCoder 2": "starcoder2", "GPT-2": "gpt2", "Pythia": "gpt_neox",
     "GPT-J": "gptj", "OPT": "opt", "BLOOM": "bloom", "MPT": "mpt", "Zaya": "zaya", "DeepSeek V2": "deepseek_v2",
     "DeepSeek V3": "deepseek_v3", "DeepSeek V3.2": "deepseek_v32", "DeepSeek V4": "deepseek_v4", "Kimi Linear": "kimi_linear",
-    "MiniCPM 3": "minicpm3", "Mamba": "mamba", "Mamba 2": "mamba2", "RWKV": "rwkv", "RecurrentGemma": "recurrent_gemma",
+    "MiniCPM 3": "minicpm3", "Mamba": "mamba", "Mamba 2": "mamba2", "RecurrentGemma": "recurrent_gemma",
 }  # fmt: skip
 STATES = ("Mamba", "recurrence", "linear attention", "convolution", "nothing")
 # What a reason matches -> (its heading, what it would take to serve such a model); the first that fits.

@@ -84,7 +84,7 @@ def forecast(cache: KVCache, length: int, new_tokens: int = 0, batch: int = 1) -
         token = Foreign.forecast_bytes(shape, 1)
         if isinstance(layer, KVLayer):
             tokens.append(next(counts))
-            told = _Layer(settings, gated[i], evictor, shape)
+            told = _Layer(settings, gated[i], evictor, shape, bool(layer.readers))
             found = told.bytes(tokens[-1], length), told.bytes(tokens[-1], length, new_tokens)
             full = length * token, (length + new_tokens) * token
         elif not isinstance(layer, DynamicSlidingWindowLayer):  # a state, counted above; images, not known
@@ -118,12 +118,14 @@ def shortest(cache: KVCache, length: int) -> int | None:
 
 @dataclass(frozen=True)
 class _Layer:
-    """One layer's cache, as far as shapes tell. evictor: who will be in charge behind the prompt."""
+    """One layer's cache, as far as shapes tell. evictor: who will be in charge behind the prompt. shared: later layers
+    read its keys and values."""
 
     config: CacheConfig
     wrapper: GatedAttention
     evictor: Evictor
     shape: Shape
+    shared: bool = False
 
     def bytes(self, count: int, length: int, new: int = 0) -> int:
         """Held when `count` tokens a head are left of `length`, and `new` ones have followed."""
@@ -134,7 +136,7 @@ class _Layer:
         waiting, stored = evictor.split(new, narrow)
         total = Pages.forecast_bytes(shape, old - narrow + stored)
         total += 0 if width is None else width.forecast_bytes(shape, narrow)
-        room = -waiting % (FOLD + 1)  # a new buffer of the window has room for FOLD tokens more
+        room = 0 if self.shared else -waiting % (FOLD + 1)  # a new buffer of the window has room for FOLD tokens more
         total += RecentWindow.forecast_bytes(shape, near + waiting, room, evictor.window_scores)
         total += 9 * shape.batch + evictor.forecast_bytes(shape, self.wrapper)
         remainder = config.policy.remainder_segment()

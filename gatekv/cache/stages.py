@@ -70,7 +70,8 @@ class Stage:
         tokens = New(k, v, keep, valid, scores, features)
         for a, c in pieces:
             part = tokens.cut(a, c)
-            layer.window.append(*part, slack=self.slack)
+            # Where later layers hold a copy, a buffer is never grown in place.
+            layer.window.append(*part, slack=0 if layer.readers else self.slack)
             if fed.ragged:
                 layer.window.pads_first()
             layer.seen += c - a

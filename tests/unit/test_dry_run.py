@@ -5,6 +5,7 @@ from dataclasses import asdict
 
 import pytest
 import torch
+import zoo
 from conftest import gated, tiny
 from peft import get_peft_model
 from test_training import ToyData, config, make
@@ -146,6 +147,18 @@ def model_folder(tmp_path):
     """A config and nothing else."""
     tiny().config.save_pretrained(tmp_path / "model")
     return str(tmp_path / "model")
+
+
+@pytest.mark.parametrize("kind", ["qwen3_5_text", "gemma4_text", "gpt_oss"])
+def test_models_with_layers_of_other_kinds(kind, tmp_path, unreachable):
+    model = zoo.build(kind)
+    model.config.save_pretrained(tmp_path / "model")
+    options = ["--model", str(tmp_path / "model"), "--sequence_length", "128", "--output_dir", str(tmp_path / "out")]
+    found = cpt.main([*options, "--dry_run", "--dtype", "float32"])
+    peft = get_peft_model(model, gatekv.GateKVConfig(gate="mlp"))
+    frozen = [*(p for p in peft.parameters() if not p.requires_grad), *peft.buffers()]
+    assert found["bytes"]["frozen"] == pytest.approx(sum(p.numel() * p.element_size() for p in frozen), rel=0.1)
+    assert 0 < found["trained"] < found["parameters"]
 
 
 def test_the_recipes_say_what_they_will_take_and_do_nothing(tmp_path, model_folder, monkeypatch, capsys, unreachable):

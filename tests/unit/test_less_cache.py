@@ -37,7 +37,7 @@ class Reference:
         else:
             phi, shift = self.maps.phi(*naive.remainder_reach(q, k, psi, self.left), scaling)
         out, lse = naive.remainder_segment(phi, psi, v, self.left)
-        return naive.merge([near, (out, lse + shift)])[0]
+        return naive.with_sinks(naive.merge([near, (out, lse + shift)]), call.sinks)[0]
 
 
 @torch.no_grad()

@@ -23,7 +23,7 @@ NAMES = {
 STATES = ("Mamba", "recurrence", "linear attention", "convolution", "nothing")
 # What a reason matches -> (its heading, what it would take to serve such a model); the first that fits.
 GROUPS = {
-    r"^no attention$": ("No attention at all", "nothing: a state does not grow"),
+    r"^no attention$": ("No attention at all", "nothing; a state does not grow"),
     r"caches one latent vector": (
         "Latent attention (MLA)",
         "a cache that evicts latent vectors: one decision for all heads of a layer",
@@ -42,7 +42,7 @@ GROUPS = {
     ),
     r"every layer of .* has a sliding window, or none": (
         "No layer whose cache grows",
-        "nothing: the memory is bounded already",
+        "nothing; the memory is bounded already",
     ),
     r"caps its attention scores": ("Softcapping", "the cap in every form of attention, kernels included"),
     r"in the mask": (

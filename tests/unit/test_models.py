@@ -37,18 +37,28 @@ def cases(status: str) -> list:
     return out
 
 
+SAME = transformers.__version__ == RECORD["transformers"]  # another version may build a type otherwise, or not at all
+
+
 def built(mapping: str, model_type: str):
     entry = RECORD[mapping][model_type]
-    return zoo.build(model_type, mapping == "image", getattr(torch, entry["dtype"]))
+    try:
+        return zoo.build(model_type, mapping == "image", getattr(torch, entry["dtype"]))
+    except Exception as error:
+        if SAME:
+            raise
+        pytest.skip(f"not to be built with transformers {transformers.__version__}: {error}")
 
 
 @pytest.mark.parametrize("mapping,model_type", cases("served"))
 def test_a_served_type_is_the_plain_model_at_a_full_budget_and_its_gates_learn(mapping, model_type):
     entry, model = RECORD[mapping][model_type], built(mapping, model_type)
-    assert entry["model"] == type(model).__name__
-    if transformers.__version__ == RECORD["transformers"]:
+    if SAME:
+        assert entry["model"] == type(model).__name__
         assert entry["layers"] == record_models.layers_of(model), "run python tests/record_models.py"
         assert entry.get("traits", []) == record_models.traits_of(model), "run python tests/record_models.py"
+    elif said := record_models.first_calls(model)[1]:
+        pytest.skip(f"refused with transformers {transformers.__version__}: {said}")
     zoo.check(model)
     if entry["training"]:
         zoo.check_gates(built(mapping, model_type))
@@ -69,6 +79,8 @@ def test_a_refused_type_says_why_and_is_left_as_it_was(mapping, model_type):
     before, batch = state(model), zoo.inputs(model)
     answer = zoo.logits(model, batch, use_cache=False)
     when, said = record_models.first_calls(model)
+    if not SAME and said != entry["reason"]:
+        pytest.skip(f"other words with transformers {transformers.__version__}: {said or 'served'}")
     assert (when, said) == (entry["when"], entry["reason"])
     assert state(model) == before and (when == "first call" or not wrappers(model))
     assert torch.equal(zoo.logits(model, batch, use_cache=False), answer)

@@ -279,11 +279,11 @@ def _forward(base: str, instead: bool = False) -> Callable[..., tuple[torch.Tens
         gatekv: AttentionCall | Probe | None = None,
         **kwargs: Any,
     ) -> tuple[torch.Tensor, torch.Tensor | None]:
-        kwargs = {"dropout": dropout} | kwargs
+        kwargs, given = {"dropout": dropout} | kwargs, (q, k, v)
 
         def own() -> tuple[torch.Tensor, torch.Tensor | None]:
             function = ALL_ATTENTION_FUNCTIONS.get(base) or sys.modules[type(module).__module__].eager_attention_forward
-            return function(module, q, k, v, attention_mask, scaling=scaling, **kwargs)
+            return function(module, *given, attention_mask, scaling=scaling, **kwargs)
 
         call = gatekv
         if call is None:
@@ -293,11 +293,14 @@ def _forward(base: str, instead: bool = False) -> Callable[..., tuple[torch.Tens
         if call.answered:
             refuse(module, "calls attention more than once a layer")
         call.answered, call.module = True, module
+        tiles = tiles_of(k, call.geometry)
+        q, k, v = untiled(q, tiles), k[:, : k.shape[1] // tiles], v[:, : v.shape[1] // tiles]
         check_call(module, k, v, kwargs, call.geometry)
         call.prepare(k)
         call.sinks, scaling = kwargs.get("s_aux"), Scale(scaling, kwargs.get("softcap"))
         sequence = ALONE if call.memory is not None else call.context.sequence
         q, k, v = map(sequence.into, (q, k, v))
+        given = given if sequence.size == 1 else (q, k, v)
         if instead:
             keys = None if call.memory is not None else k.shape[2]
             attention_mask = whole_mask(module, attention_mask, q, keys, kwargs.get("position_ids"))
@@ -316,16 +319,37 @@ def _forward(base: str, instead: bool = False) -> Callable[..., tuple[torch.Tens
         q, k, v = map(attended, (q, k, v))
         with without_autocast(q.device):
             if not call.replaces:
-                call.context.observe(call, module, Inputs(q, k, v, mask, scaling), out)
+                plain = untiled(out.transpose(1, 2), tiles).transpose(1, 2)
+                call.context.observe(call, module, Inputs(q, k, v, mask, scaling), plain)
                 return sequence.out_of(out), weights
             if call.memory is not None:
                 call.latent = latent_of(module, k, lambda: own()[0].transpose(1, 2))
                 out = call.memory.attend(call, q, k, v, mask, scaling)
             else:
                 out = call.context.attend(call, Inputs(q, k, v, mask, scaling))
-        return sequence.out_of(out.transpose(1, 2)).contiguous(), weights
+        return sequence.out_of(tiled(out, tiles).transpose(1, 2)).contiguous(), weights
 
     return attention
+
+
+def tiles_of(k: torch.Tensor, geometry: Geometry | None) -> int:
+    """How often the KV heads that are cached stand behind each other in k [batch, heads, tokens, head_dim]: JetMoe
+    repeats them as a whole, so that query heads which read one KV head do not stand together."""
+    if geometry is None or geometry.latent or k.shape[1] in (0, geometry.kv_heads) or k.shape[1] != geometry.heads:
+        return 1
+    times, rest = divmod(k.shape[1], geometry.kv_heads)
+    parts = k.unflatten(1, (-1, geometry.kv_heads)) if not rest else k[:, :, None]
+    return times if not rest and torch.equal(parts[:, 0], parts[:, -1]) else 1
+
+
+def untiled(x: torch.Tensor, tiles: int) -> torch.Tensor:
+    """Heads of x [batch, heads, ...] in the order in which those of one KV head stand together."""
+    return x if tiles == 1 else x.unflatten(1, (tiles, -1)).transpose(1, 2).flatten(1, 2)
+
+
+def tiled(x: torch.Tensor, tiles: int) -> torch.Tensor:
+    """The way back."""
+    return x if tiles == 1 else x.unflatten(1, (-1, tiles)).transpose(1, 2).flatten(1, 2)
 
 
 def register() -> None:

@@ -148,6 +148,7 @@ def tried(model_type: str, image: bool, before: dict, found: dict | None = None)
     if cache != "wrong":
         when, reason = "", ""
         with contextlib.suppress(Exception):  # what the survey said of it is written down
+            zoo.logits(model, zoo.inputs(model), use_cache=False)  # BigBird changes its attention at a short text
             when, reason = first_calls(model)
         if reason:  # transformers may be who says it: MiniMax takes no cache but its own
             return entry | {"status": "refused", "when": when, "reason": reason}

@@ -70,13 +70,13 @@ GROUPS = {
     ),
     r"encoder-decoder": ("Encoder-decoders", "caches of two kinds; only the decoder's own grows"),
     r"its config does not say whose": ("Shared keys that the config does not name", "a config that says whose they are"),
-    r"uses cache of its own": (
+    r"no cache but its own": (
         "A cache class that the model insists on",
         "a model in transformers that takes any cache",
     ),
     r"interrupted": (
-        "Layers that are left out for text alone",
-        "to be told why: this is said of another call",
+        "A position bias that the attention reckons from the cache itself",
+        "a bias that moves with the tokens that are kept; what is said is the message of another cause",
     ),
 }  # fmt: skip
 

@@ -4,6 +4,7 @@ The law (one rule for training and inference): for query i and key j <= i in one
 max(window, 1), or flag[j] = keep (sinks are flagged). Training applies it as a weight, the cache by really evicting.
 """
 
+import inspect
 import sys
 from collections.abc import Callable, MutableMapping
 from dataclasses import dataclass, replace
@@ -282,8 +283,7 @@ def _forward(base: str, instead: bool = False) -> Callable[..., tuple[torch.Tens
         kwargs, given = {"dropout": dropout} | kwargs, (q, k, v)
 
         def own() -> tuple[torch.Tensor, torch.Tensor | None]:
-            function = ALL_ATTENTION_FUNCTIONS.get(base) or sys.modules[type(module).__module__].eager_attention_forward
-            return function(module, *given, attention_mask, scaling=scaling, **kwargs)
+            return _function(base, module)(module, *given, attention_mask, scaling=scaling, **kwargs)
 
         call = gatekv
         if call is None:
@@ -297,7 +297,8 @@ def _forward(base: str, instead: bool = False) -> Callable[..., tuple[torch.Tens
         q, k, v = untiled(q, tiles), k[:, : k.shape[1] // tiles], v[:, : v.shape[1] // tiles]
         check_call(module, k, v, kwargs, call.geometry)
         call.prepare(k)
-        call.sinks, scaling = kwargs.get("s_aux"), Scale(scaling, kwargs.get("softcap"))
+        call.sinks, cap = kwargs.get("s_aux"), kwargs.get("softcap")
+        scaling = Scale(scaling, cap if cap is None or instead or _caps(_function(base, module)) else None)
         sequence = ALONE if call.memory is not None else call.context.sequence
         q, k, v = map(sequence.into, (q, k, v))
         given = given if sequence.size == 1 else (q, k, v)
@@ -330,6 +331,17 @@ def _forward(base: str, instead: bool = False) -> Callable[..., tuple[torch.Tens
         return sequence.out_of(tiled(out, tiles).transpose(1, 2)).contiguous(), weights
 
     return attention
+
+
+def _function(base: str, module: "SelfAttention") -> Callable[..., tuple[torch.Tensor, torch.Tensor | None]]:
+    """transformers' own attention function: of all models, or of the module's modelling file."""
+    return ALL_ATTENTION_FUNCTIONS.get(base) or sys.modules[type(module).__module__].eager_attention_forward
+
+
+def _caps(function: Callable[..., Any]) -> bool:
+    """Whether a function looks at `softcap`: sdpa's passes over it in older transformers, and so do we then."""
+    code = inspect.unwrap(function).__code__
+    return "softcap" in (*code.co_varnames, *code.co_consts)
 
 
 def tiles_of(k: torch.Tensor, geometry: Geometry | None) -> int:

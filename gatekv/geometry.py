@@ -12,9 +12,8 @@ from collections import Counter
 from typing import TYPE_CHECKING, Any, cast
 
 from torch import nn
-from transformers import Cache, DynamicCache, PreTrainedModel
+from transformers import Cache, DynamicCache, PreTrainedModel, cache_utils
 from transformers.cache_utils import (
-    DummyLayer,
     DynamicLayer,
     DynamicSlidingWindowLayer,
     LinearAttentionAndFullAttentionLayer,
@@ -31,7 +30,8 @@ if TYPE_CHECKING:
 GATED = (DynamicLayer, LinearAttentionAndFullAttentionLayer)  # every key and value of the text: these layers grow
 FOREIGN = (DynamicSlidingWindowLayer, LinearAttentionLayer, LinearAttentionAndSlidingWindowAttentionLayer)  # bounded
 CROSS = "cross_attention_states"  # what an attention to images is given
-NONE = (DummyLayer,)  # no attention in that layer, or another layer's keys and values
+# No attention in that layer, or another layer's keys and values; older transformers has no such layer.
+NONE = (nothing,) if (nothing := getattr(cache_utils, "DummyLayer", None)) else ()
 
 
 def _first(module: nn.Module, *names: str) -> Any:
@@ -120,7 +120,7 @@ def readers_of(model: PreTrainedModel) -> dict[int, int]:
         ValueError: a layer reads some, and it cannot be told whose.
     """
     config, found, layers = model.config.get_text_config(decoder=True), attention_modules(model), cache_layers(model)
-    reading = [m.layer_idx for _, m in found if type(layers[m.layer_idx]) is DummyLayer]
+    reading = [m.layer_idx for _, m in found if m.layer_idx >= len(layers) or isinstance(layers[m.layer_idx], NONE)]
     kinds, modes = getattr(config, "layer_types", None), getattr(config, "kv_sharing_modes", None)
     out = {}
     for place in reading:

@@ -197,7 +197,7 @@ def adopt(layer: "KVLayer", other: "KVLayer", gate: torch.nn.Module | None, maps
     """
     if layer.config.turns_queries and other.evidence.rotary is None:
         raise ValueError(NO_ROTARY)
-    layer.lazy_initialization(other.window.keys[:, :, :0], None)
+    layer.lazy_initialization(*(t[:, :, :0] for t in other.window.stored))
     layer.window, layer.evidence = other.window.fork(), other.evidence.fork()
     layer.evidence.known = other.evidence.known  # one for all who ask
     layer.seen, layer.folded, layer.real = other.seen, other.folded, other.real

@@ -38,6 +38,18 @@ def gated(kind):
     return peft
 
 
+@torch.no_grad()
+def go_on(model, batch, cache, start):
+    """Logits of what follows the first `start` tokens, which the cache has seen, token by token."""
+    mask, outs = batch["attention_mask"], []
+    positions = (mask.cumsum(-1) - 1).clamp_min(0)
+    for i in range(start, mask.shape[1]):
+        places = {"position_ids": positions[:, i : i + 1]} if zoo.takes(base_model(model), "position_ids") else {}
+        ids = batch["input_ids"][:, i : i + 1]
+        outs.append(model(ids, attention_mask=mask[:, : i + 1], past_key_values=cache, **places).logits)
+    return torch.cat(outs, 1)
+
+
 def assert_close(kind, got, wanted, mask):
     assert zoo.difference(got, wanted, mask) <= TOLERANCE.get(kind, 1e-9)
 
@@ -91,25 +103,29 @@ def test_copies_files_beams_and_bytes(kind, policy, budget, tmp_path):
     loaded, snapshot = gatekv.KVCache.load(tmp_path / "cache.safetensors", model), cache.snapshot()
     cut = START - 6
 
-    def go_on(held):
-        with torch.no_grad():
-            mask = batch["attention_mask"]
-            positions = (mask.cumsum(-1) - 1).clamp_min(0)[:, cut:]
-            places = dict(position_ids=positions) if zoo.takes(base_model(model), "position_ids") else {}
-            outs = [
-                model(batch["input_ids"][:, i : i + 1], attention_mask=mask[:, : i + 1], past_key_values=held,
-                      **{n: t[:, i - cut : i - cut + 1] for n, t in places.items()}).logits
-                for i in range(cut, START)
-            ]  # fmt: skip
-        return torch.cat(outs, 1)
-
-    wanted = go_on(cache)
-    assert torch.equal(go_on(loaded), wanted) and torch.equal(go_on(snapshot), wanted)
+    wanted = go_on(model, batch, cache, cut)
+    assert torch.equal(go_on(model, batch, loaded, cut), wanted)
+    assert torch.equal(go_on(model, batch, snapshot, cut), wanted)
     assert loaded.memory()["gated_full_bytes"] == cache.memory()["gated_full_bytes"]
     beams = dict(max_new_tokens=6, do_sample=False, num_beams=2)
     plain = base_model(model).generate(**batch, **beams)
     full = gatekv.KVCache(model, "snapkv", 1.0, decode="keep")
     assert torch.equal(model.generate(**batch, past_key_values=full, **beams), plain)
+
+
+@pytest.mark.parametrize("kind", KINDS)
+def test_a_shared_prefill_decides_as_one_of_its_own(kind):
+    model = built(kind)
+    batch = zoo.inputs(model, (LONG, 49))
+    cut = {name: t[:, :START] for name, t in batch.items()}
+    undecided = gatekv.KVCache.undecided(model)
+    zoo.logits(model, cut, (), undecided)
+    for policy in ("snapkv", "h2o", "streaming_llm"):
+        decided, own = undecided.decide(policy, 0.5, window=4), gatekv.KVCache(model, policy, 0.5, window=4)
+        zoo.logits(model, cut, (), own)
+        assert decided.memory()["gated_bytes"] == own.memory()["gated_bytes"]
+        outs = [go_on(model, batch, held, START) for held in (decided, own)]
+        assert torch.equal(*outs)
 
 
 def test_what_later_layers_cannot_follow_is_refused_before_anything_changes():

@@ -4,7 +4,7 @@
     python docs/tables.py --check    # names the pages that are stale, and exits with 1
 
 The numbers come from docs/results.json, docs/sft/*.json and docs/ablation/results.json; the tables of models come from
-the families that the tests build, and from what gatekv says when it refuses one; the examples are docs/examples/*.py.
+tests/fixtures/models.json, which `python tests/record_models.py` writes; the examples are docs/examples/*.py.
 """
 
 import argparse
@@ -18,7 +18,7 @@ from importlib import import_module
 from pathlib import Path
 
 ROOT = Path(__file__).resolve().parents[1]
-sys.path[:0] = [str(ROOT), str(ROOT / "tests"), str(ROOT / "tests" / "unit")]
+sys.path[:0] = [str(ROOT), str(ROOT / "tests")]
 MARKED = re.compile(r"(<!-- table: ([\w-]+) -->\n).*?(<!-- /table -->)", re.S)
 
 SHORT = {
@@ -67,33 +67,6 @@ def ablation() -> str:
     return ablation_table(results, [0.25, 0.125]) + "\n\n" + provenance({})
 
 
-def models_served() -> str:
-    """The families whose tiny models pass the laws in tests/unit/test_families.py."""
-    from conftest import KINDS
-    from transformers.models.auto.modeling_auto import MODEL_FOR_CAUSAL_LM_MAPPING_NAMES as CLASSES
-
-    lines = ["| model class | `model_type` | layers that gatekv holds |", "|---|---|---|"]
-    for model_type, changes in KINDS.values():
-        held = "full-attention layers; sliding layers keep their own cache" if "layer_types" in changes else "all"
-        lines.append(f"| `{CLASSES[model_type]}` | `{model_type}` | {held} |")
-    return "\n".join(lines) + "\n"
-
-
-def models_refused() -> str:
-    """What `KVCache` says to a tiny model of each family that the tests know to be refused."""
-    from test_families import REFUSED, other
-
-    import gatekv
-
-    lines = ["| `model_type` | what gatekv says |", "|---|---|"]
-    for model_type, (changes, _) in REFUSED.items():
-        try:
-            gatekv.KVCache(other(model_type, **changes), "keydiff", 0.5)
-        except ValueError as error:
-            lines.append(f"| `{model_type}` | {error} |")
-    return "\n".join(lines) + "\n"
-
-
 def arguments_refused() -> str:
     """Arguments with which a model's attention layer says that it computes something else."""
     from gatekv.support import UNKNOWN_TO_THE_LAW
@@ -128,6 +101,8 @@ def example(path: Path) -> str:
 
 def tables() -> dict[str, Callable[[], str]]:
     """Name -> what makes the Markdown of that table."""
+    import models_page
+
     from gatekv.report import tables as sections
     from gatekv.report.tables import best_of, summary
 
@@ -141,8 +116,14 @@ def tables() -> dict[str, Callable[[], str]]:
         "fine-tuning-372": lambda: fine_tuning(0.372),
         "fine-tuning-200": lambda: fine_tuning(0.2),
         "ablation": ablation,
-        "models-served": models_served,
-        "models-refused": models_refused,
+        "models-short": models_page.short,
+        "models-counts": models_page.counts,
+        "models-causal": lambda: models_page.served("causal"),
+        "models-image": lambda: models_page.served("image"),
+        "models-untrained": models_page.untrained,
+        "models-gaps": models_page.gaps,
+        "models-refused": models_page.refused,
+        "models-not-tried": models_page.not_tried,
         "arguments-refused": arguments_refused,
         "gate-options": lambda: options_of("gatekv.config", "GateSpec"),
         "cpt-options": lambda: options_of("gatekv.training.config", "CPTConfig", "GateSpec"),

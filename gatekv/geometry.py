@@ -213,14 +213,7 @@ def attention_modules(model: PreTrainedModel) -> list[tuple[nn.Module, "SelfAtte
         if attends(module) and getattr(module, "config", config).model_type == config.model_type
     ]
     if not found:
-        placed = (m for m in model.modules() if getattr(m, "layer_idx", None) is not None)
-        kind = next((type(m).__name__ for m in placed if "Attention" in type(m).__name__), name)
-        if any(getattr(m, "is_causal", True) is False for m in model.modules()):
-            raise ValueError(
-                f"{kind} is not causal, so it has no cache from which tokens could leave: a model of the BERT kind "
-                "becomes a decoder by is_decoder=True in its config."
-            )
-        raise ValueError(NO_INTERFACE.format(kind))
+        raise ValueError(_why_not(model))
     places = Counter(module.layer_idx for _, module in found)
     if twice := [place for place, count in places.items() if count > 1]:
         raise ValueError(
@@ -228,3 +221,18 @@ def attention_modules(model: PreTrainedModel) -> list[tuple[nn.Module, "SelfAtte
             "each layer by one module's attention, so it does not support this model."
         )
     return sorted(found, key=lambda pair: pair[1].layer_idx)
+
+
+def _why_not(model: PreTrainedModel) -> str:
+    """What keeps gatekv out of a model none of whose modules it could gate."""
+    name = type(model).__name__
+    placed = [type(m).__name__ for m in model.modules() if getattr(m, "layer_idx", None) is not None]
+    kind = next((k for k in placed if "Attention" in k), None)
+    if any(getattr(m, "is_causal", True) is False for m in model.modules()):
+        return (
+            f"{kind or name} is not causal: its text, or a part of it, attends both ways, so that tokens cannot leave "
+            "as others come. A model of the BERT kind becomes a decoder by is_decoder=True in its config."
+        )
+    if kind is None and placed and not any("Attention" in type(m).__name__ for m in model.modules()):
+        return f"{name} has no attention, so it keeps no keys and values that could leave."
+    return NO_INTERFACE.format(kind or name)

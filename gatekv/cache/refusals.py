@@ -42,12 +42,17 @@ def check_whole(layer: "KVLayer", new: int = 0) -> None:
     for place, other in layer.siblings.others:
         if other.is_sliding:  # else it holds what cross-attention looks at: images, not the text
             uneven |= other.get_seq_length() != layer.seen + (new if place < layer.layer_idx else 0)
-    uneven |= layer.siblings.steps.uneven(layer.calls, layer.layer_idx if new else -1)
     if uneven:
         raise ValueError(
             "an earlier call with this cache was interrupted (by an error, or Ctrl-C), and some of its layers hold "
             "tokens that others do not: call cache.reset() and feed the text anew, or go on from a "
             "cache.snapshot() that was taken before."
+        )
+    if layer.siblings.steps.uneven(layer.calls, layer.layer_idx if new else -1):
+        raise ValueError(
+            "some states of this cache (linear attention, Mamba, convolutions) are ahead of others: an earlier call "
+            "was interrupted, so call cache.reset() and feed the text anew. If that is said of a new cache, this model "
+            "renews its states in a way that gatekv does not follow, and is not supported."
         )
 
 

@@ -200,7 +200,7 @@ def adopt(layer: "KVLayer", other: "KVLayer", gate: torch.nn.Module | None, maps
     layer.lazy_initialization(*(t[:, :, :0] for t in other.window.stored))
     layer.window, layer.evidence = other.window.fork(), other.evidence.fork()
     layer.evidence.known = other.evidence.known  # one for all who ask
-    layer.seen, layer.folded, layer.real = other.seen, other.folded, other.real
+    layer.seen, layer.folded, layer.real, layer.calls = other.seen, other.folded, other.real, other.calls
     if isinstance(layer.evictor, GateEvictor):
         layer.evictor.stream.gate = cast(torch.nn.Module, gate)
     layer.store.remainder.use(maps, layer.window)

@@ -87,7 +87,7 @@ def check_crop(layers: "list[Any]", tokens_to_remove: int) -> None:
                 "Mamba) have taken them in for good. Keep a cache.snapshot() from before they were fed; assisted "
                 "decoding does not work with such models."
             )
-        if not layer.record_past and any(layer.has_previous_state.values()):
+        if tokens_to_remove and not layer.record_past and any(layer.has_previous_state.values()):
             raise ValueError(
                 f"cannot take back {-tokens_to_remove} tokens: convolutions keep the last few only. Call "
                 "cache.activate_past_recording() before they are fed, or keep a cache.snapshot()."

@@ -148,6 +148,8 @@ def test_what_a_state_has_taken_in_stays_and_says_so():
         cache.crop(-3)
     wanted = gatekv.KVCache(model, "full")
     fed(model, wanted, batch, 0, start)
+    cache.snapshot().crop(0)
+    gatekv.KVCache(model, "full").crop(0)
     assert torch.equal(fed(model, cache, batch, start), fed(model, wanted, batch, start)), "nothing has changed"
 
 

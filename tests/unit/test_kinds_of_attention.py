@@ -90,6 +90,21 @@ def test_gates_are_deployed_as_they_are_trained(kind):
     assert zoo.difference(wanted, plain, batch["attention_mask"]) > 1e-4, "the gates evicted something"
 
 
+@pytest.mark.parametrize("kind", ["gemma4_text", "deepseek_v3"])
+def test_layers_that_are_computed_again_give_the_same_gradients(kind):
+    grads = []
+    for again in (False, True):
+        model = gated(kind).train()
+        if again:
+            model.gradient_checkpointing_enable()
+        with gatekv.parallel(model, "ste"):
+            model(**zoo.inputs(model), use_cache=False).logits.logsumexp(-1).mean().backward()
+        grads.append([p.grad for name, p in model.named_parameters() if "gatekv_gate" in name])
+    for a, b in zip(*grads):
+        assert a.abs().max() > 0
+        torch.testing.assert_close(a, b)
+
+
 @pytest.mark.covering(1)
 @pytest.mark.parametrize("policy,budget", [("gate", None), ("gate+global", 0.5), ("h2o", 0.5)])
 @pytest.mark.parametrize("kind", KINDS)

@@ -15,7 +15,8 @@ import traceback
 import warnings
 from pathlib import Path
 
-os.environ.setdefault("HF_HUB_OFFLINE", "1")  # read when transformers is imported: nothing here needs a download
+if __name__ == "__main__":  # read when transformers is imported: nothing here needs a download
+    os.environ.setdefault("HF_HUB_OFFLINE", "1")
 
 import torch
 from peft import get_peft_model

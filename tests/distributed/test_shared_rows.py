@@ -114,7 +114,7 @@ def test_whole_rows_need_no_group():
 
 @pytest.mark.parametrize("options,size,match", [
     ({}, 4, "sp_size=4 must divide the model's 2 KV heads"),
-    ({"family": "gemma3"}, 2, "sliding layers"),
+    ({"family": "gemma3"}, 2, "layers with a sliding window or a state"),
     ({"gate": "attention"}, 2, "gate='attention' reads other tokens"),
     ({"prefill": "dense"}, 2, "use prefill='sparse'"),
 ])  # fmt: skip

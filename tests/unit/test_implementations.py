@@ -12,6 +12,7 @@ from test_training import ToyData
 from torch.nn.attention import flex_attention as flex
 from transformers import AttentionInterface, AttentionMaskInterface, DynamicCache, StaticCache, masking_utils
 from transformers.masking_utils import eager_mask, find_packed_sequence_indices, flash_attention_mask, sdpa_mask
+from transformers.modeling_utils import ALL_ATTENTION_FUNCTIONS
 
 import gatekv
 from gatekv import attention
@@ -77,6 +78,7 @@ def stand_ins(monkeypatch):
     for name in NAMES:
         function = {"flex_attention": blocks, "mine": whole, "my_eager": whole}.get(name, flash)
         monkeypatch.setitem(AttentionInterface._global_mapping, name, function)
+        monkeypatch.delitem(ALL_ATTENTION_FUNCTIONS._local_mapping, name, raising=False)  # kvpress's, once imported
         if name != "flex_attention":
             monkeypatch.setitem(AttentionMaskInterface._global_mapping, name, MASKS.get(name, flash_attention_mask))
     CALLED.clear()

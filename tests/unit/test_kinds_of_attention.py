@@ -54,7 +54,7 @@ def assert_close(kind, got, wanted, mask):
     assert zoo.difference(got, wanted, mask) <= TOLERANCE.get(kind, 1e-9)
 
 
-@pytest.mark.covering(2)
+@pytest.mark.covering(1)
 @pytest.mark.parametrize("policy", list(POLICIES))
 @pytest.mark.parametrize("kind", KINDS)
 def test_a_full_budget_and_rows_alone(kind, policy):

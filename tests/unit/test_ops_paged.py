@@ -196,7 +196,9 @@ def test_triton_with_several_queries_and_other_pages(triton_on_cpu, block, n):
         torch.testing.assert_close(a.cpu(), b, rtol=1e-4, atol=1e-5)
 
 
-def with_kvcache(q, k_cache, v_cache, *, cache_seqlens, block_table, softmax_scale, causal, return_softmax_lse):
+def with_kvcache(
+    q, k_cache, v_cache, *, cache_seqlens, block_table, softmax_scale, causal, return_softmax_lse, softcap=0.0
+):
     """What flash-attn documents for `flash_attn_with_kvcache`, in plain torch; +inf for empty rows, as its kernel."""
     assert return_softmax_lse and not causal and k_cache.shape[1] % 256 == 0 and k_cache.shape[2] == 1
     assert cache_seqlens.dtype == block_table.dtype == torch.int32
@@ -204,6 +206,7 @@ def with_kvcache(q, k_cache, v_cache, *, cache_seqlens, block_table, softmax_sca
     for row, length in enumerate(cache_seqlens.tolist()):
         k, v = (c[block_table[row].long(), :, 0].flatten(0, 1)[:length].float() for c in (k_cache, v_cache))
         s = torch.einsum("qgd,td->gqt", q[row].float(), k) * softmax_scale
+        s = (s / softcap).tanh() * softcap if softcap else s
         outs.append(torch.einsum("gqt,td->qgd", s.softmax(-1), v).to(q.dtype))
         lses.append(s.logsumexp(-1) if length else torch.full(s.shape[:2], torch.inf))
     return torch.stack(outs), torch.stack(lses)
@@ -217,9 +220,10 @@ def test_flash_is_called_as_documented(monkeypatch, counts, block):
     monkeypatch.setitem(sys.modules, "flash_attn", module)
     keys, values, table = memory(counts, block, 16, torch.float32)
     q = queries(2, 6, 3, 16, torch.float32)
-    got = paged_flash.paged_segment(q, keys, values, table, 0.25)
-    for a, b in zip(got, naive.paged_segment(q, keys, values, table, 0.25)):
-        torch.testing.assert_close(a, b, rtol=1e-4, atol=1e-5)
+    for scale in (0.25, Scale(0.25, 0.8)):
+        got = paged_flash.paged_segment(q, keys, values, table, scale)
+        for a, b in zip(got, naive.paged_segment(q, keys, values, table, scale)):
+            torch.testing.assert_close(a, b, rtol=1e-4, atol=1e-5)
 
 
 @pytest.mark.gpu

@@ -49,13 +49,12 @@ class DequantisedMemory:
         causal = torch.ones(n, n, dtype=torch.bool).tril()
         stays = torch.nn.functional.pad(self.bits[0] > 0, (0, n - self.prompt), value=True)
         coded = [self.rounded(x, bits) for x, bits in zip((k, v), self.bits)]
-        repeat = lambda t: t.repeat_interleave(q.shape[1] // kv, 1)  # noqa: E731
         outs = []
         for (keys, values), live, part in (((k, v), causal[None, None], slice(0, self.prompt)),
                                            (coded, causal & stays[:, :, None], slice(self.prompt, n))):  # fmt: skip
-            live = repeat(live.expand(-1, kv, -1, -1))[:, :, part]
-            attend = torch.nn.functional.scaled_dot_product_attention
-            outs.append(attend(q[:, :, part], repeat(keys), repeat(values), attn_mask=live, scale=scaling))
+            live = live.expand(-1, kv, -1, -1)[:, :, part]
+            answer = naive.dense_segment(q[:, :, part], keys, values, live, scaling)
+            outs.append(naive.with_sinks(answer, call.sinks)[0])
         return torch.cat(outs, 2)
 
 

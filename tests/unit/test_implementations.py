@@ -134,6 +134,7 @@ def test_without_gatekvs_cache_the_models_own_implementation_answers_bit_for_bit
     assert torch.equal(logits(model), wanted) and CALLED == [0, 1] and model.config._attn_implementation == name
 
 
+@pytest.mark.covering(1)
 @pytest.mark.parametrize("where", ["nowhere", "left", "right"])
 @pytest.mark.parametrize("name", NAMES)
 def test_a_full_budget_is_the_plain_sdpa_model(name, where):
@@ -149,6 +150,7 @@ def test_a_full_budget_is_the_plain_sdpa_model(name, where):
     )
 
 
+@pytest.mark.covering(1)
 @pytest.mark.parametrize(
     "policy,budget", [("snapkv", 0.5), ("h2o", 0.6), ("gate", None), ("gate+global", 0.5), ("d2o", 0.6)]
 )

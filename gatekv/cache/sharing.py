@@ -5,6 +5,7 @@ of the layer from before the call, which shares its tensors, takes the same toke
 layer's queries. Flags hang on keys and gates alone there, so they are the same.
 """
 
+from dataclasses import replace
 from typing import TYPE_CHECKING, NamedTuple
 
 import torch
@@ -56,4 +57,5 @@ class Reader(Memory):
         keys, values, asks = held.keys.to(dtype), held.values.to(dtype), q.shape[2]
         # In a prompt such layers may be asked for its last tokens alone.
         x = torch.nn.functional.pad(q.to(dtype), (0, 0, keys.shape[2] - asks, 0))
-        return twin.stage.attend(twin, held.call, x, keys, values, held.mask, scaling)[:, :, -asks:].to(q.dtype)
+        asked = replace(held.call, sinks=call.sinks)  # the queries are the later layer's, and so are its sinks
+        return twin.stage.attend(twin, asked, x, keys, values, held.mask, scaling)[:, :, -asks:].to(q.dtype)

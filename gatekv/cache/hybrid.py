@@ -66,8 +66,7 @@ class HybridKVLayer(KVLayer, LinearAttentionCacheLayerMixin):  # type: ignore[mi
 
     def crop(self, tokens_to_remove: int) -> None:
         super().crop(tokens_to_remove)
-        if self.record_past:
-            self.state.layer.crop(tokens_to_remove)
+        self.state.crop(tokens_to_remove)
 
 
 class Steps:
@@ -149,8 +148,7 @@ class States(Cache):
         """
         refusals.check_crop(self.layers, tokens_to_remove)
         for layer in self.layers:
-            if isinstance(layer, KVLayer) or not Foreign(layer).remembers or layer.record_past:
-                layer.crop(tokens_to_remove)
+            (layer if isinstance(layer, KVLayer) else Foreign(layer)).crop(tokens_to_remove)
 
     def batch_repeat_interleave(self, repeats: int) -> None:
         """Each sequence `repeats` times, one after the other."""

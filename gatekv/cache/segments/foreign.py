@@ -61,6 +61,11 @@ class Foreign(Segment):
         mine = vars(self.fork().layer)
         vars(other).update({name: value for name, value in mine.items() if isinstance(value, dict)})
 
+    def crop(self, tokens_to_remove: int) -> None:
+        """Take back the last -tokens_to_remove tokens; a state that recorded no past stays (`refusals.check_crop`)."""
+        if not self.remembers or self.layer.record_past:
+            self.layer.crop(tokens_to_remove)
+
     def index_select(self, index: Tensor) -> None:
         self.layer.reorder_cache(index)
 

@@ -23,10 +23,12 @@ class CacheConfig:
         strict: a prompt whose budget is below what the policy protects is refused, else held whole.
         keep_later: tokens after the prompt all stay. turns: they stay until `KVCache.compress` ends the turn.
         block_size: tokens in a page. backend: of paged attention, or None = the best that can run.
+        dtype: of what is held; None: the model's.
         full_prompt_gate: the gate reads the whole prompt at once.
         thresholds: (ratio, real tokens seen [batch, n], prompt_tokens) -> logit thresholds [batch, n], calibrated.
         kinds: [batch, prompt] integers for scorers that go by what a token is, or None.
         defer: keep what scorers need, decide when asked to.
+        token: (numbers of a head's key and value, on average; bytes of a number), of what is held.
         rotates_until: positions behind which the model's keys are rotated otherwise (longrope), or None.
     """
 
@@ -41,11 +43,13 @@ class CacheConfig:
     keep_later: bool = False
     turns: bool = False
     block_size: int = 16
+    dtype: torch.dtype | None = None
     backend: str | None = None
     full_prompt_gate: bool = False
     thresholds: Thresholds = LATER
     kinds: torch.Tensor | None = None
     defer: bool = False
+    token: tuple[int, int] = LATER
     rotates_until: int | None = None
 
     @cached_property
@@ -80,4 +84,6 @@ class CacheConfig:
     @cached_property
     def eviction_delay(self) -> int:
         """Tokens behind the query that ignore their flag: only flags of later tokens can make this matter."""
-        return self.window if self.needs.gate else 0
+        delay = self.window if self.needs.gate else 0
+        width = self.policy.width
+        return min(delay, width.window) if width is not None and width.allots else delay

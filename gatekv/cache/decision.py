@@ -1,37 +1,21 @@
 """The end of a prompt or turn, as pure functions: how much room there is, and which tokens of which heads get it."""
 
-from collections.abc import Callable
 from typing import NamedTuple, cast
 
 import torch
 from transformers.utils import logging
 
 from gatekv.attention import sink_tokens
+from gatekv.cache.allocation import Undecided, allocated
 from gatekv.cache.config import CacheConfig
-from gatekv.policies import View
 from gatekv.policies.amount import Amount, budget_text, count_of, share_of
 from gatekv.policies.budgets import BudgetError, Ranking, ranked, too_small
 from gatekv.policies.layers import layer_count, whole_layers
+from gatekv.policies.rate import Rate
 from gatekv.precision import without_autocast
 
 Tensor = torch.Tensor
 logger = logging.get_logger(__name__)
-
-
-class Undecided(NamedTuple):
-    """What one layer brings to a decision.
-
-    Attributes:
-        place: its number among those that evict. view: what scorers see. scores: [batch, kv_heads, n], higher keeps.
-        logits: of the gate alone, where later tokens will be measured by them; else None.
-        before: [batch, 1], real tokens that came earlier than these n.
-    """
-
-    place: int
-    view: Callable[[], View]
-    scores: Tensor
-    logits: Tensor | None
-    before: Tensor
 
 
 class Selection(NamedTuple):
@@ -40,7 +24,8 @@ class Selection(NamedTuple):
     Attributes:
         keep: [batch, kv_heads, n] bool. cut: [batch, 1 or kv_heads, 1], the logit that later tokens must exceed, or
         None: they all stay. scores: as they were ranked. recent: [batch], how many last tokens stay in any case.
-        unmet: [batch] bool, rows that hold what is not their budget.
+        unmet: [batch] bool, rows that hold what is not their budget. bits: [batch, kv_heads, n, 2] uint8, of each
+        token's key and value, where the policy's width says so; else None.
     """
 
     keep: Tensor
@@ -48,6 +33,7 @@ class Selection(NamedTuple):
     scores: Tensor
     recent: Tensor
     unmet: Tensor
+    bits: Tensor | None = None
 
 
 # -- how much room
@@ -59,6 +45,10 @@ def needed(config: CacheConfig, length: int, counts: Tensor, before: int = 0) ->
     length: real tokens of the row's prompt or turn; before: of what came earlier, sinks among them.
     """
     recent = config.policy.scorer.recent(counts, config.window)
+    width, scorer = config.policy.width, config.policy.scorer
+    if width is not None:
+        everything = width.allots and not scorer.evicts
+        recent = width.least(torch.full_like(recent, length) if everything else recent, *config.token)
     return (recent + max(config.sinks - before, 0)).clamp_min(1).clamp_max(length)
 
 
@@ -155,19 +145,27 @@ def _choose(config: CacheConfig, layers: list[Undecided], valid: Tensor) -> list
         mine = protected_tokens(config, valid.to(there), layer.before, last.to(there))
         guarded.append(policy.scorer.always_keep(layer.view(), mine, count.to(there)).to(home))
     protected = torch.stack(guarded).expand(scores.shape)
-    rule = cast(Ranking, policy.rule)  # a threshold decides nothing here
-    keep = _never_none(rule.keep(scores, protected, valid, counts), scores, protected, valid)
+    rule, bits = cast(Ranking, policy.rule), None  # a threshold decides nothing here
+    if isinstance(policy.width, Rate):
+        bits = allocated(config, layers, scores, protected, valid, counts)
+        keep = (bits > 0).any(-1)
+    else:
+        keep = _never_none(rule.keep(scores, protected, valid, counts), scores, protected, valid)
     cuts: Tensor | list[None] = [None] * len(layers)
     if all(layer.logits is not None for layer in layers):
         logits = torch.stack([cast(Tensor, layer.logits).to(home) for layer in layers])
-        alone = rule.keep(logits, protected, valid, counts) if config.dense_prefill else keep
+        alone = rule.keep(logits, protected, valid, counts) if config.dense_prefill and bits is None else keep
         cuts = logits.masked_fill(alone | protected | ~valid[:, None], -torch.inf).amax(-1, keepdim=True)
         if policy.rule.scope == "model":
             cuts = cuts.amax((0, 2), keepdim=True).expand(len(layers), -1, -1, -1)
     back = [layer.scores.device for layer in layers]
     return [
-        Selection(k.to(to), None if c is None else c.to(to), s.to(to), r.to(to), unmet.to(to))
-        for k, c, s, r, to in zip(keep, cuts, scores, recent, back)
+        Selection(
+            k.to(to), None if c is None else c.to(to), s.to(to), r.to(to), unmet.to(to), None if b is None else b.to(to)
+        )
+        for k, c, s, r, b, to in zip(
+            keep, cuts, scores, recent, bits if bits is not None else [None] * len(layers), back
+        )
     ]
 
 

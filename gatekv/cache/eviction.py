@@ -105,8 +105,8 @@ class Evictor(Part):
         """Bytes that it holds itself in one layer, which `wrapper` gates."""
         return 0
 
-    def hand_over(self, layer: "KVLayer", successor: "Evictor") -> None:
-        """Go on behind the prompt or turn with `successor`, which may be this one."""
+    def hand_over(self, layer: "KVLayer", successor: "Evictor", bits: Tensor | None = None) -> None:
+        """Go on behind the prompt or turn with `successor`, which may be this one; bits: as for `PromptEnd`."""
         config, layer.evictor = self.config, successor
         layer.base = layer.seen
         if config.turns:
@@ -116,18 +116,18 @@ class Evictor(Part):
             layer.stage = successor.stage()
             layer.fold(rollback=0 if config.waits else None)  # nothing takes back a decided prompt
         if config.policy.width is not None:
-            layer.store.absorb(_prompt_end(layer))
+            layer.store.absorb(_prompt_end(layer, bits))
         successor.begin(layer)
         if not successor.evicts:
             layer.window.psi = None
         layer.evidence.forget()
 
 
-def _prompt_end(layer: "KVLayer") -> PromptEnd:
+def _prompt_end(layer: "KVLayer", bits: Tensor | None) -> PromptEnd:
     q, window = cast(Tensor, layer.evidence.queries), layer.window
     asks = torch.arange(q.shape[2], 0, -1, device=q.device) <= layer.real
     live = window.flags & window.valid[:, None]
-    return PromptEnd(q, asks, window.keys, live, layer.real, layer.evidence.scaling, layer.evidence.sinks)
+    return PromptEnd(q, asks, window.keys, live, layer.real, layer.evidence.scaling, layer.evidence.sinks, bits)
 
 
 class KeepAll(Evictor):

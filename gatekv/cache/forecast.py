@@ -65,7 +65,8 @@ def forecast(cache: KVCache, length: int, new_tokens: int = 0, batch: int = 1) -
         BudgetError: as the end of such a prompt will, in a strict cache.
     """
     settings = cache.config
-    policy, dtype, layers = settings.policy, base_model(cache.model).dtype, wrappers(cache.model)
+    policy, layers = settings.policy, wrappers(cache.model)
+    dtype = settings.dtype or base_model(cache.model).dtype
     counts = iter(admit(settings, length)[0])
     gated = {w.layer_idx: w for w in layers}
     every = {m.layer_idx: geometry_of(m) for _, m in attention_modules(base_model(cache.model))}
@@ -132,7 +133,8 @@ class _Layer:
         config, evictor, shape, width = self.config, self.evictor, self.shape, self.config.policy.width
         near = min(length, max(config.eviction_delay - 1, 0))
         old = max(count - near, 0)
-        narrow = 0 if width is None else max(old - max(width.window - near, 0), 0)
+        beside = 0 if width is None or width.allots else max(width.window - near, 0)
+        narrow = 0 if width is None else max(old - beside, 0)
         waiting, stored = evictor.split(new, narrow)
         total = Pages.forecast_bytes(shape, old - narrow + stored)
         total += 0 if width is None else width.forecast_bytes(shape, narrow)

@@ -52,6 +52,8 @@ class KVCache(States):
             layers left whole cost alone leaves the others what is protected, and `memory()` counts these rows.
         kinds: [batch, prompt] integers that say what each token is, `fastgen.token_kinds(tokenizer)[input_ids]`, for
             FastGen; without them it knows its sinks for special tokens and no punctuation.
+        dtype: of what is held, as torch.bfloat16 or its name, where that is not the model's: half the bytes, of a model
+            in float32 too.
         backend: of paged attention: "torch", "triton", "flash"; None = the best that can run; `print(cache)` names it.
 
     Raises:
@@ -72,6 +74,7 @@ class KVCache(States):
         prompt_tokens: int | None = None,
         turns: bool = False,
         block_size: int = 16,
+        dtype: torch.dtype | str | None = None,
         backend: str | None = None,
         kinds: torch.Tensor | None = None,
         strict: bool = False,
@@ -81,7 +84,7 @@ class KVCache(States):
         self._build(
             config_of(
                 model, policy, budget, prefill=prefill, decode=decode, sinks=sinks, window=window,
-                prompt_tokens=prompt_tokens, turns=turns, block_size=block_size, backend=backend,
+                prompt_tokens=prompt_tokens, turns=turns, block_size=block_size, dtype=dtype, backend=backend,
                 kinds=kinds, strict=strict,
             )
         )  # fmt: skip
@@ -115,12 +118,12 @@ class KVCache(States):
             layer.siblings = siblings
 
     @classmethod
-    def undecided(cls, model: nn.Module, queries: int = ALL) -> "KVCache":
+    def undecided(cls, model: nn.Module, queries: int = ALL, dtype: torch.dtype | str | None = None) -> "KVCache":
         """A cache that watches one dense prefill and evicts nothing, so that many policies can share it by `decide`.
 
-        queries: how many of the last queries to remember for scorers that look at them.
+        queries: how many of the last queries to remember for scorers that look at them. dtype: as for `KVCache`.
         """
-        cache = cls(model, Full(queries=queries))
+        cache = cls(model, Full(queries=queries), dtype=dtype)
         cache._build(replace(cache.config, defer=True))
         return cache
 
@@ -133,7 +136,7 @@ class KVCache(States):
         """
         if not self.config.defer:
             raise ValueError("decide() needs a cache made by KVCache.undecided(model), after its prompt was read.")
-        cache = KVCache(self.model, policy, budget, prefill="dense", **kwargs)
+        cache = KVCache(self.model, policy, budget, prefill="dense", dtype=self.config.dtype, **kwargs)
         wanted = cache.config.queries
         if min(wanted, self.get_seq_length()) > self.config.policy.scorer.queries:
             raise ValueError(f"this policy looks at {wanted} queries: use KVCache.undecided(model, queries={wanted}).")

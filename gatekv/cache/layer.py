@@ -73,7 +73,8 @@ class KVLayer(Readable, Part, Memory, CacheLayerMixin):
         refusals.check_owner(self)
         self.expected = False
         if not self.is_initialized:
-            self.lazy_initialization(attended(key_states), value_states)
+            keys = attended(key_states)
+            self.lazy_initialization(keys if self.config.dtype is None else keys.to(self.config.dtype), value_states)
         return key_states, value_states
 
     def get_seq_length(self) -> int:

@@ -92,7 +92,7 @@ class OneShot(Evictor):
         else:
             layer.store.pages.scores = None
             window.scores = window.scores if self.config.turns else None
-        self.hand_over(layer, self.successor(selection))
+        self.hand_over(layer, self.successor(selection), selection.bits)
 
     def flags(self, layer: "KVLayer", selection: Selection) -> Tensor:
         """[batch, kv_heads, window] bool: what becomes of the tokens in the window."""

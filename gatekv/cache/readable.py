@@ -5,8 +5,6 @@ from typing import TYPE_CHECKING, Any, cast
 
 import torch
 
-from gatekv.cache.segments.pages import Pages
-
 if TYPE_CHECKING:
     from gatekv.cache.layer import KVLayer
 
@@ -48,17 +46,10 @@ class Readable:
         heads, width = window.flags.shape[:2], getattr(window, name).shape[-1]
         for segment in store.segments():
             probe = window.keys.new_zeros(*heads, 1, window.keys.shape[-1])
-            decoded = segment.reads(probe) if segment is store.narrow else segment.stores()
-            for pages, read in zip(segment.stores(), decoded):
-                pool = (
-                    (read.keys if name == "keys" else read.answers)
-                    if isinstance(read, Pages)
-                    else read[1 if name == "keys" else 2]
-                )
-                rows = pages.unrolled(pool)
-                there = torch.arange(rows.shape[1], device=rows.device) < pages.lengths[:, None]
+            for keys, values, there in segment.shown(probe):
+                rows = keys if name == "keys" else values
                 rows = torch.nn.functional.pad(rows, (0, width - rows.shape[-1]))
-                parts.append((rows.unflatten(0, heads), there.unflatten(0, heads)))
+                parts.append((rows.to(window.dtype).unflatten(0, heads), there.unflatten(0, heads)))
         every, held = torch.cat([part for part, _ in parts], 2), torch.cat([there for _, there in parts], -1)
         order = held.to(torch.uint8).argsort(dim=-1, stable=True)[..., held.shape[-1] - int(held.sum(-1).max()) :]
         out = every.gather(2, order[..., None].expand(*order.shape, width))

@@ -2,6 +2,7 @@
 
 import math
 from dataclasses import replace
+from typing import cast
 
 import torch
 from torch import nn
@@ -10,9 +11,11 @@ from transformers.utils import logging
 from gatekv.cache.config import CacheConfig
 from gatekv.config import GateSpec, LessSpec, check_choice
 from gatekv.gates.relaxations import logit_of
+from gatekv.hardware import DTYPES
 from gatekv.modules import base_model, gate_spec, wrappers
 from gatekv.ops.backends import BACKENDS
 from gatekv.policies import Policy, Scorer, resolve
+from gatekv.policies.parts import Width
 from gatekv.support import LATER, rotates_until
 
 DEFAULT = GateSpec()
@@ -31,6 +34,7 @@ def config_of(
     prompt_tokens: int | None,
     turns: bool,
     block_size: int,
+    dtype: torch.dtype | str | None,
     backend: str | None,
     kinds: torch.Tensor | None,
     strict: bool,
@@ -65,6 +69,9 @@ def config_of(
         )
     own_sinks = spec.sinks if policy.scorer.sinks is None else policy.scorer.sinks
     own_window = spec.window if policy.scorer.window is None else policy.scorer.window
+    geometry, allots = wrappers(model)[0].geometry, policy.width is not None and policy.width.allots
+    if allots:
+        own_sinks = max(own_sinks, cast(Width, policy.width).sinks)
     sinks, window = own_sinks if sinks is None else sinks, own_window if window is None else window
     return CacheConfig(
         policy=policy,
@@ -78,12 +85,22 @@ def config_of(
         strict=strict,
         turns=turns,
         block_size=block_size,
+        dtype=_dtype(dtype),
         backend=backend,
         full_prompt_gate=whole,
         thresholds=LATER if calibration is None else calibration.thresholds(sinks, window),
         kinds=kinds,
+        token=(sum(geometry.stored) // 2, (_dtype(dtype) or base_model(model).dtype).itemsize),
         rotates_until=rotates_until(base_model(model).config.get_text_config(decoder=True)),
     )
+
+
+def _dtype(asked: torch.dtype | str | None) -> torch.dtype | None:
+    """Of what is held, as the model computes with numbers."""
+    name = str(asked).removeprefix("torch.")
+    if asked is not None:
+        check_choice("dtype", name, DTYPES)
+    return None if asked is None else getattr(torch, name)
 
 
 def _check_counts(least: int, **counts: object) -> None:
@@ -140,6 +157,13 @@ def _check_extras(model: nn.Module, policy: Policy, learned: bool, decode: str, 
             "narrow tokens cannot be folded later: leave think, qaq or the remainder out (less, merge_similar, "
             "merge_near, what comes with d2o and elastic), or use decode='keep'."
         )
+    if policy.width is not None and policy.width.allots:
+        if prefill == "sparse":
+            raise ValueError(
+                "rate shares out the bytes of a whole prompt at its end: use prefill='dense', or leave it out."
+            )
+        if later and decode == "evict":
+            raise ValueError("rate decides once, at a prompt's or turn's end: use decode='keep'.")
     if policy.remainder_segment().counts:
         if learned and (prefill == "sparse" or decode == "evict"):
             raise ValueError(

@@ -152,8 +152,8 @@ class Stage:
         """[batch, kv_heads, seen] bool: what the next query can still see."""
         window = layer.window
         held = torch.zeros(*window.flags.shape[:2], layer.seen, dtype=torch.bool, device=window.flags.device)
-        for pages in layer.store.stores():
-            pages.scatter(held, True, layer.real)
+        for segment in layer.store.segments():
+            segment.mark(held, layer.real)
         near, valid = held[..., layer.folded :], window.valid[:, None]
         held[..., layer.folded :] = torch.where(valid, self.held_in_window(layer), near)
         return alignment.as_fed(layer, held)

@@ -90,7 +90,7 @@ def _compressed(
     fitted, budget = _fitted(model, undecided, asked, budget)
     options = {**options, "strict": True} | ({} if fitted.scorer.evicts_in_decode else {"decode": "keep"})
     if fitted.needs.scope == "token":
-        cache = KVCache(model, fitted, budget, **options)
+        cache = KVCache(model, fitted, budget, dtype=undecided.config.dtype, **options)
         model(context, past_key_values=cache, logits_to_keep=1)
         return cache
     return undecided.decide(fitted, budget, **options)
@@ -153,7 +153,8 @@ def run_item(
     """
     context = torch.tensor([item.context], device=model.device)
     asked = [resolved(policy, budget) for policy, budget in cells]
-    undecided = KVCache.undecided(model, queries=max(policy.needs.queries for policy in asked))
+    queries, dtype = max(policy.needs.queries for policy in asked), options.pop("dtype", None)
+    undecided = KVCache.undecided(model, queries=queries, dtype=dtype)
     model(context, past_key_values=undecided, logits_to_keep=1)
     options = options if kinds is None else {**options, "kinds": kinds[torch.tensor([item.context])]}
     full, found = None, []

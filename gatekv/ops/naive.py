@@ -345,6 +345,50 @@ def dequantise(records: Tensor, bits: int, outliers: int, head_dim: int, dtype: 
     return flat.view(*records.shape[:-1], head_dim)
 
 
+def encode(y: Tensor, bits: int, levels: Tensor, dtype: torch.dtype) -> Tensor:
+    """Turned vectors [..., D] -> records [..., bytes] uint8, laid out as `gatekv.ops.codec` says.
+
+    bits: 2, 3, 4, 5 or 8; levels [2^bits], ascending, symmetric around 0; dtype: of the scale.
+    """
+    records, d, half = [], y.shape[-1], 2 ** (bits - 1)
+    for vector in y.reshape(-1, d):
+        wide = vector.to(accumulation_dtype(y))
+        size = wide.square().mean().sqrt()
+        unit = wide / size if size > 0 else wide
+        codes = [int((number - levels).abs().argmin()) for number in unit]
+        found = levels[codes].to(wide.dtype)
+        scale = (found @ wide / (found @ found)).to(dtype)
+        if bits in (2, 4, 8):
+            streams = [(bits, codes)]
+        else:  # 3, 5: how far from the middle, then on which side
+            streams = [
+                (bits - 1, [c - half if c >= half else half - 1 - c for c in codes]),
+                (1, [c >= half for c in codes]),
+            ]
+        record: list[int] = []
+        for width, numbers in streams:
+            packed = sum(int(number) << i * width for i, number in enumerate(numbers))
+            record += packed.to_bytes(-(-d * width // 8), "little")
+        records.append(record + scale.view(1).view(torch.uint8).tolist())
+    return torch.tensor(records, dtype=torch.uint8).view(*y.shape[:-1], -1)
+
+
+def decode(records: Tensor, bits: int, levels: Tensor, head_dim: int, dtype: torch.dtype) -> Tensor:
+    """Records [..., bytes] of `encode` -> the turned vectors [..., head_dim], float32 or wider; dtype: of the scale."""
+    vectors, half, wide = [], 2 ** (bits - 1), torch.promote_types(dtype, torch.float32)
+    for record in records.reshape(-1, records.shape[-1]):
+        at, streams = 0, []
+        for width in (bits,) if bits in (2, 4, 8) else (bits - 1, 1):
+            end = at + -(-head_dim * width // 8)
+            packed = int.from_bytes(bytes(record[at:end].tolist()), "little")
+            streams.append([packed >> i * width & 2**width - 1 for i in range(head_dim)])
+            at = end
+        codes = streams[0] if len(streams) == 1 else [half + c if up else half - 1 - c for c, up in zip(*streams)]
+        vectors.append(levels[codes].to(wide) * record[at:].clone().view(dtype).to(wide))
+    flat = torch.stack(vectors) if vectors else torch.empty(0, head_dim, dtype=wide)
+    return flat.view(*records.shape[:-1], head_dim)
+
+
 def merge(segments: list[tuple[Tensor, Tensor]]) -> tuple[Tensor, Tensor]:
     """Merge (output, lse) answers of several memories into one; associative; two empty ones give (0, -inf)."""
     outs, lses = torch.stack([o for o, _ in segments]), torch.stack([s for _, s in segments])

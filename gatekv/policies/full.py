@@ -13,6 +13,7 @@ class Full(Scorer):
 
     queries: int = 0
     evicts = False
+    utility = "log"
 
     def score(self, view: View) -> torch.Tensor:
         return torch.zeros(view.keys.shape[:3], device=view.keys.device)

@@ -4,11 +4,10 @@ from dataclasses import dataclass
 
 import torch
 
-from gatekv.policies.scorer import Scorer, View
+from gatekv.policies.scorer import NOTHING, Scorer, View
 from gatekv.policies.snapkv import window_attention
 
 OBSERVED = 32  # last queries whose attention is looked at
-NOTHING = 1e-6  # attention that counts as none
 
 
 @dataclass
@@ -29,6 +28,7 @@ class Gate(Scorer):
     sinks: int | None = None
     window: int | None = None
     gate = True
+    utility = "log"
     evicts_in_decode = True
     decode = "evict"
 

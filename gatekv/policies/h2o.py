@@ -25,6 +25,7 @@ class H2O(Scorer):
     evicts_in_decode = True
     decode = "evict"
     needs_attention = True
+    utility = "attention"
 
     def __post_init__(self) -> None:
         if not 0 <= self.recent_share < 1:

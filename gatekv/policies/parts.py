@@ -4,6 +4,8 @@ from dataclasses import dataclass
 from typing import TYPE_CHECKING, Literal, Self
 
 if TYPE_CHECKING:
+    from torch import Tensor
+
     from gatekv.cache.segments.pages import Pages
     from gatekv.cache.segments.remainder import Remainder
     from gatekv.cache.segments.segment import Shape
@@ -15,9 +17,17 @@ class Width:
 
     Attributes:
         window: the last queries that a prompt's end looks at, and the last tokens that stay whole.
+        sinks: the first tokens that stay whole. allots: it says itself which tokens stay, under a budget of bytes
+        (`gatekv.policies.rate`).
     """
 
     window: int = 32
+    sinks: int = 0
+    allots = False
+
+    def least(self, protected: "Tensor", head_dim: int, itemsize: int) -> "Tensor":
+        """In whole tokens, what the last `protected` [...], which stay, cost at least; numbers of itemsize bytes."""
+        return protected
 
     def segment(self, pages: "Pages") -> "Narrow":
         """Where old tokens go in one layer, beside its pages."""

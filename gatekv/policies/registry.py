@@ -22,6 +22,7 @@ from gatekv.policies.parts import RemainderPolicy, Width
 from gatekv.policies.policy import Policy
 from gatekv.policies.pyramidkv import Pyramid
 from gatekv.policies.qaq import Bits
+from gatekv.policies.rate import Rate
 from gatekv.policies.scorer import Scorer
 from gatekv.policies.snapkv import SnapKV
 from gatekv.policies.streaming_llm import StreamingLLM
@@ -56,7 +57,7 @@ BUDGETS: dict[str, type[Rule]] = {
     "above": Above,
 }
 LAYERS: dict[str, type[Layers]] = {"even": Even, "pyramid": Pyramid, "variance": Variance}
-WIDTHS: dict[str, type[Width]] = {"think": Channels, "qaq": Bits}
+WIDTHS: dict[str, type[Width]] = {"think": Channels, "qaq": Bits, "rate": Rate}
 REMAINDERS: dict[str, type[RemainderPolicy]] = {"less": Less, "merge_similar": MergeSimilar, "merge_near": MergeNear}
 PARTS: dict[str, dict] = {"rule": BUDGETS, "layers": LAYERS, "width": WIDTHS, "remainder": REMAINDERS}  # beside scorers
 KINDS: dict[type, dict[str, Any]] = {

@@ -4,7 +4,7 @@ from dataclasses import replace
 
 from gatekv.config import check_choice
 from gatekv.policies.amount import Amount, checked_budget
-from gatekv.policies.budgets import Above, Threshold, Uniform
+from gatekv.policies.budgets import Above, Global, Threshold, Uniform
 from gatekv.policies.layers import Even
 from gatekv.policies.policy import Policy
 from gatekv.policies.registry import LAYERS, PARTS, SCORERS, WIDTHS
@@ -44,12 +44,15 @@ def resolve(policy: Policy | Scorer | str, budget: Amount | None) -> Policy:
         )
     scorer, learned = policy.scorer, policy.scorer.gate
     usual: dict[str, type] = {"rule": Threshold if learned else Uniform, "layers": Even, **scorer.partners}
+    allots = policy.width is not None and policy.width.allots
+    if allots and "rule" not in scorer.partners:
+        usual["rule"] = Global
     if budget is None and scorer.absolute:
         usual["rule"] = Above
     missing = {part: kind() for part, kind in usual.items() if getattr(policy, part) is None}
     policy = replace(policy, **missing)
     rule = policy.rule
-    if not scorer.evicts:
+    if not scorer.evicts and not allots:
         budget = 1.0
     if rule.scope == "token" and not learned:
         raise ValueError(f"{type(scorer).__name__} has no threshold; use one of uniform, ada, global.")
@@ -58,6 +61,16 @@ def resolve(policy: Policy | Scorer | str, budget: Amount | None) -> Policy:
         raise ValueError(
             f"{name} gives each layer a number of tokens, and {type(rule).__name__} does not ask for it: use one of "
             f"uniform, ada with it, or even instead of {name}."
+        )
+    if allots and (rule.scope == "token" or rule.fades or rule.absolute):
+        raise ValueError(
+            f"rate shares out the bytes of a whole prompt, and {type(rule).__name__.lower()} shares out nothing: use "
+            "global, ada or uniform with it."
+        )
+    if allots and scorer.utility is None:
+        raise ValueError(
+            f"rate wants a utility: attention, or a gate's score. {type(scorer).__name__}'s scores only rank: use rate "
+            "with gate, h2o, snapkv, tova or full."
         )
     if rule.absolute and not scorer.absolute:
         raise ValueError(

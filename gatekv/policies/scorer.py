@@ -12,6 +12,7 @@ if TYPE_CHECKING:
     from gatekv.cache.segments.pages import Pages
     from gatekv.cache.segments.sinks import CachePositionSinks
 
+NOTHING = 1e-6  # attention that counts as none
 ALL = 2**31 - 1  # of a prompt's queries
 OLD_NAMES = {"streams": "evicts_in_decode", "watches": "needs_attention", "sure": "always_keep"}  # until 0.3
 
@@ -56,6 +57,8 @@ class Scorer(ABC):
         partners: what its paper puts beside it ("rule", "layers", "remainder"), unless a policy names another.
         absolute: without a budget, what scores above 0 is kept. gate: scores are of an adapter's gate, which reads
         tokens as they come. evicts: False: everything is kept, whatever the budget. kinds: it goes by `View.kinds`.
+        utility: what scores say where they buy bits (`gatekv.policies.rate`): "attention", a share or a sum of shares;
+        its "log"; None: neither.
     """
 
     sinks: int | None = 0
@@ -71,6 +74,7 @@ class Scorer(ABC):
     gate: bool = False
     evicts: bool = True
     kinds: bool = False
+    utility: str | None = None
 
     def __init_subclass__(cls, **kwargs: Any) -> None:
         super().__init_subclass__(**kwargs)
@@ -81,6 +85,10 @@ class Scorer(ABC):
     @abstractmethod
     def score(self, view: View) -> torch.Tensor:
         """[batch, kv_heads, tokens] float, higher keeps."""
+
+    def log_utility(self, scores: torch.Tensor) -> torch.Tensor:
+        """The logarithm of the attention that tokens are worth, from their scores; of the same shape."""
+        return scores.float() if self.utility == "log" else (scores.float() + NOTHING).log()
 
     def recent(self, counts: torch.Tensor, window: int) -> torch.Tensor:
         """How many of the last tokens stay whatever their score, of counts [...] that may stay; at least a window."""

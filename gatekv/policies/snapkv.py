@@ -42,6 +42,7 @@ class SnapKV(Scorer):
     kernel: int = 7
     pooling: str = "max"
     sinks: int = 0
+    utility = "attention"
 
     def __post_init__(self) -> None:
         check_choice("pooling", self.pooling, ("max", "mean"))

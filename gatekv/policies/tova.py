@@ -21,6 +21,7 @@ class TOVA(Scorer):
     evicts_in_decode = True
     decode = "evict"
     needs_attention = True
+    utility = "attention"
 
     def score(self, view: View) -> torch.Tensor:
         return window_attention(view, 1)[..., 0, :].mean((1, 2))[:, None].expand(view.keys.shape[:3])

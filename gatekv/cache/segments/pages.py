@@ -192,6 +192,12 @@ class Pages(Pool):
         kept = keep.flatten(0, 1)[rows.expand_as(slots), slots.clamp_min(0)] if keep.shape[-1] else slots < 0
         return (slots >= 0) & ~kept & self.occupied()
 
+    def gathered(self, source: Tensor, real: Tensor) -> Tensor:
+        """[P, block_size, ...]: what source [batch, kv_heads, n, ...], which ends with each row's newest token, says of
+        what is held. Anything where a slot holds none of these. real: see `ages`."""
+        slots = (source.shape[2] - self.ages(real)).clamp(0, source.shape[2] - 1)
+        return source.flatten(0, 1)[self._held()[0].expand_as(slots), slots]
+
     def scatter(self, into: Tensor, source: Tensor | bool | float, real: Tensor) -> None:
         """Write `source` ([P, block_size, ...] or a scalar) into [batch, kv_heads, slots, ...], which ends with each
         row's newest token, at the slots of what is held; no held one is earlier. real: see `ages`."""

@@ -18,7 +18,8 @@ class PromptEnd:
         queries: [batch, heads, n, head_dim], the last n columns'. asks: [batch, n] bool, False at pads.
         keys: [batch, kv_heads, t, head_dim], of the window; live: [batch, kv_heads, t] bool, which of it will stay.
         real: [batch, 1], real tokens so far. scaling: factor on the attention logits. sinks: [heads], learned ones, or
-        None.
+        None. bits: [batch, kv_heads, n, 2] uint8, of the key and value of each token since the prompt or turn began,
+        where that was decided (`gatekv.policies.rate`).
     """
 
     queries: Tensor
@@ -28,6 +29,7 @@ class PromptEnd:
     real: Tensor
     scaling: float
     sinks: Tensor | None = None
+    bits: Tensor | None = None
 
     def old(self, pages: Pages, window: int) -> Tensor:
         """[P, block_size] bool: the tokens of `pages` but for each row's last `window`."""

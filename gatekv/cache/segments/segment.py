@@ -18,6 +18,7 @@ if TYPE_CHECKING:
 
 Tensor = torch.Tensor
 UNEVEN = 128  # pages, of rows of unequal length, up to which reading more than is held costs less than its calls
+Shown = tuple[Tensor, Tensor, Tensor]  # keys, values [rows, most, head_dim], where there is one [rows, most] bool
 Read = tuple[Tensor, Tensor, Tensor, PageTable]  # queries, keys, values, table: what paged attention takes
 
 
@@ -105,6 +106,18 @@ class Paged(Segment):
     def reads(self, q: Tensor) -> Iterable[Read]:
         """What paged attention takes of each of `stores` in turn, where q [batch, heads, queries, head_dim] ask."""
         raise NotImplementedError
+
+    def mark(self, held: Tensor, real: Tensor) -> None:
+        """Set held [batch, kv_heads, slots] bool, which ends with each row's newest token, at what it holds.
+
+        real: [batch, 1], tokens of each row.
+        """
+        for store in self.stores():
+            store.scatter(held, True, real)
+
+    def shown(self, probe: Tensor) -> list[Shown]:
+        """What it holds, for looking at, one for each of `stores`; probe: [batch, kv_heads, 1, head_dim], zeros."""
+        return [(s.unrolled(s.keys), s.unrolled(s.answers), s.held_places()) for s in self.stores()]
 
     def rectangles(self, q: Tensor) -> list[Rectangle] | None:
         """The same for `gatekv.ops.joint`, where its pages are few and lie in rows of equal length; else None."""

@@ -49,7 +49,8 @@ class Rate(Width):
     """Every token of every head gets the bits that its utility buys under one budget of bytes; 0 bits: it is evicted.
 
     With u_j the utility of a token and D(b) the squared error of b bits as a share of a vector's square (D(0) = 1),
-        minimise  sum_j u_j (w_j D(bits of key j) + D(bits of value j))   under   sum_j bytes_j <= budget
+        minimise  sum_j u_j (w_j D(bits of key j) + D(bits of value j))   under   sum_j bytes_j <= budget,
+    where a token that is gone costs u_j · `evicted`,
     is solved by one price of a byte for all tokens that share the budget (`Rule.scope`: a head, a layer, the model): a
     token takes the next step up while log u_j + log(its gain) - log(its bytes) is above the price (RDKV, 2605.08317,
     calls it reverse water-filling; methods.md §6). The last `window` tokens and the sinks stay whole; the rest of the
@@ -61,7 +62,7 @@ class Rate(Width):
         measured: exponent of what the layer's own queries say of it: w_j is multiplied by
             (scaling² · |q|² · |k_j|² / head_dim) to that power, the variance of its logit per unit of distortion.
         norms: exponent of |v_j|², of its head's mean, in u_j.
-        evicted: distortion of a token that is gone, as a multiple of its key's and value's together.
+        evicted: distortion of a token that is gone, in squares of its value.
         window: last tokens that stay whole, and queries that are asked for `measured`. sinks: first tokens that stay
         whole, where the scorer protects fewer.
     """
@@ -118,6 +119,18 @@ class Rate(Width):
             log_w = log_w + self.measured * (q * size(view.keys) * view.scaling**2 / view.keys.shape[-1]).log()
         return log_u, log_w
 
+    def _entrance(self, w: Tensor, dims: tuple[int, int], itemsize: int) -> tuple[Tensor, Tensor]:
+        """(the most that a byte of a token's first bits can gain per unit of its utility, the bits of its key then).
+
+        Its value has the fewest bits there. A key of few bits may be worse than none: its logit is off so far.
+        """
+        low = WIDTHS[0]
+        each = [
+            (self.evicted - w * DISTORTION[b] - DISTORTION[low]) / token_bytes((b, low), dims, itemsize) for b in WIDTHS
+        ]
+        best, at = torch.stack(each).max(0)
+        return best.clamp_min(1e-12), torch.tensor(WIDTHS, device=w.device)[at]
+
     def allot(self, log_u: Tensor, log_w: Tensor, least: Tensor, whole: Tensor, room: Tensor, dims: tuple[int, int],
               itemsize: int) -> Tensor:  # fmt: skip
         """Bits of key and value, [units, tokens, 2] uint8, of units that each share out room [units] bytes.
@@ -125,26 +138,24 @@ class Rate(Width):
         log_u, log_w: [units, tokens], log_u -inf where there is no token; least, whole: [units, tokens] bool, tokens
         that are not evicted, and that stay as they are; they are paid for first.
         """
-        path, found = steps(dims, itemsize), []
-        w = log_w.double().exp()
-        for i, step in enumerate(path):
-            gain = w * step.key + step.value
-            if i == 0:
-                gain = gain + (self.evicted - 1) * (w + 1)
-            found.append(log_u.double() + gain.clamp_min(1e-12).log() - math.log(step.price))
-            if i:  # no token takes a later step before its first
-                found[i] = torch.minimum(found[i], found[0])
+        path, w = steps(dims, itemsize), log_w.double().exp()
+        enter, first = self._entrance(w, dims, itemsize)
+        found = [enter]
+        for step in path[1:]:  # no token takes a later step before its first
+            worth = torch.minimum((w * step.key + step.value) / step.price, enter)
+            found.append(torch.where(first >= step.bits, enter, worth) if step.of == 0 else worth)
+        found = [log_u.double() + f.log() for f in found]
         found[0] = found[0].masked_fill(least & (log_u > -torch.inf), torch.inf)
-        at = torch.stack([f.masked_fill(whole, torch.inf) for f in found], 1)  # [units, steps, tokens]
-        price = torch.tensor([s.price for s in path], dtype=torch.float64, device=at.device)
-        price = price[:, None].expand(at.shape[1:]).flatten()
-        order = at.flatten(1).argsort(dim=-1, descending=True, stable=True)
+        # By token, then by step, so that of equal ones each is served whole before the next.
+        at = torch.stack([f.masked_fill(whole, torch.inf) for f in found], -1)
+        price = torch.tensor([s.price for s in path], dtype=torch.float64, device=at.device).repeat(at.shape[1])
+        ranked, order = at.flatten(1).sort(dim=-1, descending=True, stable=True)
         fits = price[order].cumsum(-1) <= room.double()[:, None]
-        sure = at.flatten(1).gather(1, order) == torch.inf
-        taken = torch.zeros_like(fits).scatter(1, order, fits | sure).view_as(at)
-        taken &= (log_u > -torch.inf)[:, None]
+        taken = torch.zeros_like(fits).scatter(1, order, fits | (ranked == torch.inf)).view_as(at)
+        taken &= (log_u > -torch.inf)[..., None]
         bits = torch.zeros(*log_u.shape, 2, dtype=torch.uint8, device=at.device)
-        for step, mine in zip(path, taken.unbind(1)):
+        for step, mine in zip(path, taken.unbind(-1)):
             part = slice(None) if step.of is None else slice(step.of, step.of + 1)
             bits[..., part] = torch.where(mine[..., None], step.bits, bits[..., part])
-        return bits
+        broken = (bits[..., 0] < first) & ~least  # where the bytes ended within a token's first bits
+        return bits.masked_fill(broken[..., None], 0)

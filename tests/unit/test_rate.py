@@ -163,20 +163,20 @@ def test_bits_are_what_buys_the_least_distortion():
     """Against every way to spend the bytes, for a few tokens."""
     dims, itemsize, generator = (64, 64), 2, torch.Generator().manual_seed(0)
     ladder = [0, 2, 3, 4, 5, 8]
-    D = {0: 1.0, **DISTORTION}
+    lost = lambda w, key, value: w * DISTORTION[key] + DISTORTION[value] if key else 1.0  # noqa: E731
     pairs = [(0, 0), *itertools.product(ladder[1:], ladder[1:])]
     cost = {p: 0.0 if p == (0, 0) else token_bytes(p, dims, itemsize) for p in pairs}
     none = torch.zeros(1, 3, dtype=torch.bool)
     for room in (60.0, 130.0, 200.0, 280.0) * 3:
         u = (torch.randn(3, generator=generator, dtype=torch.float64) * 2).exp()
-        w = torch.rand(3, generator=generator, dtype=torch.float64).exp()
+        w = (torch.rand(3, generator=generator, dtype=torch.float64) * 3).exp()  # 1 to 20
         bits = Rate().allot(u.log()[None], w.log()[None], none, none, torch.tensor([room]), dims, itemsize)[0].tolist()
         found = [
-            (sum(cost[p] for p in choice), sum(u[j] * (w[j] * D[p[0]] + D[p[1]]) for j, p in enumerate(choice)))
+            (sum(cost[p] for p in choice), sum(u[j] * lost(w[j], *p) for j, p in enumerate(choice)))
             for choice in itertools.product(pairs, repeat=3)
         ]
         spent = sum(cost[tuple(pair)] for pair in bits)
-        mine = sum(u[j] * (w[j] * D[key] + D[value]) for j, (key, value) in enumerate(bits))
+        mine = sum(u[j] * lost(w[j], *pair) for j, pair in enumerate(bits))
         assert spent <= room and mine <= min(loss for bytes, loss in found if bytes <= spent) * (1 + 1e-9)
 
 

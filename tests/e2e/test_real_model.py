@@ -22,7 +22,7 @@ pytestmark = pytest.mark.xdist_group("real model")  # trained once
 
 
 DTYPE = ["--dtype", "float32", "--threads", "1"]
-SHORT = [*DTYPE, "--max_steps", "2", "--sequence_length", "128"]
+SHORT = [*DTYPE, "--max_steps", "2", "--sequence_length", "64"]
 
 
 def run(script: str, *options: str, expect: int = 0) -> str:

@@ -228,6 +228,15 @@ def pytest_sessionfinish():
     gc.unfreeze()
 
 
+THREADS = torch.get_num_threads()
+
+
+def pytest_runtest_teardown():
+    """A recipe takes all cores, which the tests beside it have too; more threads than cores wait for one another."""
+    if torch.get_num_threads() != THREADS:
+        torch.set_num_threads(THREADS)
+
+
 @pytest.fixture(params=FAMILIES)
 def family(request):
     return request.param

@@ -110,9 +110,9 @@ def padded_and_packed(n, queries):
 @pytest.mark.covering(1)  # the interpreter takes five seconds a case
 @pytest.mark.parametrize("sinks,cap,narrow", [(True, None, 16), (False, 0.8, 16), (True, 0.8, 9)])
 def test_sinks_caps_and_narrow_values(sinks, cap, narrow):
-    (q, k, v, gate), dout = problem(37, queries=21, heads=4, kv=2, batch=2)
+    (q, k, v, gate), dout = problem(37, queries=21, batch=2)
     v = v[..., :narrow].detach().requires_grad_()
-    own = torch.tensor([-2.0, 0, 1, 3], device=DEVICE) if sinks else None
+    own = torch.tensor([-2.0, 3], device=DEVICE) if sinks else None
     options, scale = dict(window=7, sinks=own), Scale(16**-0.5, cap)
     found = []
     for function in (gated_triton.gated_attention, naive.gated_attention):
@@ -122,6 +122,7 @@ def test_sinks_caps_and_narrow_values(sinks, cap, narrow):
         torch.testing.assert_close(a, b, rtol=1e-4, atol=1e-5)
 
 
+@pytest.mark.covering(1)  # the interpreter takes seconds a case
 @pytest.mark.parametrize("gates", ["in blocks", "soft"])
 @pytest.mark.parametrize("queries", [37, 20])
 def test_masks(gates, queries):
@@ -151,7 +152,7 @@ def bfloat16_in_the_interpreter(monkeypatch):
 
 @pytest.mark.parametrize("dtype,tolerance", [(torch.bfloat16, 3e-2), (torch.float16, 5e-3)])
 def test_half_precision(bfloat16_in_the_interpreter, dtype, tolerance):
-    assert_same(*problem(37, d=64, heads=4, kv=2, dtype=dtype), rtol=tolerance, atol=tolerance, window=9)
+    assert_same(*problem(37, d=64, dtype=dtype), rtol=tolerance, atol=tolerance, window=9)
 
 
 def test_inputs_of_several_types_and_layouts():

@@ -2,6 +2,7 @@
 
 import copy
 import functools
+import gc
 import os
 import sys
 from pathlib import Path
@@ -217,6 +218,25 @@ def pytest_collection_modifyitems(items):
             cases[place].add_marker("exhaustive")
 
 
+def pytest_collection_finish():
+    """Libraries and cases are here to stay: garbage is looked for in what tests make, not in a million objects more."""
+    gc.collect()
+    gc.freeze()
+
+
+def pytest_sessionfinish():
+    gc.unfreeze()
+
+
+THREADS = torch.get_num_threads()
+
+
+def pytest_runtest_teardown():
+    """A recipe takes all cores, which the tests beside it have too; more threads than cores wait for one another."""
+    if torch.get_num_threads() != THREADS:
+        torch.set_num_threads(THREADS)
+
+
 @pytest.fixture(params=FAMILIES)
 def family(request):
     return request.param
@@ -247,7 +267,7 @@ def hub(tmp_path, monkeypatch):
 
 
 README = Path(__file__).resolve().parents[1] / "README.md"
-SHORT = ["--max_steps", "2", "--save_every", "1", "--sequence_length", "128", "--dtype", "float32", "--threads", "1"]
+SHORT = ["--max_steps", "2", "--save_every", "1", "--sequence_length", "64", "--dtype", "float32", "--threads", "1"]
 
 
 @pytest.fixture(scope="session")

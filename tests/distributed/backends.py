@@ -32,7 +32,7 @@ BACKENDS = {
     "sequence_zero3": (["--config_file", "launch/zero3.yaml"], SHARDED | SHARED),
 }
 SHARING = [name for name in BACKENDS if name.startswith("sequence")]
-ONE = (["--cpu"], CPU)
+ONE = ([], CPU | {"ACCELERATE_USE_CPU": "true"})
 ZERO = {"ACCELERATE_USE_DEEPSPEED": "true", "ACCELERATE_DEEPSPEED_ZERO3_INIT": "false"}
 LAUNCHED = {  # what `accelerate launch` would say in the environment
     "ddp": {},
@@ -69,12 +69,14 @@ def free_port() -> str:
 
 
 def launch(script: str, backend: str, *arguments) -> None:
-    """Run a script of this folder by `accelerate launch`, in two processes, or one if the backend is "single"; its
-    arguments are the backend and these."""
+    """Run a script of this folder by `accelerate launch` in two processes, or alone in one if the backend is "single";
+    its arguments are the backend and these."""
     flags, environment = ONE if backend == "single" else BACKENDS[backend]
-    command = [sys.executable, "-m", "accelerate.commands.launch", *flags, "--num_machines", "1"]
-    command += ["--num_processes", "1" if backend == "single" else "2", "--main_process_port", free_port()]
-    command += ["--mixed_precision", "no", "--dynamo_backend", "no", str(HERE / script), backend, *map(str, arguments)]
+    command = [sys.executable]
+    if backend != "single":
+        command += ["-m", "accelerate.commands.launch", *flags, "--num_machines", "1", "--num_processes", "2"]
+        command += ["--main_process_port", free_port(), "--mixed_precision", "no", "--dynamo_backend", "no"]
+    command += [str(HERE / script), backend, *map(str, arguments)]
     run = subprocess.run(command, env=os.environ | environment, cwd=ROOT, capture_output=True, text=True, timeout=300)
     assert run.returncode == 0, run.stderr[-6000:]
 

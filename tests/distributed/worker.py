@@ -120,7 +120,7 @@ def recipes(base: Path, out: Path, names: list[str]) -> None:
     from gatekv.recipes import cpt, less, sft
 
     Accelerator.end_training = lambda self: None  # it would end the process group, which the next recipe needs
-    common = ["--model", str(base), "--sequence_length", "100", "--max_steps", "2"]
+    common = ["--model", str(base), "--sequence_length", "100", "--max_steps", "2", "--threads", "1"]
     world, shared = (int(os.environ.get(name, "1")) for name in ("WORLD_SIZE", "PARALLELISM_CONFIG_SP_SIZE"))
     common += ["--dtype", "float32", "--accumulation", str(2 * shared // world)]
     task = ["--data", str(base / "task.jsonl")]

@@ -72,6 +72,7 @@ def model():
     return gated(dtype=torch.float32, window=6, sinks=2, **LESS)
 
 
+@pytest.mark.covering(1)  # every policy, by turns under it all along and in every other call
 @pytest.mark.parametrize("on", [True, (True, False), (False, True)], ids=str)
 @pytest.mark.parametrize("policy", POLICIES)
 def test_policies_run_under_autocast(model, policy, on):

@@ -140,6 +140,7 @@ class Grads(TrainerCallback):
         self.found = gradients(model)
 
 
+@pytest.mark.covering(1)  # every way to recompute; test_trl has more of TRL
 @pytest.mark.parametrize("how", RECOMPUTED)
 @pytest.mark.parametrize("kind", ["transformers", "trl"])
 def test_trainers(kind, how, tmp_path, monkeypatch):

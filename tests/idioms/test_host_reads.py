@@ -101,6 +101,7 @@ def spread(objective, devices):
     return objective
 
 
+@pytest.mark.covering(1)  # every step over every kind of rows, by turns on one device and on two
 @pytest.mark.parametrize("place", [lambda objective, devices: devices.move(objective), spread], ids=["one", "two"])
 @pytest.mark.parametrize("rows, name", CASES)
 def test_a_step_looks_at_the_device_once(rows, name, place):

@@ -40,6 +40,7 @@ POLICIES = {
     "snapkv+less": ("snapkv+less", 0.6, {}),
     "gate+less": ("gate+less", None, {}),
 }
+SINGLE = 24  # tokens one by one behind them: past a fold
 LENGTHS = [(60, 9, 1, 1, 3), (47, 9, 1, 1, 7), (60, 2, 1, 0, 1), (52, 0, 0, 1, 7)]  # of each row, call by call
 
 
@@ -88,9 +89,9 @@ def answers(model, cache, calls: list[tuple[torch.Tensor, torch.Tensor]]) -> lis
 def test_a_row_among_pads_equals_the_row_alone(name, where):
     policy, budget, options = POLICIES[name]
     model, generator = model_of(name), torch.Generator().manual_seed(1)
-    tokens = [torch.randint(1, VOCAB, (sum(n) + 40,), generator=generator).tolist() for n in LENGTHS]
+    tokens = [torch.randint(1, VOCAB, (sum(n) + SINGLE,), generator=generator).tolist() for n in LENGTHS]
     cuts = [[n[: i + 1] for i in range(len(n))] for n in LENGTHS]
-    rows = [[row[sum(c[:-1]) : sum(c)] for c in cut] + [[t] for t in row[-40:]] for row, cut in zip(tokens, cuts)]
+    rows = [[row[sum(c[:-1]) : sum(c)] for c in cut] + [[t] for t in row[-SINGLE:]] for row, cut in zip(tokens, cuts)]
     calls = [laid([row[i] for row in rows], where, generator) for i in range(len(rows[0]))]
     cache = gatekv.KVCache(model, policy, budget, **options)
     together, held = answers(model, cache, calls), cache.flags()

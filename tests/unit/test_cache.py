@@ -143,6 +143,7 @@ def test_beam_search_with_a_full_budget_equals_plain(family):
     assert torch.equal(got, wanted)
 
 
+@pytest.mark.covering(1)  # test_families has every family
 @pytest.mark.parametrize("gate", ["mlp", "attention"])
 @pytest.mark.parametrize(
     "search",

@@ -28,7 +28,7 @@ def accelerator():
 def test_a_captured_objective_has_the_same_loss_and_gradient(tmp_path, accelerator):
     found, batch = [], ToyData().batch(0, 1)
     for captured in (False, True):
-        module = run = make(objective="lm")
+        module = run = make(objective="lm", layers=1)  # capturing takes ten seconds a layer
         learning = checkpoint.trained(module)
         if captured:
             run, _ = sharding.prepare(accelerator, module, torch.optim.AdamW(learning.values()), config(tmp_path))

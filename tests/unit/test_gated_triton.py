@@ -79,7 +79,7 @@ def test_full_tiles(monkeypatch, window):
 
 @pytest.mark.parametrize("group,kv", [(1, 3), (2, 2), pytest.param(8, 1, marks=pytest.mark.exhaustive)])
 def test_groups(group, kv):
-    assert_same(*problem(37, heads=group * kv, kv=kv, batch=2 if kv == 2 else 1), window=5)
+    assert_same(*problem(21, heads=group * kv, kv=kv, batch=2 if kv == 2 else 1), window=5)
 
 
 @pytest.mark.parametrize("d", [8, 64, 80, 96])
@@ -110,9 +110,9 @@ def padded_and_packed(n, queries):
 @pytest.mark.covering(1)  # the interpreter takes five seconds a case
 @pytest.mark.parametrize("sinks,cap,narrow", [(True, None, 16), (False, 0.8, 16), (True, 0.8, 9)])
 def test_sinks_caps_and_narrow_values(sinks, cap, narrow):
-    (q, k, v, gate), dout = problem(53, queries=37, heads=4, kv=2, batch=2)
+    (q, k, v, gate), dout = problem(37, queries=21, batch=2)
     v = v[..., :narrow].detach().requires_grad_()
-    own = torch.tensor([-2.0, 0, 1, 3], device=DEVICE) if sinks else None
+    own = torch.tensor([-2.0, 3], device=DEVICE) if sinks else None
     options, scale = dict(window=7, sinks=own), Scale(16**-0.5, cap)
     found = []
     for function in (gated_triton.gated_attention, naive.gated_attention):
@@ -122,12 +122,13 @@ def test_sinks_caps_and_narrow_values(sinks, cap, narrow):
         torch.testing.assert_close(a, b, rtol=1e-4, atol=1e-5)
 
 
+@pytest.mark.covering(1)  # the interpreter takes seconds a case
 @pytest.mark.parametrize("gates", ["in blocks", "soft"])
-@pytest.mark.parametrize("queries", [53, 20])
+@pytest.mark.parametrize("queries", [37, 20])
 def test_masks(gates, queries):
-    inputs, dout = problem(53, gates, queries, batch=3, heads=2)
-    got = assert_same(inputs, dout, window=6, mask=padded_and_packed(53, queries))
-    assert queries < 53 or (got[0][1, :, : 53 // 3] == 0).all(), "a pad sees nothing and says nothing"
+    inputs, dout = problem(37, gates, queries, batch=3, heads=2)
+    got = assert_same(inputs, dout, window=6, mask=padded_and_packed(37, queries))
+    assert queries < 37 or (got[0][1, :, : 37 // 3] == 0).all(), "a pad sees nothing and says nothing"
 
 
 def test_one_mask_for_all_rows_cut_out_of_a_larger_one():
@@ -151,7 +152,7 @@ def bfloat16_in_the_interpreter(monkeypatch):
 
 @pytest.mark.parametrize("dtype,tolerance", [(torch.bfloat16, 3e-2), (torch.float16, 5e-3)])
 def test_half_precision(bfloat16_in_the_interpreter, dtype, tolerance):
-    assert_same(*problem(53, d=64, heads=4, kv=2, dtype=dtype), rtol=tolerance, atol=tolerance, window=9)
+    assert_same(*problem(37, d=64, dtype=dtype), rtol=tolerance, atol=tolerance, window=9)
 
 
 def test_inputs_of_several_types_and_layouts():
@@ -177,7 +178,7 @@ def test_evicted_keys_are_not_read():
 
 @pytest.mark.parametrize("needed", ["k", "qv", "gate"])
 def test_gradients_that_nobody_wants_change_no_other(needed):
-    inputs, dout = problem(53)
+    inputs, dout = problem(37)
     all_of_them = dict(zip(("q", "k", "v", "gate"), results(gated_triton.gated_attention, inputs, dout, window=6)[1:]))
     names = [name for name in all_of_them if name in needed or name == needed]
     some = [t.detach().requires_grad_(name in names) for name, t in zip(all_of_them, inputs)]

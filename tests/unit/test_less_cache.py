@@ -84,6 +84,7 @@ def test_one_shot_policies_remember_what_the_prompt_lost(form, policy, cuts, fam
     torch.testing.assert_close(got, wanted, rtol=1e-9, atol=1e-9 * wanted.abs().max().item())
 
 
+@pytest.mark.covering(1)  # a form does not know the family
 @pytest.mark.parametrize("kind", KINDS)
 @pytest.mark.parametrize("form", FORMS)
 def test_every_family_remembers(form, kind):
@@ -271,6 +272,7 @@ def test_turns_are_remembered_too():
 
 
 @torch.no_grad()
+@pytest.mark.covering(1)  # every way to evict; forms differ in what is gathered
 @pytest.mark.parametrize("policy,budget", [("gate+less", None), ("snapkv+less", 0.85), ("h2o+less", 0.5)])
 @pytest.mark.parametrize("form", FORMS)
 def test_beams_take_their_states_with_them(form, policy, budget, family):

@@ -93,6 +93,7 @@ def theirs(model, letters, folder, task, rows, config, chat, **options):
     return found["samples"][task], found
 
 
+@pytest.mark.covering(1)  # every policy and either mode
 @pytest.mark.parametrize("mode,compress", [("agnostic", "before_question"), ("aware", "prompt")])
 @pytest.mark.parametrize("policy,budget,batch", [("full", None, 1), ("snapkv", 0.3, 1), ("gate+global", 0.4, 3)])
 def test_longbench_gives_our_answers_and_scores_where_the_harness_has_its_prompt(

@@ -311,6 +311,7 @@ def shaped(tied):
     return model
 
 
+@pytest.mark.covering(1)  # every shape, by turns alone and beside another
 @pytest.mark.parametrize("wrapped", [False, True])
 @pytest.mark.parametrize(
     "name, tied", [(name, tied) for name in SHAPES for tied in (False, True) if (name, tied) != ("head", True)]

@@ -109,6 +109,7 @@ def test_any_feeding_and_cropping_equals_the_parallel_form(calls, window):
     torch.testing.assert_close(got, wanted, rtol=1e-9, atol=1e-9)
 
 
+@pytest.mark.covering(1)  # every policy, by turns with either kind of drafts
 @pytest.mark.parametrize(
     "policy,budget", [("gate", None), ("gate+ada", 0.5), ("snapkv+ada", 0.75), ("keydiff", 0.5), ("full", None)]
 )

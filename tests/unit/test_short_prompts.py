@@ -58,6 +58,7 @@ def run(model, cache, ids, mask, steps):
     return torch.cat(out, 1), flags, torch.stack(cache.flags())
 
 
+@pytest.mark.covering(1)  # every policy, by turns under a share and a number of tokens
 @pytest.mark.parametrize("budget", [0.25, 9])
 @pytest.mark.parametrize("name", POLICIES)
 def test_no_row_is_refused_or_left_with_nothing_and_each_is_its_solo_run(name, budget):

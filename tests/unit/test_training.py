@@ -47,10 +47,10 @@ class ToyData:
 
 
 def make(objective="kl", sparsity="abs", scope="global", oracle_weight=0.0, dtype=torch.float32, prefill="sparse",
-         polarise_weight=0.0, family="llama", **spec):  # fmt: skip
+         polarise_weight=0.0, family="llama", layers=2, **spec):  # fmt: skip
     torch.manual_seed(0)
     spec = dict(window=4, sinks=2, hidden=8, heads=2, head_dim=4, context_window=8, initial_logit=0.5) | spec
-    model = get_peft_model(tiny(family, dtype), gatekv.GateKVConfig(**spec)).to(dtype).train()
+    model = get_peft_model(tiny(family, dtype, num_hidden_layers=layers), gatekv.GateKVConfig(**spec)).to(dtype).train()
     for w in wrappers(model):  # a zero last layer would block the first step's gradient to the layers before it
         gate = w.gatekv_gate["default"]
         torch.nn.init.normal_(gate.out_weight if spec.get("gate") == "key_mlp" else gate.out.weight, std=0.5)

@@ -108,6 +108,7 @@ def test_accumulated_steps_are_one_large_step(tmp_path):
             torch.testing.assert_close(other[name], step, rtol=1e-3, atol=1e-4 * step.abs().max().item())
 
 
+@pytest.mark.covering(1)  # either form, with LoRA and without
 @pytest.mark.parametrize("objective", [{"prefill": "dense"}, {"sparsity": "budget"}], ids=["behind", "inside"])
 @pytest.mark.parametrize("lora", [None, LORA], ids=["gate alone", "with LoRA"])
 def test_layers_may_be_computed_again_as_trl_has_it(lora, objective, tmp_path):

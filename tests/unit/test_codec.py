@@ -4,7 +4,7 @@ import pytest
 import torch
 
 from gatekv.ops import codec, naive
-from gatekv.policies.rate import DISTORTION
+from gatekv.policies.bits import DISTORTION
 
 DIMS = (16, 20, 64, 80, 96, 128, 256)
 

@@ -13,7 +13,8 @@ from gatekv.cache.segments.coded import token_bytes
 from gatekv.modules import base_model, wrappers
 from gatekv.ops import codec, naive
 from gatekv.policies import resolve
-from gatekv.policies.rate import DISTORTION, Rate, steps
+from gatekv.policies.bits import DISTORTION, allot, steps
+from gatekv.policies.rate import Rate
 
 POLICIES = ["h2o+rate", "snapkv+ada+rate", "snapkv+uniform+rate", "tova+rate", "rate"]
 
@@ -170,7 +171,7 @@ def test_bits_are_what_buys_the_least_distortion():
     for room in (60.0, 130.0, 200.0, 280.0) * 3:
         u = (torch.randn(3, generator=generator, dtype=torch.float64) * 2).exp()
         w = (torch.rand(3, generator=generator, dtype=torch.float64) * 3).exp()  # 1 to 20
-        bits = Rate().allot(u.log()[None], w.log()[None], none, none, torch.tensor([room]), dims, itemsize)[0].tolist()
+        bits = allot(u.log()[None], w.log()[None], none, none, torch.tensor([room]), 1.0, dims, itemsize)[0].tolist()
         found = [
             (sum(cost[p] for p in choice), sum(u[j] * lost(w[j], *p) for j, p in enumerate(choice)))
             for choice in itertools.product(pairs, repeat=3)

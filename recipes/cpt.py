@@ -19,6 +19,7 @@ def main(argv: list[str]) -> dict | None:
     from peft import get_peft_model
 
     from gatekv import GateKVConfig
+    from gatekv.policies.rate import Rate
     from gatekv.recompute import recompute_layers
     from gatekv.training.calibrate import calibrate
     from gatekv.training.config import CPTConfig
@@ -57,6 +58,7 @@ def main(argv: list[str]) -> dict | None:
         sparsity_weight=config.sparsity_weight,
         polarise_weight=config.polarise_weight,
         oracle_weight=config.oracle_weight,
+        width=Rate() if config.rate else None,
     )
     records, seconds = fit(objective, data, config, accelerator)
     model.train()

@@ -140,9 +140,9 @@ def columns(layer: "KVLayer", mask: Tensor, n: int) -> Tensor:
     return (places[-n:, None] >= places) & layer.window.valid[:, None, None]
 
 
-def as_fed(layer: "KVLayer", held: Tensor) -> Tensor:
-    """[batch, kv_heads, seen] bool by slot, from the same with pads on the left."""
+def as_fed(layer: "KVLayer", bits: Tensor) -> Tensor:
+    """[batch, kv_heads, seen, 2] by slot, from the same with pads on the left; 0 at pads."""
     if layer.history is None:
-        return held
+        return bits
     place = layer.seen - layer.real + layer.history.cumsum(-1) - 1
-    return along(held, place.clamp_min(0), 2) & layer.history[:, None]
+    return along(bits, place.clamp_min(0), 2) * layer.history[:, None, :, None]

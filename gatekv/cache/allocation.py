@@ -8,7 +8,7 @@ import torch
 from gatekv.attention import sink_tokens
 from gatekv.cache.config import CacheConfig
 from gatekv.policies import View
-from gatekv.policies.rate import HEAD_BYTES, Rate
+from gatekv.policies.rate import HEAD_BYTES, Allotting
 
 Tensor = torch.Tensor
 
@@ -40,7 +40,7 @@ def allocated(config: CacheConfig, layers: list[Undecided], scores: Tensor, prot
         ValueError: layers of different shapes that share one budget.
     """
     policy, home, shape = config.policy, valid.device, scores.shape
-    width, views = cast(Rate, policy.width), [layer.view() for layer in layers]
+    width, views = cast(Allotting, policy.width), [layer.view() for layer in layers]
     shapes = {(v.keys.shape[-1], v.values.shape[-1], v.keys.element_size()) for v in views}
     if len(shapes) > 1:
         raise ValueError(

@@ -11,7 +11,6 @@ from gatekv.cache.config import CacheConfig
 from gatekv.policies.amount import Amount, budget_text, count_of, share_of
 from gatekv.policies.budgets import BudgetError, Ranking, ranked, too_small
 from gatekv.policies.layers import layer_count, whole_layers
-from gatekv.policies.rate import Rate
 from gatekv.precision import without_autocast
 
 Tensor = torch.Tensor
@@ -146,7 +145,7 @@ def _choose(config: CacheConfig, layers: list[Undecided], valid: Tensor) -> list
         guarded.append(policy.scorer.always_keep(layer.view(), mine, count.to(there)).to(home))
     protected = torch.stack(guarded).expand(scores.shape)
     rule, bits = cast(Ranking, policy.rule), None  # a threshold decides nothing here
-    if isinstance(policy.width, Rate):
+    if policy.width is not None and policy.width.allots:
         bits = allocated(config, layers, scores, protected, valid, counts)
         keep = (bits > 0).any(-1)
     else:

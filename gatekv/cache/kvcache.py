@@ -52,8 +52,7 @@ class KVCache(States):
             layers left whole cost alone leaves the others what is protected, and `memory()` counts these rows.
         kinds: [batch, prompt] integers that say what each token is, `fastgen.token_kinds(tokenizer)[input_ids]`, for
             FastGen; without them it knows its sinks for special tokens and no punctuation.
-        dtype: of what is held, as torch.bfloat16 or its name, where that is not the model's: half the bytes, of a model
-            in float32 too.
+        dtype: of what is held, as torch.bfloat16 or its name; None: the model's.
         backend: of paged attention: "torch", "triton", "flash"; None = the best that can run; `print(cache)` names it.
 
     Raises:
@@ -226,9 +225,14 @@ class KVCache(States):
         Raises:
             ValueError: nothing has been fed yet.
         """
+        return [bits[..., 0] > 0 for bits in self.bits()]
+
+    def bits(self) -> list[torch.Tensor]:
+        """Per evicting layer [batch, kv_heads, tokens seen, 2] uint8: bits a number of each token's key and value as
+        they are held; 16: as they came, 0: not at all. Errors as for `flags`."""
         if not all(layer.is_initialized for layer in self.evicting()):
             raise ValueError("this cache has seen no token yet, so it holds none: feed the prompt first.")
-        return [layer.stage.held(layer) for layer in self.evicting()]
+        return [layer.stage.bits(layer) for layer in self.evicting()]
 
     def memory(self) -> dict[str, float]:
         """Bytes of every storage held ("bytes"), of a full cache of the same real tokens ("full_bytes"), their "ratio".
@@ -241,15 +245,12 @@ class KVCache(States):
         for layer in cast("list[Any]", self.layers):
             if isinstance(layer, KVLayer):
                 if layer.is_initialized:
-                    state = layer.state.tensors() if isinstance(layer, HybridKVLayer) else []
-                    other = distinct_bytes(state)
+                    other = distinct_bytes(layer.state.tensors() if isinstance(layer, HybridKVLayer) else [])
                     held, full = held + other, full + other
                     keys, values = layer.window.stored
                     token = keys.shape[1] * (keys.shape[3] + values.shape[3]) * keys.element_size()
-                    gated, gated_full = (
-                        gated + distinct_bytes(layer.tensors()) - other,
-                        gated_full + int(layer.real.sum()) * token,
-                    )
+                    gated += distinct_bytes(layer.tensors()) - other
+                    gated_full += int(layer.real.sum()) * token
             else:
                 other = distinct_bytes(Foreign(layer).tensors())
                 held, full = held + other, full + other

@@ -17,6 +17,7 @@ from gatekv.cache.segments.window import New
 from gatekv.ops import learned_sinks, segments
 from gatekv.ops.joint import joint_attention, log_sum_exp
 from gatekv.ops.learned_sinks import with_sinks
+from gatekv.ops.naive import WHOLE
 from gatekv.ops.order import along, order_of
 from gatekv.ops.paged_attention import FEW_QUERIES
 from gatekv.ops.scale import cap_of
@@ -148,15 +149,20 @@ class Stage:
                 near = live if near is None else near & live
         return near
 
+    def bits(self, layer: "KVLayer") -> Tensor:
+        """[batch, kv_heads, seen, 2] uint8: of each token's key and value, 16 where it is as it came, 0 where the next
+        query cannot see it."""
+        window = layer.window
+        bits = torch.zeros(*window.flags.shape[:2], layer.seen, 2, dtype=torch.uint8, device=window.flags.device)
+        for segment in layer.store.segments():
+            segment.mark(bits, layer.real)
+        near, valid = bits[:, :, layer.folded :], window.valid[:, None, :, None]
+        bits[:, :, layer.folded :] = torch.where(valid, WHOLE * self.held_in_window(layer)[..., None], near)
+        return alignment.as_fed(layer, bits)
+
     def held(self, layer: "KVLayer") -> Tensor:
         """[batch, kv_heads, seen] bool: what the next query can still see."""
-        window = layer.window
-        held = torch.zeros(*window.flags.shape[:2], layer.seen, dtype=torch.bool, device=window.flags.device)
-        for segment in layer.store.segments():
-            segment.mark(held, layer.real)
-        near, valid = held[..., layer.folded :], window.valid[:, None]
-        held[..., layer.folded :] = torch.where(valid, self.held_in_window(layer), near)
-        return alignment.as_fed(layer, held)
+        return self.bits(layer)[..., 0] > 0
 
     def held_in_window(self, layer: "KVLayer") -> Tensor:
         """[batch, kv_heads, window] bool: what the next query can still see of it."""

@@ -18,12 +18,12 @@ class Width:
     Attributes:
         window: the last queries that a prompt's end looks at, and the last tokens that stay whole.
         sinks: the first tokens that stay whole. allots: it says itself which tokens stay, under a budget of bytes
-        (`gatekv.policies.rate`).
+        (`gatekv.policies.rate`). utility: for that it wants scores that are attention, or a gate's.
     """
 
     window: int = 32
     sinks: int = 0
-    allots = False
+    allots = utility = False
 
     def least(self, protected: "Tensor", head_dim: int, itemsize: int) -> "Tensor":
         """In whole tokens, what the last `protected` [...], which stay, cost at least; numbers of itemsize bytes."""

@@ -8,7 +8,7 @@ import torch
 from gatekv.cache.segments.coded import Coded, token_bytes
 from gatekv.cache.segments.pages import Pages
 from gatekv.cache.segments.segment import Shape
-from gatekv.policies.bits import LEAST, allot
+from gatekv.policies.bits import LEAST, Dims, allot
 from gatekv.policies.parts import Width
 from gatekv.policies.scorer import Scorer, View
 
@@ -17,35 +17,22 @@ HEAD_BYTES = 64  # of a head, whatever it holds: counts of its streams, the last
 
 
 @dataclass
-class Rate(Width):
-    """Every token of every head gets the bits that its utility buys under one budget of bytes; 0 bits: it is evicted.
-
-    The utility is a score's log-attention, its error model that of attention: losing value j moves the output by a_j,
-    so squares of it by a_j²; an error of key j moves its logit by a variance of D · scaling² |q|² |k_j|² / head_dim,
-    and the output by a_j² times that. So log u = 2 log a, and w_j is that variance for D = 1. Who shares one budget
-    is the rule's question: a head (uniform), a layer (ada), the model (global). `gatekv.policies.bits` solves it.
+class Allotting(Width):
+    """A width under a budget of bytes: it says itself which tokens stay, and in how many bits.
 
     The sinks and the last `window` tokens stay whole; the others that the scorer protects are coded, never evicted.
 
-    Args:
-        slope: log u of one unit of log-attention.
-        key_weight: factor on w_j.
-        evicted: squared error of a token that is gone, in squares of its value.
-        window: last tokens that stay whole, and last queries that say how large queries are.
-        sinks: first tokens that stay whole, where the scorer protects fewer.
+    Attributes:
+        window: last tokens that stay whole. sinks: first ones, where the scorer protects fewer. fewest: bits of a key
+        and a value that stay.
     """
 
-    slope: float = 2.0
-    key_weight: float = 1.0
-    evicted: float = 1.0
     window: int = 8
     sinks: int = 4
     allots = True
+    fewest = LEAST, LEAST
 
     def __post_init__(self) -> None:
-        for name in ("slope", "key_weight", "evicted"):
-            if not 0 < getattr(self, name) < math.inf:
-                raise ValueError(f"{name} is a factor above 0; got {getattr(self, name)}.")
         if self.window < 1:
             raise ValueError(f"window counts the last tokens that stay whole, at least 1; got {self.window}.")
         if self.sinks < 0:
@@ -62,15 +49,55 @@ class Rate(Width):
 
     def share(self, head_dim: int, itemsize: int) -> float:
         """See `Width.share`; of a token of the fewest bits."""
-        return token_bytes((LEAST, LEAST), (head_dim, head_dim), itemsize) / (2 * head_dim * itemsize)
+        return token_bytes(self.fewest, (head_dim, head_dim), itemsize) / (2 * head_dim * itemsize)
 
-    def fit(self, ratio: float, length: int, head_dim: int, itemsize: int, evicts: bool) -> tuple["Rate", float]:
+    def fit(self, ratio: float, length: int, head_dim: int, itemsize: int, evicts: bool) -> tuple["Allotting", float]:
         """See `Width.fit`: its budget is of bytes already."""
         return self, ratio
 
     def forecast_bytes(self, shape: Shape, tokens: float) -> int:
         """See `Width.forecast_bytes`; tokens: as many whole ones as would cost what is spent."""
         return Coded.forecast_bytes(shape, tokens, shape.token_bytes)
+
+    def weights(self, scorer: Scorer, view: View, scores: Tensor) -> tuple[Tensor, Tensor]:
+        """(what each token is worth, as a logarithm or a rank; log w), both [batch, kv_heads, tokens].
+
+        scores: the scorer's of these tokens. w: how much more an error of a key costs than one of its value.
+        """
+        raise NotImplementedError
+
+    def allot(self, log_u: Tensor, log_w: Tensor, least: Tensor, whole: Tensor, room: Tensor, dims: Dims,
+              itemsize: int) -> Tensor:  # fmt: skip
+        """Bits of key and value, [units, tokens, 2] uint8: arguments as for `gatekv.policies.bits.allot`."""
+        raise NotImplementedError
+
+
+@dataclass
+class Rate(Allotting):
+    """Every token of every head gets the bits that its utility buys under one budget of bytes; 0 bits: it is evicted.
+
+    The utility is a score's log-attention, its error model that of attention: losing value j moves the output by a_j,
+    so squares of it by a_j²; an error of key j moves its logit by a variance of D · scaling² |q|² |k_j|² / head_dim,
+    and the output by a_j² times that. So log u = 2 log a, and w_j is that variance for D = 1. Who shares one budget
+    is the rule's question: a head (uniform), a layer (ada), the model (global). `gatekv.policies.bits` solves it.
+
+    Args:
+        window: of `Allotting`; so many last queries say how large queries are.
+        slope: log u of one unit of log-attention.
+        key_weight: factor on w_j.
+        evicted: squared error of a token that is gone, in squares of its value.
+    """
+
+    slope: float = 2.0
+    key_weight: float = 1.0
+    evicted: float = 1.0
+    utility = True
+
+    def __post_init__(self) -> None:
+        super().__post_init__()
+        for name in ("slope", "key_weight", "evicted"):
+            if not 0 < getattr(self, name) < math.inf:
+                raise ValueError(f"{name} is a factor above 0; got {getattr(self, name)}.")
 
     def key_errors(self, queries: Tensor, asks: Tensor | None, keys: Tensor, scaling: float) -> Tensor:
         """log w [batch, kv_heads, tokens]: the variance of a key's logit where its code loses all of it.
@@ -85,12 +112,12 @@ class Rate(Width):
         return (self.key_weight * scaling**2 / keys.shape[-1] * asked * size(keys)).log()
 
     def weights(self, scorer: Scorer, view: View, scores: Tensor) -> tuple[Tensor, Tensor]:
-        """(log u, log w), both [batch, kv_heads, tokens]; scores: the scorer's of these tokens."""
+        """See `Allotting.weights`."""
         q, asks = view.queries[:, :, -self.window :], view.valid[:, -self.window :]
         asks = asks[:, asks.shape[1] - q.shape[2] :]
         return self.slope * scorer.log_utility(scores), self.key_errors(q, asks, view.keys, view.scaling)
 
-    def allot(self, log_u: Tensor, log_w: Tensor, least: Tensor, whole: Tensor, room: Tensor, dims: tuple[int, int],
+    def allot(self, log_u: Tensor, log_w: Tensor, least: Tensor, whole: Tensor, room: Tensor, dims: Dims,
               itemsize: int) -> Tensor:  # fmt: skip
         """See `gatekv.policies.bits.allot`."""
         return allot(log_u, log_w, least, whole, room, self.evicted, dims, itemsize)

@@ -8,6 +8,7 @@ from gatekv.policies.budgets import Above, Decay, Global, Rule, Threshold, Unifo
 from gatekv.policies.controls import Random, SinksRecent, ValueNorm
 from gatekv.policies.d2o import D2O
 from gatekv.policies.elastic import ElasticCache
+from gatekv.policies.equal import Equal
 from gatekv.policies.fastgen import FastGen
 from gatekv.policies.full import Full
 from gatekv.policies.gate import Gate, GateAlone
@@ -57,7 +58,7 @@ BUDGETS: dict[str, type[Rule]] = {
     "above": Above,
 }
 LAYERS: dict[str, type[Layers]] = {"even": Even, "pyramid": Pyramid, "variance": Variance}
-WIDTHS: dict[str, type[Width]] = {"think": Channels, "qaq": Bits, "rate": Rate}
+WIDTHS: dict[str, type[Width]] = {"think": Channels, "qaq": Bits, "rate": Rate, "equal": Equal}
 REMAINDERS: dict[str, type[RemainderPolicy]] = {"less": Less, "merge_similar": MergeSimilar, "merge_near": MergeNear}
 PARTS: dict[str, dict] = {"rule": BUDGETS, "layers": LAYERS, "width": WIDTHS, "remainder": REMAINDERS}  # beside scorers
 KINDS: dict[type, dict[str, Any]] = {

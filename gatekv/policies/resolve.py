@@ -45,7 +45,7 @@ def resolve(policy: Policy | Scorer | str, budget: Amount | None) -> Policy:
     scorer, learned = policy.scorer, policy.scorer.gate
     usual: dict[str, type] = {"rule": Threshold if learned else Uniform, "layers": Even, **scorer.partners}
     allots = policy.width is not None and policy.width.allots
-    if allots and "rule" not in scorer.partners:
+    if allots and (learned or scorer.utility) and "rule" not in scorer.partners:
         usual["rule"] = Global
     if budget is None and scorer.absolute:
         usual["rule"] = Above
@@ -64,10 +64,10 @@ def resolve(policy: Policy | Scorer | str, budget: Amount | None) -> Policy:
         )
     if allots and (rule.scope == "token" or rule.fades or rule.absolute):
         raise ValueError(
-            f"rate shares out the bytes of a whole prompt, and {type(rule).__name__.lower()} shares out nothing: use "
-            "global, ada or uniform with it."
+            f"rate and equal share out the bytes of a whole prompt, and {type(rule).__name__.lower()} shares out none: "
+            "use global, ada or uniform."
         )
-    if allots and scorer.utility is None:
+    if policy.width is not None and policy.width.utility and scorer.utility is None:
         raise ValueError(
             f"rate wants a utility: attention, or a gate's score. {type(scorer).__name__}'s scores only rank: use rate "
             "with gate, h2o, snapkv, tova or full."

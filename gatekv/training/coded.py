@@ -11,6 +11,7 @@ from typing import cast
 
 import torch
 
+from gatekv.attention import sink_tokens
 from gatekv.ops.codec import WIDTHS, decode, encode, turn, turn_back
 from gatekv.policies.bits import LEAST, rates, steps
 from gatekv.policies.rate import Rate
@@ -30,6 +31,12 @@ class Coding:
     width: Rate
     margin: Tensor
     whole: Tensor
+
+    @classmethod
+    def of(cls, width: Rate, margin: Tensor, valid: Tensor, sinks: int) -> "Coding":
+        """Of a prompt with valid [batch, prompt], False at pads, whose sinks and last tokens stay whole."""
+        recent = torch.arange(valid.shape[1], 0, -1, device=valid.device) <= width.window
+        return cls(width, margin, sink_tokens(valid, max(sinks, width.sinks)) | recent)
 
     def read(self, keys: Tensor, values: Tensor, q: Tensor, scaling: float) -> tuple[Tensor, Tensor]:
         """Keys and values [batch, kv_heads, prompt, head_dim] as `rate` would store them; the margin gets a gradient.

@@ -33,6 +33,7 @@ class CPTConfig(Gated, RunConfig, GateSpec):
     output_dir: str = "checkpoints/demo"
     objective: str = option("kl", "Task loss.", choices=OBJECTIVES)
     prefill: str = option("sparse", "Flags act inside the prompt (sparse) or behind it (dense).", choices=PREFILLS)
+    rate: bool = option(False, "With prefill=dense: what is kept is read in the few bits in which `rate` stores it.")
     retrieval_share: float = option(0.6, "Share of the rows with facts written in and asked for.")
     recite_share: float = option(0.0, "Share of the rows that ask for passages of their own text.")
     answer_weight: float = option(20.0, "Loss weight of the tokens that answer a question.")
@@ -62,4 +63,4 @@ class CPTConfig(Gated, RunConfig, GateSpec):
             )
         if self.pack and (self.prefill == "dense" or self.context == "prompt"):
             raise ValueError("pack=true is for flags that act as tokens pass: use prefill='sparse' and causal gates.")
-        check_objective(self.objective, self.prefill, self.sparsity, self.scope, self.spec)
+        check_objective(self.objective, self.prefill, self.sparsity, self.scope, self.spec, self.rate)

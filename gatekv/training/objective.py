@@ -16,9 +16,11 @@ from gatekv.geometry import readers_of, remembers
 from gatekv.modules import base_model, gate_spec, gated_pass, wrappers
 from gatekv.ops.sequence import ALONE, Sequence
 from gatekv.passes import GateOutput, Observe, PassContext, Plain, Relaxed
+from gatekv.policies.rate import Rate
 from gatekv.precision import wide
 from gatekv.recompute import whole_layers
 from gatekv.training import shared
+from gatekv.training.coded import Coding
 from gatekv.training.head import LogitHead
 from gatekv.training.losses import distillation_loss, hidden_loss, lm_loss, oracle_loss, row_shares, stacked
 from gatekv.training.noise import announce, as_evaluated, quiet
@@ -63,6 +65,7 @@ class Objective(nn.Module):
             batch["split"] tokens of a row for what follows (see gatekv.training.prompt; where LoRA learns, the prompt
             is the student's own, because its keys and values learn too).
         kl_weight: with "lm": of the KL to the same model with gates off, beside it.
+        width: with prefill="dense": what is kept of the prompt is read as this width would store it.
         sparsity, scope: see gatekv.training.sparsity. "budget": no penalty; each step holds exactly the target, at the
             threshold where the gates' logits in the teacher's pass would. sparsity_weight: alpha.
         polarise_weight: of the mean of 4p(1 - p). oracle_weight: of the layer-local regression to the attention that
@@ -86,12 +89,13 @@ class Objective(nn.Module):
         polarise_weight: float = 0.0,
         oracle_weight: float = 0.0,
         kl_weight: float = 0.0,
+        width: Rate | None = None,
     ) -> None:
         super().__init__()
         self.model, self.head = model, LogitHead(model)
         self.objective, self.prefill, self.sparsity, self.scope = objective, prefill, sparsity, scope
         self.sparsity_weight, self.polarise_weight, self.oracle_weight = sparsity_weight, polarise_weight, oracle_weight
-        self.kl_weight = kl_weight
+        self.kl_weight, self.width = kl_weight, width
         self.below_learns = any(p.requires_grad for name, p in model.named_parameters() if "gatekv_" not in name)
         announce(model)
         layers, inner = wrappers(model), base_model(model)
@@ -99,7 +103,12 @@ class Objective(nn.Module):
         self.whole_rows = remembers(inner) or bool(readers_of(inner)) or layers[0].geometry.latent
         self.spec = cast(GateSpec, gate_spec(model))
         self.sequence = ALONE
-        check_objective(objective, prefill, sparsity, scope, self.spec)
+        check_objective(objective, prefill, sparsity, scope, self.spec, width is not None)
+        if width is not None and (self.below_learns or self.whole_rows):
+            raise ValueError(
+                "training for rate reads a prompt's keys and values from the teacher's cache: leave LoRA out, and use "
+                "a model without states, latents and shared keys."
+            )
         heads = layers[0].geometry.kv_heads
         units = {"global": 1, "layer": len(layers), "head": len(layers) * heads}[scope]
         self.register_buffer("multiplier", torch.zeros(units))
@@ -176,7 +185,11 @@ class Objective(nn.Module):
             )
             for i, o in teacher.said.items()
         }  # fmt: skip
-        past = gated_prompt(teacher.past, context.split, weights, self.spec)
+        codings = None if self.width is None else {
+            i: Coding.of(self.width, o.logits - self._threshold(teacher, i), o.valid, self.spec.sinks)
+            for i, o in teacher.said.items()
+        }  # fmt: skip
+        past = gated_prompt(teacher.past, context.split, weights, self.spec, codings)
         return rows.hidden(self.head.decoder, past, context.split), teacher.said
 
     def _threshold(self, teacher: Teacher, layer_idx: int) -> torch.Tensor | float:
@@ -280,8 +293,15 @@ class Objective(nn.Module):
         return {"soft": soft, "hard": hard, "soft_hard_gap": hard - soft, "undecided": shrugs}
 
 
-def check_objective(objective: str, prefill: str, sparsity: str, scope: str, spec: GateSpec) -> None:
-    """ValueError for combinations that cannot be computed."""
+def check_objective(
+    objective: str, prefill: str, sparsity: str, scope: str, spec: GateSpec, coded: bool = False
+) -> None:
+    """ValueError for combinations that cannot be computed; coded: what is kept of a prompt is stored in few bits."""
+    if coded and (prefill != "dense" or objective in LOCAL or spec.relaxation == "decay"):
+        raise ValueError(
+            "training for rate codes a prompt for what follows it: use prefill='dense', an objective of the model's "
+            "output (kl, reverse_kl, lm, hidden_mse), and gates that do not fade."
+        )
     if (spec.relaxation == "decay") != (sparsity == "capacity"):
         raise ValueError("relaxation='decay' and sparsity='capacity' belong together: set both, or neither.")
     if objective == "attention_mse" and sparsity == "budget" and scope == "global":

@@ -18,6 +18,7 @@ from gatekv.ops import segments
 from gatekv.ops.gated_attention import BLOCK, gated_attention
 from gatekv.ops.learned_sinks import with_sinks
 from gatekv.ops.naive import causal_mask, gated_segment
+from gatekv.training.coded import Coding
 
 
 class GatedPrompt(Memory, CacheLayerMixin):
@@ -27,11 +28,19 @@ class GatedPrompt(Memory, CacheLayerMixin):
     values: torch.Tensor
 
     def __init__(
-        self, keys: torch.Tensor, values: torch.Tensor, weight: torch.Tensor, window: int, decay: bool
+        self,
+        keys: torch.Tensor,
+        values: torch.Tensor,
+        weight: torch.Tensor,
+        window: int,
+        decay: bool,
+        coding: Coding | None = None,
     ) -> None:
-        """keys, values: [batch, kv_heads, prompt, head_dim]; weight: [batch, kv_heads, prompt] in [0, 1]."""
+        """keys, values: [batch, kv_heads, prompt, head_dim]; weight: [batch, kv_heads, prompt] in [0, 1]; coding: how
+        they are stored, or None: as they are."""
         super().__init__()
         self.keys, self.values, self.weight, self.window, self.decay = keys, values, weight, window, decay
+        self.coding = coding
         self.is_initialized = True
 
     def lazy_initialization(self, key_states: torch.Tensor, value_states: torch.Tensor) -> None:
@@ -60,7 +69,10 @@ class GatedPrompt(Memory, CacheLayerMixin):
     ) -> torch.Tensor:
         """Gated attention of all that follows the prompt, in one call; with low-rank maps, the rest of each token's
         weight goes into their state."""
-        k, v = torch.cat([self.keys, k], 2), torch.cat([self.values, v], 2)
+        old = self.keys, self.values
+        if self.coding is not None:
+            old = self.coding.read(*old, q.detach(), scaling)
+        k, v = torch.cat([old[0], k], 2), torch.cat([old[1], v], 2)
         weight = torch.nn.functional.pad(self.weight, (0, q.shape[2]), value=1.0)
         if call.less is None:
             return gated_attention(q, k, v, weight, window=self.window, scale=scaling, mask=mask, decay=self.decay,
@@ -79,14 +91,22 @@ class GatedPrompt(Memory, CacheLayerMixin):
         return with_sinks(segments.merge([kept, *far]), call.sinks)[0].to(q.dtype)
 
 
-def gated_prompt(teacher: DynamicCache, split: int, weights: dict[int, torch.Tensor], spec: GateSpec) -> Cache:
-    """The student's cache: the first `split` tokens of the teacher's, layers in `weights` (by index) behind gates."""
+def gated_prompt(
+    teacher: DynamicCache,
+    split: int,
+    weights: dict[int, torch.Tensor],
+    spec: GateSpec,
+    codings: dict[int, Coding] | None = None,
+) -> Cache:
+    """The student's cache: the first `split` tokens of the teacher's, layers in `weights` (by index) behind gates, and
+    read as `codings` say where there are any."""
     layers: list[Any] = []
     for i, layer in enumerate(cast("list[DynamicLayer]", teacher.layers)):
         assert layer.keys is not None and layer.values is not None
         keys, values = layer.keys[:, :, :split], layer.values[:, :, :split]
         if i in weights:
-            layers.append(GatedPrompt(keys, values, weights[i], spec.window, spec.relaxation == "decay"))
+            coding = None if codings is None else codings[i]
+            layers.append(GatedPrompt(keys, values, weights[i], spec.window, spec.relaxation == "decay", coding))
         else:  # a layer with a sliding window: no gate, and its own mask
             layers.append(DynamicLayer())
             layers[-1].update(keys, values)

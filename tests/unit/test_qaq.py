@@ -20,12 +20,7 @@ POLICIES = ["qaq", "snapkv+qaq", "snapkv+ada+qaq", "keydiff+pyramid+qaq", "rando
 
 def bits_of(layer):
     """[2, batch, kv_heads, slots seen]: bits of each key and value, 16 where a token is whole, 0 where none is."""
-    held = layer.stage.held(layer)
-    out = torch.stack([held, held]).long() * 16
-    for pair, store in layer.store.narrow.pages.items():
-        for part, bits in zip(out, pair):
-            store.scatter(part, bits, layer.real)
-    return out
+    return layer.stage.bits(layer).movedim(-1, 0).long()
 
 
 class DequantisedMemory:

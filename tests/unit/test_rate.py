@@ -12,11 +12,12 @@ from gatekv.cache.forecast import forecast
 from gatekv.cache.segments.coded import token_bytes
 from gatekv.modules import base_model, wrappers
 from gatekv.ops import codec, naive
-from gatekv.policies import resolve
+from gatekv.policies import KeyDiff, resolve
 from gatekv.policies.bits import DISTORTION, allot, steps
+from gatekv.policies.equal import Equal
 from gatekv.policies.rate import Rate
 
-POLICIES = ["h2o+rate", "snapkv+ada+rate", "snapkv+uniform+rate", "tova+rate", "rate"]
+POLICIES = ["h2o+rate", "snapkv+ada+rate", "snapkv+uniform+rate", "tova+rate", "rate", "l2+equal", "h2o+ada+equal"]
 
 
 def with_width(policy, **fields):
@@ -28,14 +29,7 @@ def with_width(policy, **fields):
 
 def bits_of(layer):
     """[2, batch, kv_heads, slots seen]: bits of each key and value, 16 where a token is whole, 0 where none is."""
-    held = layer.stage.held(layer)
-    out = torch.stack([held, held]).long() * 16
-    for pair, stream in layer.store.narrow.streams.items():
-        rows, kv = stream.owners(), held.shape[1]
-        slots = layer.seen - layer.real.flatten()[rows // kv] + stream.numbers()
-        for part, bits in zip(out, pair):
-            part.flatten(0, 1)[rows, slots] = bits
-    return out
+    return layer.stage.bits(layer).movedim(-1, 0).long()
 
 
 class DecodedMemory:
@@ -124,7 +118,7 @@ def test_padded_rows_are_solo_rows(policy):
 
 
 @torch.no_grad()
-@pytest.mark.parametrize("policy", ["h2o+rate", "snapkv+uniform+rate", "rate", "gate+rate"])
+@pytest.mark.parametrize("policy", ["h2o+rate", "snapkv+uniform+rate", "rate", "gate+rate", "l2+equal"])
 def test_a_full_budget_is_the_plain_model_by_the_same_path(family, policy):
     model = gated(family) if "gate" in policy else tiny(family)
     ids, mask = padded_batch([60, 50])
@@ -142,7 +136,8 @@ def test_a_full_budget_is_the_plain_model_by_the_same_path(family, policy):
     "dtype,cache_dtype", [(torch.bfloat16, None), (torch.float32, None), (torch.float32, "bfloat16")]
 )
 @pytest.mark.parametrize("policy,budget", [("h2o+rate", 0.03125), ("snapkv+ada+rate", 0.0625), ("tova+uniform+rate", 0.125),
-                                           ("gate+rate", 0.25), ("rate", 0.3), ("h2o+rate", 0.5)])  # fmt: skip
+                                           ("gate+rate", 0.25), ("rate", 0.3), ("h2o+rate", 0.5),
+                                           ("keydiff+equal", 0.1), ("gate+equal", 0.1)])  # fmt: skip
 def test_the_budget_is_of_bytes_and_foretold(policy, budget, dtype, cache_dtype):
     model = tiny(dtype=torch.float32, head_dim=64, hidden_size=384)
     model = gated(model=model, dtype=dtype, window=32) if "gate" in policy else model.to(dtype)
@@ -243,6 +238,21 @@ def test_each_turn_shares_out_its_own_bytes():
 
 
 @torch.no_grad()
+def test_equal_keeps_the_best_in_the_same_bits():
+    model = tiny(dtype=torch.float32, head_dim=64, hidden_size=384)
+    ids, mask = padded_batch([200, 150])
+    cache, undecided = gatekv.KVCache(model, "keydiff+equal", 0.1, decode="keep"), gatekv.KVCache.undecided(model)
+    for c in (cache, undecided):
+        recurrent_logits(model, ids, mask, c, [])
+    for layer, whole in zip(cache.evicting(), undecided.evicting()):
+        bits, real = bits_of(layer), mask.bool()[:, None].expand(-1, 3, -1)
+        assert {(4, 3), (16, 16), (0, 0)} == {tuple(pair) for pair in bits.flatten(1).T[real.flatten()].tolist()}
+        scores = KeyDiff().score(whole.evictor.view(whole))
+        for row, head in itertools.product(range(2), range(3)):
+            mine, score = bits[0, row, head], scores[row, head]
+            assert score[mine == 4].min() >= score[(mine == 0) & real[row, head]].max()
+
+
 def test_positions_beyond_two_bytes():
     from gatekv.cache.segments.coded import Stream
 
@@ -275,6 +285,8 @@ def test_what_cannot_be_is_refused_with_its_cure():
         gatekv.KVCache(gated(), "gate+rate", 0.5, prefill="sparse")
     with pytest.raises(ValueError, match="dtype"):
         gatekv.KVCache(model, "snapkv", 0.5, dtype="int8")
+    with pytest.raises(ValueError, match="keys is a number of bits"):
+        Equal(keys=6)
     for wrong in (dict(slope=0.0), dict(key_weight=0.0), dict(window=0), dict(sinks=-1), dict(evicted=0.0)):
         with pytest.raises(ValueError, match=next(iter(wrong))):
             Rate(**wrong)

@@ -167,11 +167,11 @@ class Coded(Narrow):
             answers.append((turn_back(out, heads, self.kv_heads) if coded else out, lse))
         return segments.merge(answers)
 
-    def mark(self, held: Tensor, real: Tensor) -> None:
-        for stream in self.streams.values():
+    def mark(self, bits: Tensor, real: Tensor) -> None:
+        for pair, stream in self.streams.items():
             rows = stream.owners()
             age = real.flatten()[rows // self.kv_heads] - stream.numbers()
-            held.flatten(0, 1)[rows, held.shape[2] - age] = True
+            bits.flatten(0, 1)[rows, bits.shape[2] - age] = bits.new_tensor(pair)
 
     def shown(self, probe: Tensor) -> list[Shown]:
         found = []

@@ -101,6 +101,11 @@ class Quantised(Narrow):
         bits = bits.view(batch, 2, kv_heads, -1).movedim(1, 0).flatten(1, 2)
         return old.rolled(bits[0]), old.rolled(bits[1])
 
+    def mark(self, bits: Tensor, real: Tensor) -> None:
+        for pair, store in self.pages.items():
+            for part, width in zip(bits.unbind(-1), pair):
+                store.scatter(part, width, real)
+
     def stores(self) -> list[Pages]:
         return list(self.pages.values())
 

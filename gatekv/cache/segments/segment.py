@@ -8,6 +8,7 @@ from typing import TYPE_CHECKING
 import torch
 
 from gatekv.ops import backends, segments
+from gatekv.ops.naive import WHOLE
 from gatekv.ops.page_table import PageTable
 from gatekv.ops.paged_attention import CHUNK
 from gatekv.ops.rectangle import Rectangle
@@ -107,13 +108,11 @@ class Paged(Segment):
         """What paged attention takes of each of `stores` in turn, where q [batch, heads, queries, head_dim] ask."""
         raise NotImplementedError
 
-    def mark(self, held: Tensor, real: Tensor) -> None:
-        """Set held [batch, kv_heads, slots] bool, which ends with each row's newest token, at what it holds.
-
-        real: [batch, 1], tokens of each row.
-        """
+    def mark(self, bits: Tensor, real: Tensor) -> None:
+        """Set bits [batch, kv_heads, slots, 2], of keys and values, at what it holds; a slot is a token, the last one
+        each row's newest. real: [batch, 1], tokens of each row."""
         for store in self.stores():
-            store.scatter(held, True, real)
+            store.scatter(bits, WHOLE, real)
 
     def shown(self, probe: Tensor) -> list[Shown]:
         """What it holds, for looking at, one for each of `stores`; probe: [batch, kv_heads, 1, head_dim], zeros."""

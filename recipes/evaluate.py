@@ -21,7 +21,7 @@ from pathlib import Path
 from gatekv.config import option
 from gatekv.evaluation import tasks as known
 from gatekv.extras import missing
-from gatekv.hardware import Hardware
+from gatekv.hardware import DTYPES, Hardware
 from gatekv.options import LoadOptions, load
 from gatekv.recipes.common import load_adapted, run
 
@@ -54,6 +54,7 @@ class EvaluateOptions(LoadOptions):
     decode: str = option("keep", "Tokens after the prompt stay, or policies that stream go on.", choices=DECODES)
     sinks: int | None = option(None, "Protected by every policy; left out: what its paper protects.")
     window: int | None = option(None, "As sinks, of recent tokens.")
+    cache_dtype: str = option("", "Of what is held, as bfloat16; left out: the model's.", choices=("", *DTYPES))
     out: str = option("", "Folder for the results; left out: the adapter's, or results.")
     fresh: bool = option(False, "Throw away the records that are there.")
 
@@ -164,6 +165,8 @@ def main(argv: list[str]) -> dict:
         names = [p for p in names if not resolved(p, 1.0).needs.gate]
 
     protection = {name: getattr(options, name) for name in ("tokens", "decode", "sinks", "window")}
+    if options.cache_dtype:
+        protection["cache_dtype"] = options.cache_dtype
     pinned = {"dtype": hardware.dtype_name, **protection}
     pinned |= {"longbench": options.longbench or None, "ruler": options.ruler or None}
     records = Records(out / "records.jsonl", settings(model, base, pinned, texts, examples), options.fresh)

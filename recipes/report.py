@@ -4,7 +4,8 @@
     python recipes/report.py --results docs/results.json                         # those of the documentation
     python recipes/report.py --text notes.txt --policies snapkv,snapkv+ada,l2    # only the text
 
-Writes report.html, frontier.png, tables.md, keep.png and, where the results have needle cells, needle.png to --out.
+Writes report.html, frontier.png, tables.md, keep.png to --out; where tokens are in few bits, bits.png; where the results
+have needle cells, needle.png.
 """
 
 import json
@@ -87,6 +88,7 @@ def main(argv: list[str]) -> None:
         (out / "tables.md").write_text(report.tables(results["rows"]), encoding="utf-8")
         wrote += ["frontier.png", "tables.md"]
     wrote += ["keep.png"] if report.keep(maps, out / "keep.png") else []
+    wrote += ["bits.png"] if report.bits(maps, out / "bits.png") else []
     wrote += ["needle.png"] if report.needle(results, out / "needle.png") else []
     report.page(results, maps, out / "report.html")
     print(f"wrote {', '.join(wrote)} to {out}")

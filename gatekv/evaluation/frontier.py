@@ -149,11 +149,11 @@ def run_item(
     """What each (policy, budget) does on one item, as the fields of a record; see `Records`.
 
     cells[0] must be FULL: KL is taken against it. kinds: [vocabulary], what each token is, for scorers that ask.
-    options: of `KVCache`: decode, sinks, window.
+    options: of `KVCache`: decode, sinks, window; cache_dtype: its dtype.
     """
     context = torch.tensor([item.context], device=model.device)
     asked = [resolved(policy, budget) for policy, budget in cells]
-    queries, dtype = max(policy.needs.queries for policy in asked), options.pop("dtype", None)
+    queries, dtype = max(policy.needs.queries for policy in asked), options.pop("cache_dtype", None)
     undecided = KVCache.undecided(model, queries=queries, dtype=dtype)
     model(context, past_key_values=undecided, logits_to_keep=1)
     options = options if kinds is None else {**options, "kinds": kinds[torch.tensor([item.context])]}
@@ -203,7 +203,7 @@ def evaluate(
     Args:
         records: gets a line per sample, policy and budget, as soon as a sample is through, and the full cache's.
         tokens: about the length of contexts; None: the task's own. build: makes the items, instead of TASKS[task].
-        options: of `KVCache`: decode, sinks, window.
+        options: of `KVCache`: decode, sinks, window; cache_dtype: its dtype.
     """
     cells = [FULL] + [(p, b) for p in policies if p != "full" for b in budgets]
     make: Callable[..., Item | Generated] = build or TASKS[task]

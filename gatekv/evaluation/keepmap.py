@@ -8,6 +8,7 @@ import torch
 
 from gatekv.cache.kvcache import KVCache
 from gatekv.evaluation.names import is_control
+from gatekv.ops.naive import WHOLE
 from gatekv.policies import resolve
 
 if TYPE_CHECKING:
@@ -32,6 +33,11 @@ def unpack(text: str, shape: tuple[int, ...]) -> numpy.ndarray:
     if len(data) != (size + 7) // 8:
         raise ValueError(f"{len(data)} bytes of packed bits do not fill shape {shape}: pass the shape that was packed.")
     return numpy.unpackbits(data, count=size).astype(bool).reshape(shape)
+
+
+def widths(text: str, shape: tuple[int, ...]) -> numpy.ndarray:
+    """[*shape, 2] uint8 of the "bits" of a map: of each token's key and value."""
+    return numpy.frombuffer(base64.b64decode(text), dtype=numpy.uint8).reshape(*shape, 2)
 
 
 def token_texts(tokenizer: "PreTrainedTokenizerBase", ids: list[int]) -> list[str]:
@@ -80,7 +86,8 @@ def keep_map(
 
     Returns a dict that json can write: "tokens" (see `token_texts`); "layers" L, "heads" K (full-attention layers
     only) and "layer_indices", their places in the model; "maps" [{"policy", "budget", "ratio" of bytes held, "keep":
-    `pack` of bool [L, K, tokens]}]; "refused" [{"policy", "budget", "refused": why}].
+    `pack` of bool [L, K, tokens]; where some are in few bits, "bits": see `widths`}]; "refused" [{"policy", "budget",
+    "refused": why}].
 
     Raises:
         ValueError: an unknown policy, an untrained one, or ids of another shape.
@@ -108,6 +115,9 @@ def keep_map(
             except ValueError as error:
                 out["refused"].append({"policy": policy, "budget": budget, "refused": str(error)})
                 continue
-            bits = pack(torch.stack([flags[0] for flags in cache.flags()]))
-            out["maps"].append({"policy": policy, "budget": budget, "ratio": cache.memory()["ratio"], "keep": bits})
+            bits = torch.stack([bits[0] for bits in cache.bits()]).cpu()
+            entry = {"policy": policy, "budget": budget, "ratio": cache.memory()["ratio"]}
+            if ((0 < bits) & (bits < WHOLE)).any():
+                entry["bits"] = base64.b64encode(bits.numpy().tobytes()).decode()
+            out["maps"].append(entry | {"keep": pack(bits[..., 0] > 0)})
     return out

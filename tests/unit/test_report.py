@@ -8,6 +8,7 @@ import numpy
 import pytest
 import torch
 from conftest import gated, tiny
+from letters import letters
 from tokenizers import Tokenizer, decoders, models, pre_tokenizers
 from transformers import PreTrainedTokenizerFast
 
@@ -109,6 +110,7 @@ def test_pictures_and_page_of_degenerate_results(tmp_path, rows):
     report.page({"rows": rows}, None, tmp_path / "report.html")
     data = Page(tmp_path / "report.html").data
     assert data["maps"] is None and len(data["needles"]) == has_cells and len(data["rows"]) == len(rows)
+    assert not report.bits({"maps": []}, tmp_path / "bits.png") and not (tmp_path / "bits.png").exists()
     assert not report.keep({"maps": []}, tmp_path / "keep.png") and not (tmp_path / "keep.png").exists()
 
 
@@ -230,3 +232,17 @@ def test_tables_say_what_the_rows_say():
     assert "KL to the full cache" in ppl and "| `gate` | .100 | .100 | .100 |  |" in ppl
     assert passkey.count("\n| `") == 5 and "| `gate+global` |  | .50 |  |  |" in passkey
     assert report.tables([row("full", 1.0, score=1.0), row("l2", 0.5, score=-1.25)]).count("| -1.25 |") == 1
+
+
+@torch.no_grad()
+def test_bits_of_a_text_are_mapped_and_drawn(tmp_path):
+    model, ids = tiny(dtype=torch.float32, head_dim=64, hidden_size=384), list(range(1, 90)) * 3
+    maps = keepmap.keep_map(model, letters(), ids, ["h2o+rate", "tova"], [0.1])
+    coded, whole = maps["maps"]
+    cache = gatekv.KVCache(model, "h2o+rate", 0.1, decode="keep")
+    model(torch.tensor([ids]), past_key_values=cache)
+    shape = (maps["layers"], maps["heads"], len(ids))
+    wanted = torch.stack([bits[0] for bits in cache.bits()]).numpy()
+    assert (keepmap.widths(coded["bits"], shape) == wanted).all() and "bits" not in whole
+    assert (keepmap.unpack(coded["keep"], shape) == (wanted[..., 0] > 0)).all()
+    assert report.bits(maps, tmp_path / "bits.png") and (tmp_path / "bits.png").stat().st_size > 5000

@@ -85,12 +85,13 @@ class Rate(Allotting):
         window: of `Allotting`; so many last queries say how large queries are.
         slope: log u of one unit of log-attention.
         key_weight: factor on w_j.
-        evicted: squared error of a token that is gone, in squares of its value.
+        evicted: squared error of a token that is gone, in squares of its value. By the model above it is 1; what
+        measures best is more, since a gone token cannot be found either (docs/lab-notes/bits.md).
     """
 
     slope: float = 2.0
     key_weight: float = 1.0
-    evicted: float = 1.0
+    evicted: float = 4.0
     utility = True
 
     def __post_init__(self) -> None:

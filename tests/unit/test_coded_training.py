@@ -26,11 +26,11 @@ def test_each_token_reads_as_the_allocation_would_store_it():
     margin = torch.rand(2, 3, 40, generator=torch.Generator().manual_seed(1), dtype=torch.float64) * 2
     read = Coding.of(width, margin, valid, 2).read(keys, values, q, 0.2)
     log_w = width.key_errors(q, None, keys, 0.2)
-    gains, _ = rates(log_w.double().exp(), 1.0, (32, 32), 2)
+    gains, _ = rates(log_w.double().exp(), width.evicted, (32, 32), 2)
     log_u = width.slope * margin - gains[0].log()  # so that a margin of zero enters at a price of one
     spent = sum(step.price * (log_u + gain.log() > 0) for step, gain in zip(steps((32, 32), 2), gains)).sum(-1) + 1e-3
     none = torch.zeros(6, 40, dtype=torch.bool)
-    bits = allot(log_u.flatten(0, 1), log_w.flatten(0, 1), none, none, spent.flatten(), 1.0, (32, 32), 2)
+    bits = allot(log_u.flatten(0, 1), log_w.flatten(0, 1), none, none, spent.flatten(), width.evicted, (32, 32), 2)
     assert len(bits.unique()) >= 4
     heads = torch.arange(3)[:, None].expand(2, 3, 1).flatten()
     for x, got, part in ((keys, read[0], 0), (values, read[1], 1)):

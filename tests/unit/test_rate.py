@@ -96,7 +96,7 @@ def test_recurrent_is_the_dense_form_over_what_was_coded(kind, changes):
     cache = gatekv.KVCache(model, "snapkv+ada+rate", budget, decode="keep", sinks=2)
     got = recurrent_logits(model, ids, mask, cache, [prompt, prompt + 1, prompt + 9])
     pairs = {pair for layer in cache.evicting() for pair in layer.store.narrow.streams}
-    assert len(pairs) > 2 and (got - plain_logits(model, ids, mask))[:, prompt:].abs().max() > 1e-3
+    assert len(pairs) > 1 and (got - plain_logits(model, ids, mask))[:, prompt:].abs().max() > 1e-3
     wanted = decoded_logits(model, ids, cache, prompt)
     torch.testing.assert_close(got, wanted, rtol=1e-9, atol=1e-9 * wanted.abs().max().item())
 

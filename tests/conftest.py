@@ -31,6 +31,7 @@ import gatekv
 from gatekv import GateKVConfig
 from gatekv.attention import AttentionCall
 from gatekv.modules import base_model, wrappers
+from gatekv.ops import naive
 
 FAMILIES = ["llama", "qwen3"]  # of the large matrices; test_families.py runs the laws in short over all of KINDS
 VOCAB = 97
@@ -190,6 +191,44 @@ def dense_reference(model, ids, live):
     finally:
         for module in undo:
             del module.forward
+
+
+class RoundedMemory:
+    """Answers attention densely: behind the prompt, queries see its keys and values as `rounded(x, bits)` makes them.
+
+    bits: [2, batch, kv_heads, tokens], of each key and value of the prompt, 0 where it is gone. rounded: (x [batch,
+    kv_heads, n, head_dim], bits [batch, kv_heads, n], of what follows the prompt 0) -> x.
+    """
+
+    def __init__(self, bits, rounded):
+        self.bits, self.rounded = bits, rounded
+
+    def attend(self, call, q, k, v, mask, scaling):
+        n, kv, prompt = k.shape[2], k.shape[1], self.bits.shape[-1]
+        causal = torch.ones(n, n, dtype=torch.bool).tril()
+        bits = torch.nn.functional.pad(self.bits, (0, n - prompt))
+        stays = (bits[0] > 0) | (torch.arange(n) >= prompt)
+        coded = [self.rounded(x, b) for x, b in zip((k, v), bits)]
+        outs = []
+        for (keys, values), live, part in (((k, v), causal[None, None], slice(0, prompt)),
+                                           (coded, causal & stays[:, :, None], slice(prompt, n))):  # fmt: skip
+            live = live.expand(-1, kv, -1, -1)[:, :, part]
+            answer = naive.dense_segment(q[:, :, part], keys, values, live, scaling)
+            outs.append(naive.with_sinks(answer, call.sinks)[0])
+        return torch.cat(outs, 2)
+
+
+def rounded_logits(model, ids, memories):
+    """Logits of one uncached pass in which memories, by layer index, answer; the model is not to be used again."""
+    for w in wrappers(model):
+        memory = memories[w.layer_idx]
+
+        def forward(hidden_states, w=w, memory=memory, **kwargs):
+            call = AttentionCall(hidden_states, w.layer_idx, memory=memory)
+            return type(w.module).forward(w.module, hidden_states, gatekv=call, **kwargs)
+
+        w.module.forward = forward
+    return base_model(model)(ids, use_cache=False).logits
 
 
 def axes(item) -> dict[str, str]:

@@ -2,14 +2,24 @@
 
 import pytest
 import torch
-from conftest import KINDS, TOLERANCE, VOCAB, gated, padded_batch, plain_logits, positions_of, recurrent_logits, tiny
+from conftest import (
+    KINDS,
+    TOLERANCE,
+    VOCAB,
+    RoundedMemory,
+    gated,
+    padded_batch,
+    plain_logits,
+    positions_of,
+    recurrent_logits,
+    rounded_logits,
+    tiny,
+)
 
 import gatekv
-from gatekv.attention import AttentionCall
 from gatekv.cache.segments.quantised import PAGE
 from gatekv.evaluation import frontier
 from gatekv.evaluation.tasks.item import Item, log_loss
-from gatekv.modules import base_model, wrappers
 from gatekv.ops import naive
 from gatekv.ops.quantise import record_bytes
 from gatekv.policies import QAQ, AdaKV, SnapKV, StreamingLLM
@@ -23,48 +33,19 @@ def bits_of(layer):
     return layer.stage.bits(layer).movedim(-1, 0).long()
 
 
-class DequantisedMemory:
-    """Answers attention densely: later queries see what the layer held, as the reference decodes its reference codes."""
+def dequantised(outliers):
+    """How the naive code writes and reads vectors."""
 
-    def __init__(self, layer, prompt):
-        self.bits, self.prompt = bits_of(layer)[..., :prompt], prompt
-        self.outliers = layer.store.narrow.outliers[0]  # of keys; values are as wide
-
-    def rounded(self, x, bits):
+    def rounded(x, bits):
         out = x.clone()
         for b in (2, 4, 8):
-            mine = torch.nn.functional.pad(bits == b, (0, x.shape[2] - self.prompt))
+            mine = bits == b
             if mine.any():
-                records = naive.quantise(x[mine], b, self.outliers)
-                out[mine] = naive.dequantise(records, b, self.outliers, x.shape[-1], x.dtype)
+                records = naive.quantise(x[mine], b, outliers)
+                out[mine] = naive.dequantise(records, b, outliers, x.shape[-1], x.dtype)
         return out
 
-    def attend(self, call, q, k, v, mask, scaling):
-        n, kv = k.shape[2], k.shape[1]
-        causal = torch.ones(n, n, dtype=torch.bool).tril()
-        stays = torch.nn.functional.pad(self.bits[0] > 0, (0, n - self.prompt), value=True)
-        coded = [self.rounded(x, bits) for x, bits in zip((k, v), self.bits)]
-        outs = []
-        for (keys, values), live, part in (((k, v), causal[None, None], slice(0, self.prompt)),
-                                           (coded, causal & stays[:, :, None], slice(self.prompt, n))):  # fmt: skip
-            live = live.expand(-1, kv, -1, -1)[:, :, part]
-            answer = naive.dense_segment(q[:, :, part], keys, values, live, scaling)
-            outs.append(naive.with_sinks(answer, call.sinks)[0])
-        return torch.cat(outs, 2)
-
-
-def dequantised_logits(model, ids, cache, prompt):
-    evicting = {layer.layer_idx: layer for layer in cache.evicting()}
-    for w in wrappers(model):
-        memory = DequantisedMemory(evicting[w.layer_idx], prompt)
-
-        def forward(hidden_states, w=w, memory=memory, **kwargs):
-            return type(w.module).forward(
-                w.module, hidden_states, gatekv=AttentionCall(hidden_states, w.layer_idx, memory=memory), **kwargs
-            )
-
-        w.module.forward = forward
-    return base_model(model)(ids, use_cache=False).logits
+    return rounded
 
 
 @torch.no_grad()
@@ -77,7 +58,11 @@ def test_recurrent_is_the_dense_form_over_dequantised_tensors(kind, policy):
     got = recurrent_logits(model, ids, mask, cache, [70, 71, 80])
     widths = {pair for layer in cache.evicting() for pair in layer.store.narrow.pages}
     assert len(widths) > 1 and (got - plain_logits(model, ids, mask))[:, 70:].abs().max() > 1e-3
-    wanted = dequantised_logits(model, ids, cache, 70)
+    memories = {
+        layer.layer_idx: RoundedMemory(bits_of(layer)[..., :70], dequantised(layer.store.narrow.outliers[0]))
+        for layer in cache.evicting()
+    }
+    wanted = rounded_logits(model, ids, memories)
     torch.testing.assert_close(got, wanted, rtol=1e-9, atol=1e-9 * wanted.abs().max().item())
 
 

@@ -4,13 +4,21 @@ import itertools
 
 import pytest
 import torch
-from conftest import KINDS, VOCAB, gated, padded_batch, plain_logits, recurrent_logits, tiny
+from conftest import (
+    KINDS,
+    VOCAB,
+    RoundedMemory,
+    gated,
+    padded_batch,
+    plain_logits,
+    recurrent_logits,
+    rounded_logits,
+    tiny,
+)
 
 import gatekv
-from gatekv.attention import AttentionCall
 from gatekv.cache.forecast import forecast
 from gatekv.cache.segments.coded import token_bytes
-from gatekv.modules import base_model, wrappers
 from gatekv.ops import codec, naive
 from gatekv.policies import KeyDiff, resolve
 from gatekv.policies.bits import DISTORTION, allot, steps
@@ -32,49 +40,18 @@ def bits_of(layer):
     return layer.stage.bits(layer).movedim(-1, 0).long()
 
 
-class DecodedMemory:
-    """Answers attention densely: later queries see keys and values as the naive code writes and reads them."""
-
-    def __init__(self, layer, prompt):
-        self.bits, self.prompt = bits_of(layer)[..., :prompt], prompt
-
-    def rounded(self, x, bits):
-        out, heads = x.clone(), torch.arange(x.shape[1])[:, None]
-        turned = codec.turn(x, heads, x.shape[1])
-        for b in codec.WIDTHS:
-            mine = torch.nn.functional.pad(bits == b, (0, x.shape[2] - self.prompt))
-            if mine.any():
-                records = naive.encode(turned[mine], b, codec.levels(b), x.dtype)
-                read = turned.clone()
-                read[mine] = naive.decode(records, b, codec.levels(b), x.shape[-1], x.dtype)
-                out = torch.where(mine[..., None], codec.turn_back(read, heads, x.shape[1]), out)
-        return out
-
-    def attend(self, call, q, k, v, mask, scaling):
-        n, kv = k.shape[2], k.shape[1]
-        causal = torch.ones(n, n, dtype=torch.bool).tril()
-        stays = torch.nn.functional.pad(self.bits[0] > 0, (0, n - self.prompt), value=True)
-        coded = [self.rounded(x, bits) for x, bits in zip((k, v), self.bits)]
-        outs = []
-        for (keys, values), live, part in (((k, v), causal[None, None], slice(0, self.prompt)),
-                                           (coded, causal & stays[:, :, None], slice(self.prompt, n))):  # fmt: skip
-            live = live.expand(-1, kv, -1, -1)[:, :, part]
-            answer = naive.dense_segment(q[:, :, part], keys, values, live, scaling)
-            outs.append(naive.with_sinks(answer, call.sinks)[0])
-        return torch.cat(outs, 2)
-
-
-def decoded_logits(model, ids, cache, prompt):
-    evicting = {layer.layer_idx: layer for layer in cache.evicting()}
-    for w in wrappers(model):
-        memory = DecodedMemory(evicting[w.layer_idx], prompt)
-
-        def forward(hidden_states, w=w, memory=memory, **kwargs):
-            call = AttentionCall(hidden_states, w.layer_idx, memory=memory)
-            return type(w.module).forward(w.module, hidden_states, gatekv=call, **kwargs)
-
-        w.module.forward = forward
-    return base_model(model)(ids, use_cache=False).logits
+def decoded(x, bits):
+    """As the naive code writes and reads vectors x [batch, kv_heads, n, head_dim] of so many bits each."""
+    out, heads = x.clone(), torch.arange(x.shape[1])[:, None]
+    turned = codec.turn(x, heads, x.shape[1])
+    for b in codec.WIDTHS:
+        mine = bits == b
+        if mine.any():
+            records = naive.encode(turned[mine], b, codec.levels(b), x.dtype)
+            read = turned.clone()
+            read[mine] = naive.decode(records, b, codec.levels(b), x.shape[-1], x.dtype)
+            out = torch.where(mine[..., None], codec.turn_back(read, heads, x.shape[1]), out)
+    return out
 
 
 SHAPES = [
@@ -97,7 +74,8 @@ def test_recurrent_is_the_dense_form_over_what_was_coded(kind, changes):
     got = recurrent_logits(model, ids, mask, cache, [prompt, prompt + 1, prompt + 9])
     pairs = {pair for layer in cache.evicting() for pair in layer.store.narrow.streams}
     assert len(pairs) > 1 and (got - plain_logits(model, ids, mask))[:, prompt:].abs().max() > 1e-3
-    wanted = decoded_logits(model, ids, cache, prompt)
+    memories = {layer.layer_idx: RoundedMemory(bits_of(layer)[..., :prompt], decoded) for layer in cache.evicting()}
+    wanted = rounded_logits(model, ids, memories)
     torch.testing.assert_close(got, wanted, rtol=1e-9, atol=1e-9 * wanted.abs().max().item())
 
 

@@ -51,7 +51,8 @@ def config_of(
         decode = decode or "keep"
         prefill = prefill or ("sparse" if streaming and spec.mask_prompt else "dense")
     prefill = prefill or ("sparse" if streaming else "dense")
-    decode = decode or policy.scorer.decode
+    allots = policy.width is not None and policy.width.allots
+    decode = decode or ("keep" if allots and not learned else policy.scorer.decode)
     _check_modes(policy, learned, streaming, whole, prefill, decode, turns)
     _check_counts(0, sinks=sinks, window=window)
     _check_counts(1, prompt_tokens=prompt_tokens, block_size=block_size)
@@ -69,7 +70,7 @@ def config_of(
         )
     own_sinks = spec.sinks if policy.scorer.sinks is None else policy.scorer.sinks
     own_window = spec.window if policy.scorer.window is None else policy.scorer.window
-    geometry, allots = wrappers(model)[0].geometry, policy.width is not None and policy.width.allots
+    geometry = wrappers(model)[0].geometry
     if allots:
         own_sinks = max(own_sinks, cast(Width, policy.width).sinks)
     sinks, window = own_sinks if sinks is None else sinks, own_window if window is None else window

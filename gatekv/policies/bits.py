@@ -21,6 +21,7 @@ Dims = tuple[int, int]  # numbers of a head's key and value
 # Of a coded vector: its squared error as a share of its square, measured (docs/lab-notes/bits.md), head_dim 64 to 256.
 DISTORTION = {2: 0.11, 3: 0.032, 4: 0.0088, 5: 0.0023, 8: 4e-5, WHOLE: 0.0}
 LEAST = WIDTHS[0]
+EIGHTHS = 8  # of a byte: what a token costs is a whole number of them, so that sums of many are exact
 
 
 class Step(NamedTuple):
@@ -44,6 +45,11 @@ def steps(dims: Dims, itemsize: int) -> list[Step]:
         found.append(Step(1, b, cost(LEAST, b) - cost(LEAST, a), 0.0, gain))
     high = WIDTHS[-1]
     return [*found, Step(None, WHOLE, cost(WHOLE, WHOLE) - cost(high, high), DISTORTION[high], DISTORTION[high])]
+
+
+def eighths(bytes: list[float], device: torch.device) -> Tensor:
+    """Whole numbers of eighths of a byte, int64."""
+    return torch.tensor([round(EIGHTHS * each) for each in bytes], device=device)
 
 
 def rates(w: Tensor, evicted: float, dims: Dims, itemsize: int) -> tuple[list[Tensor], Tensor]:
@@ -73,14 +79,14 @@ def allot(log_u: Tensor, log_w: Tensor, least: Tensor, whole: Tensor, room: Tens
     are not evicted, and that stay as they are; they are paid for first.
     """
     path, real = steps(dims, itemsize), log_u > -torch.inf
-    gains, first = rates(log_w.double().exp(), evicted, dims, itemsize)
-    found = [log_u.double() + gain.log() for gain in gains]
+    gains, first = rates(log_w.exp(), evicted, dims, itemsize)
+    found = [log_u + gain.log() for gain in gains]
     found[0] = found[0].masked_fill(least & real, torch.inf)
     # By token, then by step, so that of equal ones each is served whole before the next.
     at = torch.stack([f.masked_fill(whole, torch.inf) for f in found], -1)
-    price = torch.tensor([s.price for s in path], dtype=torch.float64, device=at.device).repeat(at.shape[1])
+    price = eighths([s.price for s in path], at.device).repeat(at.shape[1])
     ranked, order = at.flatten(1).sort(dim=-1, descending=True, stable=True)
-    fits = price[order].cumsum(-1) <= room.double()[:, None]
+    fits = price[order].cumsum(-1) <= EIGHTHS * room[:, None]
     taken = torch.zeros_like(fits).scatter(1, order, fits | (ranked == torch.inf)).view_as(at) & real[..., None]
     bits = torch.zeros(*log_u.shape, 2, dtype=torch.uint8, device=at.device)
     for step, mine in zip(path, taken.unbind(-1)):

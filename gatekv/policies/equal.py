@@ -7,7 +7,7 @@ import torch
 from gatekv.cache.segments.coded import token_bytes
 from gatekv.ops.codec import WIDTHS
 from gatekv.ops.naive import WHOLE
-from gatekv.policies.bits import Dims
+from gatekv.policies.bits import EIGHTHS, Dims, eighths
 from gatekv.policies.rate import Allotting
 from gatekv.policies.scorer import Scorer, View
 
@@ -39,11 +39,11 @@ class Equal(Allotting):
               itemsize: int) -> Tensor:  # fmt: skip
         """See `Allotting.allot`."""
         real = log_u > -torch.inf
-        price = whole * token_bytes((WHOLE, WHOLE), dims, itemsize) + ~whole * token_bytes(self.fewest, dims, itemsize)
-        cost = price.double() * real
-        worth = log_u.double().masked_fill((least | whole) & real, torch.inf)
+        price = eighths([token_bytes(pair, dims, itemsize) for pair in (self.fewest, (WHOLE, WHOLE))], log_u.device)
+        cost = price[whole.long()] * real
+        worth = log_u.masked_fill((least | whole) & real, torch.inf)
         ranked, order = worth.sort(dim=-1, descending=True, stable=True)
-        fits = (cost.gather(-1, order).cumsum(-1) <= room.double()[:, None]) | (ranked == torch.inf)
+        fits = (cost.gather(-1, order).cumsum(-1) <= EIGHTHS * room[:, None]) | (ranked == torch.inf)
         stays = torch.zeros_like(fits).scatter(-1, order, fits) & real
         bits = torch.where(whole[..., None], WHOLE, torch.tensor(self.fewest, device=log_u.device))
         return torch.where(stays[..., None], bits, 0).to(torch.uint8)

@@ -50,7 +50,8 @@ def steps(model, ids, mask, policy, budget, **options):
 @pytest.mark.parametrize(
     "policy,budget",
     [("snapkv+global", 0.7), ("gate+global", 0.5), ("h2o+variance", 0.5), ("gate+uniform", 0.5), ("gate", None),
-     ("snapkv+less", 0.6), ("h2o", 0.5), ("d2o", 0.8), ("qaq", None), ("snapkv+think", 0.8)],
+     ("snapkv+less", 0.6), ("h2o", 0.5), ("d2o", 0.8), ("qaq", None), ("snapkv+think", 0.8),
+     ("tova+rate", 0.5), ("gate+rate", 0.5)],
 )  # fmt: skip
 @torch.no_grad()
 def test_layers_on_two_devices_decide_as_on_one(policy, budget):

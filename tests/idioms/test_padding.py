@@ -29,6 +29,8 @@ POLICIES = {
     "think": ("snapkv+think", 0.8, {}),
     "qaq": ("qaq", None, {}),
     "h2o+qaq": ("h2o+qaq", 0.8, {"decode": "keep"}),
+    "tova+rate": ("tova+rate", 0.5, {"decode": "keep"}),
+    "gate+rate": ("gate+rate", 0.5, {}),
     "gate": ("gate", None, {}),
     "gate dense": ("gate", None, {"prefill": "dense"}),
     "attention gate": ("gate", None, {}),

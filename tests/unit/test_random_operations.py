@@ -15,7 +15,8 @@ from hypothesis import strategies as st
 
 import gatekv
 from gatekv.modules import base_model
-from gatekv.policies import QAQ, L2Norm, SnapKV, ThinK
+from gatekv.policies import QAQ, L2Norm, Policy, SnapKV, ThinK
+from gatekv.policies.rate import Rate
 
 # Name -> (policy, budget, options of the cache, what the gates are, whether tokens can be taken back).
 GATE = dict(window=4, sinks=2)
@@ -26,6 +27,7 @@ POLICIES = {
     "snapkv": (SnapKV(window=4), 0.6, {}, None, True),
     "snapkv+think": (ThinK(SnapKV(window=4), window=4), 0.8, {}, None, True),
     "qaq": (QAQ(window=4), None, {}, None, True),
+    "snapkv+rate": (Policy(SnapKV(window=4), width=Rate(window=4, sinks=1)), 0.5, {"decode": "keep"}, None, True),
     "h2o": ("h2o", 0.5, {}, None, False),
     "streaming_llm": ("streaming_llm", 0.5, {}, None, False),
     "l2 evict": (L2Norm(skip_layers=()), 0.6, dict(decode="evict", window=1), None, False),

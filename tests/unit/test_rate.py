@@ -80,9 +80,10 @@ def test_recurrent_is_the_dense_form_over_what_was_coded(kind, changes):
 
 
 @torch.no_grad()
-@pytest.mark.parametrize("policy", [*POLICIES, "gate+rate", "gate+ada+rate"])
+@pytest.mark.parametrize("policy", [*POLICIES, "gate+rate", "gate+ada+rate", "gate+rate+less"])
 def test_padded_rows_are_solo_rows(policy):
-    model = gated(window=8, sinks=2) if "gate" in policy else tiny()
+    maps = dict(less_rank=3, less_hidden=12) if "less" in policy else {}
+    model = gated(window=8, sinks=2, **maps) if "gate" in policy else tiny()
     ids, mask = padded_batch([90, 75])
     budget = 0.5 if policy == "rate" else 0.3
     together = recurrent_logits(model, ids, mask, c := gatekv.KVCache(model, policy, budget, decode="keep"), [80, 81])

@@ -4,8 +4,8 @@
     python recipes/report.py --results docs/results.json                         # those of the documentation
     python recipes/report.py --text notes.txt --policies snapkv,snapkv+ada,l2    # only the text
 
-Writes report.html, frontier.png, tables.md, keep.png to --out; where tokens are in few bits, bits.png; where the results
-have needle cells, needle.png.
+Writes report.html, frontier.png, tables.md and keep.png to --out; bits.png, where tokens are in few bits; needle.png,
+where the results have needle cells.
 """
 
 import json

@@ -49,3 +49,8 @@ def triton_serves(device: torch.device, dtype: torch.dtype) -> bool:
 def load(name: str) -> Callable[..., tuple[torch.Tensor, torch.Tensor]]:
     """The `paged_segment` of a backend."""
     return importlib.import_module(BACKENDS[name]).paged_segment
+
+
+def load_coded(name: str) -> Callable[..., tuple[torch.Tensor, torch.Tensor]]:
+    """The `coded_segment` that goes with a backend of paged attention."""
+    return importlib.import_module("gatekv.ops.coded_attention").coded_segment

@@ -9,7 +9,8 @@ from gatekv.cache.segments.prompt_end import PromptEnd
 from gatekv.cache.segments.segment import Shape, Shown
 from gatekv.cache.segments.width import Narrow
 from gatekv.ops import backends, segments
-from gatekv.ops.codec import decode, encode, record_bytes, turn, turn_back
+from gatekv.ops.codec import encode, record_bytes, turn, turn_back
+from gatekv.ops.coded_attention import Codes, decoded
 from gatekv.ops.naive import WHOLE
 from gatekv.ops.page_table import PageTable
 from gatekv.parts import below
@@ -120,18 +121,6 @@ class Coded(Narrow):
         heads = rows % self.kv_heads
         return torch.cat([encode(turn(t, heads, self.kv_heads), b, self.dtype) for t, b in zip(tokens, pair)], -1)
 
-    def _decoded(self, pair: Pair) -> tuple[Tensor, Tensor]:
-        """Keys and values [n, head_dim] of one stream, turned unless they are whole."""
-        records = self.streams[pair].records
-        if pair[0] == WHOLE:
-            parts = records.split([d * self.dtype.itemsize for d in self.dims], -1)
-            keys, values = (t.clone(memory_format=torch.contiguous_format).view(self.dtype) for t in parts)
-            return keys, values
-        size = record_bytes(pair[0], self.dims[0], self.dtype.itemsize)
-        parts = records[:, :size], records[:, size:]
-        keys, values = (decode(r, b, d, self.dtype) for r, b, d in zip(parts, pair, self.dims))
-        return keys, values
-
     def _index(self) -> None:
         """Make the tables, after what is held has changed."""
         counts: dict[bool, Tensor] = {}
@@ -140,31 +129,34 @@ class Coded(Narrow):
             counts[coded] = counts[coded] + stream.counts if coded in counts else stream.counts
         self.tables = {coded: _table(total) for coded, total in counts.items()}
 
-    def _read(self, coded: bool) -> tuple[Tensor, Tensor]:
-        """Keys and values [blocks, BLOCK, head_dim] of the coded tokens, or the whole ones, as the table has them."""
-        table = self.tables[coded]
-        first, out = table.starts[:-1].long() * BLOCK, None
-        for pair, stream in self.streams.items():
-            if (pair[0] < WHOLE) == coded:
-                found, at = self._decoded(pair), stream.places(first)
-                # Zeros, not garbage: an unused slot has weight 0, and 0 · NaN would not be 0.
-                out = [t.new_zeros(len(table.pages) * BLOCK, t.shape[1]) for t in found] if out is None else out
-                for into, tokens in zip(out, found):
-                    into.index_copy_(0, at, tokens)
-                first = first + stream.counts
-        assert out is not None
-        return out[0].unflatten(0, (-1, BLOCK)), out[1].unflatten(0, (-1, BLOCK))
+    def _codes(self) -> list[Codes]:
+        return [Codes(s.records, s.counts, *pair) for pair, s in self.streams.items() if pair[0] < WHOLE]
+
+    def _whole(self) -> tuple[Tensor, Tensor]:
+        """Keys and values [blocks, BLOCK, head_dim] of the whole tokens, as their table has them."""
+        table, stream = self.tables[False], self.streams[WHOLE, WHOLE]
+        at, found = stream.places(table.starts[:-1].long() * BLOCK), []
+        for part in stream.records.split([d * self.dtype.itemsize for d in self.dims], -1):
+            tokens = part.clone(memory_format=torch.contiguous_format).view(self.dtype)
+            # Zeros, not garbage: an unused slot has weight 0, and 0 · NaN would not be 0.
+            blocks = tokens.new_zeros(len(table.pages) * BLOCK, tokens.shape[1])
+            found.append(blocks.index_copy_(0, at, tokens).unflatten(0, (-1, BLOCK)))
+        return found[0], found[1]
 
     def heads_of(self, x: Tensor) -> Tensor:
         """The KV head of each vector of x [batch, heads, n, head_dim]: [1, heads, 1] int64."""
         return torch.arange(x.shape[1], device=x.device)[None, :, None] // (x.shape[1] // self.kv_heads)
 
     def attend(self, q: Tensor, scale: float, visible: Tensor | None = None) -> tuple[Tensor, Tensor]:
-        heads, answers = self.heads_of(q), []
-        for coded, table in self.tables.items():
-            asked = turn(q, heads, self.kv_heads) if coded else q
-            out, lse = backends.load(self.backend)(asked, *self._read(coded), table, scale)
-            answers.append((turn_back(out, heads, self.kv_heads) if coded else out, lse))
+        answers = []
+        if codes := self._codes():
+            heads = self.heads_of(q)
+            asked = turn(q, heads, self.kv_heads)
+            answer = backends.load_coded(self.backend)
+            out, lse = answer(asked, codes, self.kv_heads, self.dims, self.dtype, scale)
+            answers.append((turn_back(out, heads, self.kv_heads), lse))
+        if (WHOLE, WHOLE) in self.streams:
+            answers.append(backends.load(self.backend)(q, *self._whole(), self.tables[False], scale))
         return segments.merge(answers)
 
     def mark(self, held: Tensor, real: Tensor) -> None:
@@ -175,13 +167,17 @@ class Coded(Narrow):
 
     def shown(self, probe: Tensor) -> list[Shown]:
         found = []
-        for coded, table in self.tables.items():
-            keys, values = (_rows(t, table) for t in self._read(coded))
-            if coded:
-                heads = torch.arange(table.rows, device=keys.device)[:, None] % self.kv_heads
-                keys, values = (turn_back(t, heads, self.kv_heads) for t in (keys, values))
-            found.append((keys, values, torch.arange(keys.shape[1], device=keys.device) < table.lengths[:, None]))
-        return found
+        if codes := self._codes():
+            *tokens, table = decoded(codes, self.dims, self.dtype)
+            heads = torch.arange(table.rows, device=probe.device)[:, None] % self.kv_heads
+            keys, values = (turn_back(_rows(t[:, None], table), heads, self.kv_heads) for t in tokens)
+            found.append((keys, values, table))
+        if (WHOLE, WHOLE) in self.streams:
+            table = self.tables[False]
+            keys, values = (_rows(t, table) for t in self._whole())
+            found.append((keys, values, table))
+        places = torch.arange(max((keys.shape[1] for keys, _, _ in found), default=0), device=probe.device)
+        return [(keys, values, places[: keys.shape[1]] < table.lengths[:, None]) for keys, values, table in found]
 
     def stores(self) -> list[Pages]:
         return []

@@ -52,5 +52,6 @@ def load(name: str) -> Callable[..., tuple[torch.Tensor, torch.Tensor]]:
 
 
 def load_coded(name: str) -> Callable[..., tuple[torch.Tensor, torch.Tensor]]:
-    """The `coded_segment` that goes with a backend of paged attention."""
-    return importlib.import_module("gatekv.ops.coded_attention").coded_segment
+    """The `coded_segment` that goes with a backend of paged attention; flash-attn reads no codes, so Triton does."""
+    compiled = name != "torch" and importlib.util.find_spec("triton") is not None
+    return importlib.import_module(f"gatekv.ops.coded_{'triton' if compiled else 'attention'}").coded_segment

@@ -1,9 +1,14 @@
 """Attention over codes: torch and Triton beside the readable reference, at odd lengths, over rows with nothing too."""
 
+import os
+import subprocess
+import sys
+from pathlib import Path
+
 import pytest
 import torch
 
-from gatekv.ops import codec, coded_attention, naive
+from gatekv.ops import backends, codec, coded_attention, naive
 from gatekv.ops.coded_attention import Codes
 from gatekv.ops.scale import Scale
 
@@ -106,3 +111,67 @@ def test_what_was_decoded_stands_row_after_row():
         size = [codec.record_bytes(s.key_bits, 64, 8) for s in held]
         wanted = [codec.decode(m[:, :n], s.key_bits, 64, torch.float64) for m, n, s in zip(mine, size, held)]
         assert torch.equal(keys[pages], torch.cat(wanted))
+
+
+@pytest.fixture
+def on_triton(monkeypatch):
+    """The kernel's answer beside the readable one's, on a GPU if there is one."""
+    pytest.importorskip("triton")
+    if os.environ.get("TRITON_INTERPRET") != "1" and not torch.cuda.is_available():
+        pytest.skip("needs TRITON_INTERPRET=1, which tests/conftest.py sets before triton is imported")
+    from gatekv.ops import coded_triton
+
+    monkeypatch.setattr(coded_triton, "PIECE", 48)  # several pieces, and several tiles, at lengths a test can afford
+    device = torch.device("cuda" if torch.cuda.is_available() else "cpu")
+
+    def both(q, held, dims, dtype, scale):
+        moved = [Codes(s.records.to(device), s.counts.to(device), *s[2:]) for s in held]
+        got = coded_triton.coded_segment(q.to(device), moved, 2, dims, dtype, scale)
+        return [t.cpu() for t in got], naive.coded_segment(q, held, 2, dims, dtype, scale)
+
+    return both
+
+
+@pytest.mark.covering(1)  # the interpreter takes a second a case
+@pytest.mark.parametrize("counts", COUNTS)
+@pytest.mark.parametrize("group,n,dims", [(1, 1, (64, 64)), (3, 1, (80, 80)), (8, 1, (96, 96)), (3, 3, (128, 128)),
+                                          (2, 1, (64, 20)), (1, 33, (64, 64))])  # fmt: skip
+def test_triton_matches_naive(on_triton, counts, group, n, dims):
+    q, held = queries(2 * group, n, dims[0], torch.float32), streams(COUNTS[counts], dims, torch.float32)
+    assert_same(*on_triton(q, held, dims, torch.float32, 0.1), 1e-4, 1e-5)
+
+
+@pytest.mark.parametrize("dtype", [torch.float16, torch.bfloat16])
+def test_triton_reads_scales_of_two_bytes_in_pieces(on_triton, dtype):
+    q, counts = queries(6, 1, 64, dtype), [[5, 0, 131, 1], [96, 0, 2, 49], [1, 0, 0, 48]]
+    for scale in (0.1, Scale(0.3, 0.8)):
+        assert_same(*on_triton(q, streams(counts, (64, 64), dtype), (64, 64), dtype, scale), 1e-4, 1e-5)
+
+
+def test_the_backend_of_pages_names_that_of_codes(on_triton, monkeypatch):
+    from gatekv.ops import coded_triton
+
+    assert backends.load_coded("torch") is coded_attention.coded_segment
+    assert backends.load_coded("triton") is backends.load_coded("flash") is coded_triton.coded_segment
+    monkeypatch.setattr(backends.importlib.util, "find_spec", lambda name: None)
+    assert backends.load_coded("flash") is coded_attention.coded_segment
+
+
+def test_the_kernel_compiles_and_fits_on_small_gpus(tmp_path):
+    pytest.importorskip("triton")
+    environment = {k: v for k, v in os.environ.items() if k != "TRITON_INTERPRET"} | {"TRITON_CACHE_DIR": str(tmp_path)}
+    script = Path(__file__).with_name("compile_kernels.py")
+    made = subprocess.run([sys.executable, script, "coded"], env=environment, capture_output=True, text=True)
+    assert made.returncode == 0, made.stderr
+    shared = [line.split() for line in made.stdout.splitlines()]
+    assert len(shared) == 3 and all(int(size) <= 99 * 1024 for _, size in shared)
+
+
+@pytest.mark.gpu
+@pytest.mark.skipif(not torch.cuda.is_available(), reason="needs a CUDA device")
+@pytest.mark.parametrize("dim", [64, 128, 256])
+def test_on_a_gpu(on_triton, monkeypatch, dim):
+    monkeypatch.undo()  # pieces of full length
+    counts = torch.randint(0, 1500, (len(PAIRS), 4), generator=torch.Generator().manual_seed(0)).tolist()
+    q, held = queries(12, 1, dim, torch.bfloat16), streams(counts, (dim, dim), torch.bfloat16)
+    assert_same(*on_triton(q, held, (dim, dim), torch.bfloat16, dim**-0.5), 1e-3, 1e-3)

@@ -17,15 +17,20 @@ from gatekv.parts import below
 
 Tensor = torch.Tensor
 Pair = tuple[int, int]  # bits of a key, of a value
-BLOCK = 32  # tokens of a row that attention reads side by side
+BLOCK = 32  # whole tokens of a row that attention reads side by side
 NEAR = 1 << 16  # positions below it fit into two bytes
-TABLE_BYTES = 12  # of a block, in the table that attention reads
+TABLE_BYTES = 12  # of a block, in the table by which attention reads whole tokens
 
 
 def token_bytes(pair: Pair, dims: tuple[int, int], itemsize: int) -> float:
-    """Of a token of one head whose key and value have dims numbers: its records, its position, its share of a table."""
-    records = (record_bytes(bits, dim, itemsize) if bits < WHOLE else dim * itemsize for bits, dim in zip(pair, dims))
-    return sum(records) + 2 + TABLE_BYTES / BLOCK
+    """Of a token of one head whose key and value have dims numbers: its records and its position; whole, its share of
+    the table too."""
+    return _record_bytes(pair, dims, itemsize) + 2 + (TABLE_BYTES / BLOCK if pair[0] == WHOLE else 0)
+
+
+def _record_bytes(pair: Pair, dims: tuple[int, int], itemsize: int) -> int:
+    sizes = (record_bytes(bits, dim, itemsize) if bits < WHOLE else dim * itemsize for bits, dim in zip(pair, dims))
+    return sum(sizes)
 
 
 class Stream:
@@ -80,14 +85,14 @@ class Coded(Narrow):
 
     Attributes:
         streams: bits of key and value -> the tokens that have them; (WHOLE, WHOLE): as they came, and not turned.
-        tables: of the coded ones (True) and the whole ones (False), as they lie while attention reads them.
+        table: of the whole ones, as they lie while attention reads them; None without any.
         dims, dtype: of what was coded. kv_heads: of the layer. backend: of paged attention.
     """
 
     def __init__(self, pages: Pages) -> None:
         """An empty one beside `pages`, whose tokens it will take."""
         self.streams: dict[Pair, Stream] = {}
-        self.tables: dict[bool, PageTable] = {}
+        self.table: PageTable | None = None
         self.dims, self.dtype = (pages.keys.shape[-1], pages.values.shape[-1]), pages.values.dtype
         self.kv_heads, self.backend = pages.kv_heads, pages.backend
 
@@ -96,7 +101,7 @@ class Coded(Narrow):
 
     def tensors(self) -> list[Tensor]:
         own = [t for s in self.streams.values() for t in (s.records, s.positions, s.counts)]
-        return own + [t for table in self.tables.values() for t in table.tensors()]
+        return own + (self.table.tensors() if self.table is not None else [])
 
     def absorb(self, pages: Pages, end: PromptEnd) -> None:
         """Take all tokens of `pages`, at the bits that were decided at this end."""
@@ -122,19 +127,16 @@ class Coded(Narrow):
         return torch.cat([encode(turn(t, heads, self.kv_heads), b, self.dtype) for t, b in zip(tokens, pair)], -1)
 
     def _index(self) -> None:
-        """Make the tables, after what is held has changed."""
-        counts: dict[bool, Tensor] = {}
-        for pair, stream in self.streams.items():
-            coded = pair[0] < WHOLE
-            counts[coded] = counts[coded] + stream.counts if coded in counts else stream.counts
-        self.tables = {coded: _table(total) for coded, total in counts.items()}
+        """Make the table, after what is held has changed."""
+        whole = self.streams.get((WHOLE, WHOLE))
+        self.table = None if whole is None else _table(whole.counts)
 
     def _codes(self) -> list[Codes]:
         return [Codes(s.records, s.counts, *pair) for pair, s in self.streams.items() if pair[0] < WHOLE]
 
-    def _whole(self) -> tuple[Tensor, Tensor]:
+    def _whole(self, table: PageTable) -> tuple[Tensor, Tensor]:
         """Keys and values [blocks, BLOCK, head_dim] of the whole tokens, as their table has them."""
-        table, stream = self.tables[False], self.streams[WHOLE, WHOLE]
+        stream = self.streams[WHOLE, WHOLE]
         at, found = stream.places(table.starts[:-1].long() * BLOCK), []
         for part in stream.records.split([d * self.dtype.itemsize for d in self.dims], -1):
             tokens = part.clone(memory_format=torch.contiguous_format).view(self.dtype)
@@ -155,8 +157,8 @@ class Coded(Narrow):
             answer = backends.load_coded(self.backend)
             out, lse = answer(asked, codes, self.kv_heads, self.dims, self.dtype, scale)
             answers.append((turn_back(out, heads, self.kv_heads), lse))
-        if (WHOLE, WHOLE) in self.streams:
-            answers.append(backends.load(self.backend)(q, *self._whole(), self.tables[False], scale))
+        if self.table is not None:
+            answers.append(backends.load(self.backend)(q, *self._whole(self.table), self.table, scale))
         return segments.merge(answers)
 
     def mark(self, held: Tensor, real: Tensor) -> None:
@@ -172,10 +174,9 @@ class Coded(Narrow):
             heads = torch.arange(table.rows, device=probe.device)[:, None] % self.kv_heads
             keys, values = (turn_back(_rows(t[:, None], table), heads, self.kv_heads) for t in tokens)
             found.append((keys, values, table))
-        if (WHOLE, WHOLE) in self.streams:
-            table = self.tables[False]
-            keys, values = (_rows(t, table) for t in self._whole())
-            found.append((keys, values, table))
+        if self.table is not None:
+            keys, values = (_rows(t, self.table) for t in self._whole(self.table))
+            found.append((keys, values, self.table))
         places = torch.arange(max((keys.shape[1] for keys, _, _ in found), default=0), device=probe.device)
         return [(keys, values, places[: keys.shape[1]] < table.lengths[:, None]) for keys, values, table in found]
 
@@ -205,7 +206,7 @@ class Coded(Narrow):
         for pair in sorted({tuple(name.split(".")[:2]) for name in tensors}):
             mine = below(tensors, ".".join(pair))
             bits, n = (int(pair[0]), int(pair[1])), len(mine["positions"])
-            size = int(token_bytes(bits, self.dims, self.dtype.itemsize) - 2 - TABLE_BYTES / BLOCK)
+            size = _record_bytes(bits, self.dims, self.dtype.itemsize)
             if mine["records"].shape != (n, size) or int(mine["counts"].sum()) != n:
                 raise ValueError(
                     f"{'.'.join(pair)}: {tuple(mine['records'].shape)} are not {n} records of {size} bytes."

@@ -5,6 +5,7 @@ head_dim. Rows are not cut apart either. Every query meets every token of a few 
 another row is hidden afterwards: a product of ten queries takes little longer than one of three.
 """
 
+import math
 from collections.abc import Sequence
 from typing import NamedTuple
 
@@ -17,7 +18,7 @@ from gatekv.ops.page_table import PageTable
 from gatekv.ops.scale import capped
 
 Tensor = torch.Tensor
-PRODUCTS = 32  # queries, of several rows, up to which a product costs little more than one query's
+SCORES = 2**16  # of all queries with all tokens that cost as much as another round of few operations, measured
 
 
 class Codes(NamedTuple):
@@ -71,10 +72,12 @@ def _few_queries(
     x: Tensor, streams: Sequence[Codes], dims: tuple[int, int], dtype: torch.dtype, scale: float
 ) -> tuple[Tensor, Tensor]:
     """Some rows at a time. x: [rows, queries, D], scaled. Returns out [rows, queries, D'], lse [rows, queries]."""
-    step = max(1, PRODUCTS // x.shape[1])
-    if step >= len(x):
+    # Rounds cost the same each, scores of other rows fewer with every round: the root is where the sum is smallest.
+    rounds = round(math.sqrt(len(x) * x.shape[1] * sum(len(s.records) for s in streams) / SCORES))
+    if rounds <= 1:
         return _rows_together(x, streams, dims, dtype, scale)
-    answers, ends = [], [[0, *s.counts.cumsum(0).tolist()] for s in streams]
+    step, answers = -(-len(x) // rounds), []
+    ends = [[0, *s.counts.cumsum(0).tolist()] for s in streams]
     for a in range(0, len(x), step):
         b, mine = min(a + step, len(x)), []
         for s, end in zip(streams, ends):

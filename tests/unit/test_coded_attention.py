@@ -77,9 +77,10 @@ def test_scales_of_one_dtype_and_queries_of_another(dtype, asked, n):
     assert_same(got, wanted, 1e-4, 1e-5)
 
 
-@pytest.mark.parametrize("products", [1, 6, 9])
-def test_rows_are_read_some_at_a_time(monkeypatch, products):
-    monkeypatch.setattr(coded_attention, "PRODUCTS", products)
+@pytest.mark.parametrize("rounds", [2, 3, 4, 9])
+def test_rows_are_read_some_at_a_time(monkeypatch, rounds):
+    tokens = sum(map(sum, COUNTS["uneven"]))
+    monkeypatch.setattr(coded_attention, "SCORES", 4 * 3 * tokens / rounds**2)
     q, held = queries(6, 1, 64), streams(COUNTS["uneven"], (64, 64))
     got, wanted = (
         f(q, held, 2, (64, 64), torch.float64, 0.1) for f in (coded_attention.coded_segment, naive.coded_segment)

@@ -126,11 +126,14 @@ def scales(numbers: Tensor, dtype: torch.dtype) -> Tensor:
 
 def spelled(codes: Tensor, bits: int, head_dim: int, dtype: torch.dtype) -> Tensor:
     """[..., bytes], records without their scales -> their levels [..., head_dim]."""
-    length = -(-head_dim * planes(bits)[0] // 8)
-    said = codes[..., :length].int()
-    if len(planes(bits)) > 1:
-        said.bitwise_or_(_sides(bits, codes.device).read(codes[..., length:].int())[..., :length])
-    return _spelling(bits, dtype, codes.device).read(said)[..., :head_dim]
+    if len(planes(bits)) == 1:
+        said = codes.int()
+    else:
+        length = -(-head_dim * planes(bits)[0] // 8)
+        sides = _sides(bits, codes.device).read(codes[..., length:].int())
+        said = codes[..., :length].int().bitwise_or_(sides[..., :length])
+    found = _spelling(bits, dtype, codes.device).read(said)
+    return found if found.shape[-1] == head_dim else found[..., :head_dim]
 
 
 ELEMENTS = {4: torch.float32, 8: torch.float64, 16: torch.complex128}  # what the processor copies in one go

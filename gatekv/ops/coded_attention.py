@@ -18,7 +18,7 @@ from gatekv.ops.page_table import PageTable
 from gatekv.ops.scale import capped
 
 Tensor = torch.Tensor
-SCORES = 2**16  # of all queries with all tokens that cost as much as another round of few operations, measured
+SCORES = 2**16  # that take about as long as the fixed cost of another round, measured
 
 
 class Codes(NamedTuple):

@@ -49,3 +49,9 @@ def triton_serves(device: torch.device, dtype: torch.dtype) -> bool:
 def load(name: str) -> Callable[..., tuple[torch.Tensor, torch.Tensor]]:
     """The `paged_segment` of a backend."""
     return importlib.import_module(BACKENDS[name]).paged_segment
+
+
+def load_coded(name: str) -> Callable[..., tuple[torch.Tensor, torch.Tensor]]:
+    """The `coded_segment` that goes with a backend of paged attention; flash-attn reads no codes, so Triton does."""
+    compiled = name != "torch" and importlib.util.find_spec("triton") is not None
+    return importlib.import_module(f"gatekv.ops.coded_{'triton' if compiled else 'attention'}").coded_segment

@@ -10,6 +10,9 @@ import torch
 from gatekv.ops.scale import capped
 
 if TYPE_CHECKING:
+    from collections.abc import Sequence
+
+    from gatekv.ops.coded_attention import Codes
     from gatekv.ops.page_table import PageTable
     from gatekv.ops.rectangle import Rectangle
 
@@ -387,6 +390,37 @@ def decode(records: Tensor, bits: int, levels: Tensor, head_dim: int, dtype: tor
         vectors.append(levels[codes].to(wide) * record[at:].clone().view(dtype).to(wide))
     flat = torch.stack(vectors) if vectors else torch.empty(0, head_dim, dtype=wide)
     return flat.view(*records.shape[:-1], head_dim)
+
+
+def coded_segment(
+    q: Tensor, streams: "Sequence[Codes]", kv_heads: int, dims: tuple[int, int], dtype: torch.dtype, scale: float
+) -> tuple[Tensor, Tensor]:
+    """Attention over tokens in few bits, of which every (sequence, kv head) row has its own (`gatekv.ops.codec`).
+
+    q: [B, H, Q, D], turned as the keys were; streams: tokens by their widths, `gatekv.ops.coded_attention.Codes` of
+    B · kv_heads rows; dims: numbers of a key and of a value; dtype: of the scales. Every query sees every token of its
+    row. Returns out [B, H, Q, D'], still to be turned back, in the accumulation dtype, and lse [B, H, Q]; a row without
+    tokens gets (0, -inf).
+    """
+    from gatekv.ops.codec import levels, record_bytes
+
+    b, h, n, _ = q.shape
+    acc = accumulation_dtype(q)
+    heads = group_queries(q, kv_heads).to(acc).flatten(0, 1)  # [B*K, G, Q, D]
+    answers = []
+    for row in range(b * kv_heads):
+        keys, values = [heads.new_zeros(0, dims[0])], [heads.new_zeros(0, dims[1])]
+        for records, counts, key_bits, value_bits in streams:
+            mine = records[int(counts[:row].sum()) :][: int(counts[row])]
+            size = record_bytes(key_bits, dims[0], dtype.itemsize)
+            keys.append(decode(mine[:, :size], key_bits, levels(key_bits), dims[0], dtype).to(acc))
+            values.append(decode(mine[:, size:], value_bits, levels(value_bits), dims[1], dtype).to(acc))
+        s = capped(heads[row] @ torch.cat(keys).T * scale, scale)
+        lse = s.logsumexp(-1)
+        p = torch.exp(s - lse.masked_fill(lse == -torch.inf, 0)[..., None])
+        answers.append((p @ torch.cat(values), lse))
+    out, lses = (torch.stack(t) for t in zip(*answers))
+    return out.reshape(b, h, n, -1), lses.reshape(b, h, n)
 
 
 def merge(segments: list[tuple[Tensor, Tensor]]) -> tuple[Tensor, Tensor]:

@@ -1,6 +1,7 @@
-"""Compiles the kernels of gated attention for a GPU that need not be there; prints each one's shared memory.
+"""Compiles kernels for GPUs that need not be there; prints each one's shared memory.
 
-The interpreter takes Python that the compiler refuses. Run by test_gated_triton.py, without TRITON_INTERPRET.
+The interpreter takes Python that the compiler refuses. Run without TRITON_INTERPRET, by test_gated_triton.py and, with
+the word "coded", by test_coded_attention.py.
 """
 
 import sys
@@ -15,7 +16,7 @@ import triton
 from triton.backends.compiler import GPUTarget
 from triton.compiler import ASTSource
 
-from gatekv.ops import gated_triton
+from gatekv.ops import coded_triton, gated_triton
 
 TYPES = {"Gate": "*fp32", "Lse": "*fp32", "Delta": "*fp32", "DGate": "*fp32", "Order": "*i32", "Rank": "*i32",
          "Sinks": "*fp32", "Mask": "*u8", "scale": "fp32", "cap": "fp32"}  # fmt: skip
@@ -27,8 +28,23 @@ KERNELS = {
     gated_triton._grad_keys: SHAPE | dict(STEP=32, KEYS=True, GATES=True),
 }
 
-for kernel, constants in KERNELS.items():
-    types = TYPES | dict.fromkeys(TENSORS, "*bf16") | dict.fromkeys(constants, "constexpr")
+CODED_TYPES = {"Q": "*fp32", "Records": "*u8", "At": "*u8", "Levels": "*fp32", "Pieces": "*i64", "Facts": "*i32",
+               "Out": "*fp32", "Lse": "*fp32", "scale": "fp32", "cap": "fp32"}  # fmt: skip
+CODED = dict(M=16, D=128, V_D=128, KEY_DIM=80, HEAD_DIM=96, TILE=32, CAPPED=True)
+
+
+def compiled(kernel, types, constants, capability, **options):
+    """Prints the kernel's name and its shared memory."""
+    types = types | dict.fromkeys(constants, "constexpr")
     source = ASTSource(kernel, {name: types.get(name, "i32") for name in kernel.arg_names}, constants)
-    made = triton.compile(source, target=GPUTarget("cuda", 90, 32), options={"num_warps": 8, "num_stages": 2})
+    made = triton.compile(source, target=GPUTarget("cuda", capability, 32), options=options)
     print(kernel.__name__, made.metadata.shared)
+
+
+if sys.argv[1:] == ["coded"]:
+    for capability, kind, size in ((80, 0, 2), (90, 1, 2), (100, 2, 4)):
+        compiled(coded_triton._piece, CODED_TYPES, CODED | dict(KIND=kind, SIZE=size), capability, num_stages=2)
+else:
+    for kernel, constants in KERNELS.items():
+        types = TYPES | dict.fromkeys(TENSORS, "*bf16")
+        compiled(kernel, types, constants, 90, num_warps=8, num_stages=2)

@@ -9,22 +9,28 @@ from gatekv.cache.segments.prompt_end import PromptEnd
 from gatekv.cache.segments.segment import Shape, Shown
 from gatekv.cache.segments.width import Narrow
 from gatekv.ops import backends, segments
-from gatekv.ops.codec import decode, encode, record_bytes, turn, turn_back
+from gatekv.ops.codec import encode, record_bytes, turn, turn_back
+from gatekv.ops.coded_attention import Codes, decoded
 from gatekv.ops.naive import WHOLE
 from gatekv.ops.page_table import PageTable
 from gatekv.parts import below
 
 Tensor = torch.Tensor
 Pair = tuple[int, int]  # bits of a key, of a value
-BLOCK = 32  # tokens of a row that attention reads side by side
+BLOCK = 32  # whole tokens of a row that attention reads side by side
 NEAR = 1 << 16  # positions below it fit into two bytes
-TABLE_BYTES = 12  # of a block, in the table that attention reads
+TABLE_BYTES = 12  # of a block, in the table by which attention reads whole tokens
 
 
 def token_bytes(pair: Pair, dims: tuple[int, int], itemsize: int) -> float:
-    """Of a token of one head whose key and value have dims numbers: its records, its position, its share of a table."""
-    records = (record_bytes(bits, dim, itemsize) if bits < WHOLE else dim * itemsize for bits, dim in zip(pair, dims))
-    return sum(records) + 2 + TABLE_BYTES / BLOCK
+    """Of a token of one head whose key and value have dims numbers: its records and its position; whole, its share of
+    the table too."""
+    return _record_bytes(pair, dims, itemsize) + 2 + (TABLE_BYTES / BLOCK if pair[0] == WHOLE else 0)
+
+
+def _record_bytes(pair: Pair, dims: tuple[int, int], itemsize: int) -> int:
+    sizes = (record_bytes(bits, dim, itemsize) if bits < WHOLE else dim * itemsize for bits, dim in zip(pair, dims))
+    return sum(sizes)
 
 
 class Stream:
@@ -79,14 +85,14 @@ class Coded(Narrow):
 
     Attributes:
         streams: bits of key and value -> the tokens that have them; (WHOLE, WHOLE): as they came, and not turned.
-        tables: of the coded ones (True) and the whole ones (False), as they lie while attention reads them.
+        table: of the whole ones, as they lie while attention reads them; None without any.
         dims, dtype: of what was coded. kv_heads: of the layer. backend: of paged attention.
     """
 
     def __init__(self, pages: Pages) -> None:
         """An empty one beside `pages`, whose tokens it will take."""
         self.streams: dict[Pair, Stream] = {}
-        self.tables: dict[bool, PageTable] = {}
+        self.table: PageTable | None = None
         self.dims, self.dtype = (pages.keys.shape[-1], pages.values.shape[-1]), pages.values.dtype
         self.kv_heads, self.backend = pages.kv_heads, pages.backend
 
@@ -95,7 +101,7 @@ class Coded(Narrow):
 
     def tensors(self) -> list[Tensor]:
         own = [t for s in self.streams.values() for t in (s.records, s.positions, s.counts)]
-        return own + [t for table in self.tables.values() for t in table.tensors()]
+        return own + (self.table.tensors() if self.table is not None else [])
 
     def absorb(self, pages: Pages, end: PromptEnd) -> None:
         """Take all tokens of `pages`, at the bits that were decided at this end."""
@@ -120,51 +126,39 @@ class Coded(Narrow):
         heads = rows % self.kv_heads
         return torch.cat([encode(turn(t, heads, self.kv_heads), b, self.dtype) for t, b in zip(tokens, pair)], -1)
 
-    def _decoded(self, pair: Pair) -> tuple[Tensor, Tensor]:
-        """Keys and values [n, head_dim] of one stream, turned unless they are whole."""
-        records = self.streams[pair].records
-        if pair[0] == WHOLE:
-            parts = records.split([d * self.dtype.itemsize for d in self.dims], -1)
-            keys, values = (t.clone(memory_format=torch.contiguous_format).view(self.dtype) for t in parts)
-            return keys, values
-        size = record_bytes(pair[0], self.dims[0], self.dtype.itemsize)
-        parts = records[:, :size], records[:, size:]
-        keys, values = (decode(r, b, d, self.dtype) for r, b, d in zip(parts, pair, self.dims))
-        return keys, values
-
     def _index(self) -> None:
-        """Make the tables, after what is held has changed."""
-        counts: dict[bool, Tensor] = {}
-        for pair, stream in self.streams.items():
-            coded = pair[0] < WHOLE
-            counts[coded] = counts[coded] + stream.counts if coded in counts else stream.counts
-        self.tables = {coded: _table(total) for coded, total in counts.items()}
+        """Make the table, after what is held has changed."""
+        whole = self.streams.get((WHOLE, WHOLE))
+        self.table = None if whole is None else _table(whole.counts)
 
-    def _read(self, coded: bool) -> tuple[Tensor, Tensor]:
-        """Keys and values [blocks, BLOCK, head_dim] of the coded tokens, or the whole ones, as the table has them."""
-        table = self.tables[coded]
-        first, out = table.starts[:-1].long() * BLOCK, None
-        for pair, stream in self.streams.items():
-            if (pair[0] < WHOLE) == coded:
-                found, at = self._decoded(pair), stream.places(first)
-                # Zeros, not garbage: an unused slot has weight 0, and 0 · NaN would not be 0.
-                out = [t.new_zeros(len(table.pages) * BLOCK, t.shape[1]) for t in found] if out is None else out
-                for into, tokens in zip(out, found):
-                    into.index_copy_(0, at, tokens)
-                first = first + stream.counts
-        assert out is not None
-        return out[0].unflatten(0, (-1, BLOCK)), out[1].unflatten(0, (-1, BLOCK))
+    def _codes(self) -> list[Codes]:
+        return [Codes(s.records, s.counts, *pair) for pair, s in self.streams.items() if pair[0] < WHOLE]
+
+    def _whole(self, table: PageTable) -> tuple[Tensor, Tensor]:
+        """Keys and values [blocks, BLOCK, head_dim] of the whole tokens, as their table has them."""
+        stream = self.streams[WHOLE, WHOLE]
+        at, found = stream.places(table.starts[:-1].long() * BLOCK), []
+        for part in stream.records.split([d * self.dtype.itemsize for d in self.dims], -1):
+            tokens = part.clone(memory_format=torch.contiguous_format).view(self.dtype)
+            # Zeros, not garbage: an unused slot has weight 0, and 0 · NaN would not be 0.
+            blocks = tokens.new_zeros(len(table.pages) * BLOCK, tokens.shape[1])
+            found.append(blocks.index_copy_(0, at, tokens).unflatten(0, (-1, BLOCK)))
+        return found[0], found[1]
 
     def heads_of(self, x: Tensor) -> Tensor:
         """The KV head of each vector of x [batch, heads, n, head_dim]: [1, heads, 1] int64."""
         return torch.arange(x.shape[1], device=x.device)[None, :, None] // (x.shape[1] // self.kv_heads)
 
     def attend(self, q: Tensor, scale: float, visible: Tensor | None = None) -> tuple[Tensor, Tensor]:
-        heads, answers = self.heads_of(q), []
-        for coded, table in self.tables.items():
-            asked = turn(q, heads, self.kv_heads) if coded else q
-            out, lse = backends.load(self.backend)(asked, *self._read(coded), table, scale)
-            answers.append((turn_back(out, heads, self.kv_heads) if coded else out, lse))
+        answers = []
+        if codes := self._codes():
+            heads = self.heads_of(q)
+            asked = turn(q, heads, self.kv_heads)
+            answer = backends.load_coded(self.backend)
+            out, lse = answer(asked, codes, self.kv_heads, self.dims, self.dtype, scale)
+            answers.append((turn_back(out, heads, self.kv_heads), lse))
+        if self.table is not None:
+            answers.append(backends.load(self.backend)(q, *self._whole(self.table), self.table, scale))
         return segments.merge(answers)
 
     def mark(self, bits: Tensor, real: Tensor) -> None:
@@ -175,13 +169,16 @@ class Coded(Narrow):
 
     def shown(self, probe: Tensor) -> list[Shown]:
         found = []
-        for coded, table in self.tables.items():
-            keys, values = (_rows(t, table) for t in self._read(coded))
-            if coded:
-                heads = torch.arange(table.rows, device=keys.device)[:, None] % self.kv_heads
-                keys, values = (turn_back(t, heads, self.kv_heads) for t in (keys, values))
-            found.append((keys, values, torch.arange(keys.shape[1], device=keys.device) < table.lengths[:, None]))
-        return found
+        if codes := self._codes():
+            *tokens, table = decoded(codes, self.dims, self.dtype)
+            heads = torch.arange(table.rows, device=probe.device)[:, None] % self.kv_heads
+            keys, values = (turn_back(_rows(t[:, None], table), heads, self.kv_heads) for t in tokens)
+            found.append((keys, values, table))
+        if self.table is not None:
+            keys, values = (_rows(t, self.table) for t in self._whole(self.table))
+            found.append((keys, values, self.table))
+        places = torch.arange(max((keys.shape[1] for keys, _, _ in found), default=0), device=probe.device)
+        return [(keys, values, places[: keys.shape[1]] < table.lengths[:, None]) for keys, values, table in found]
 
     def stores(self) -> list[Pages]:
         return []
@@ -209,7 +206,7 @@ class Coded(Narrow):
         for pair in sorted({tuple(name.split(".")[:2]) for name in tensors}):
             mine = below(tensors, ".".join(pair))
             bits, n = (int(pair[0]), int(pair[1])), len(mine["positions"])
-            size = int(token_bytes(bits, self.dims, self.dtype.itemsize) - 2 - TABLE_BYTES / BLOCK)
+            size = _record_bytes(bits, self.dims, self.dtype.itemsize)
             if mine["records"].shape != (n, size) or int(mine["counts"].sum()) != n:
                 raise ValueError(
                     f"{'.'.join(pair)}: {tuple(mine['records'].shape)} are not {n} records of {size} bytes."

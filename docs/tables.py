@@ -3,8 +3,8 @@
     python docs/tables.py            # renews every table between <!-- table: NAME --> and <!-- /table -->
     python docs/tables.py --check    # names the pages that are stale, and exits with 1
 
-The numbers come from docs/results.json, docs/sft/*.json and docs/ablation/results.json; the tables of models come from
-tests/fixtures/models.json, which `python tests/record_models.py` writes; the examples are docs/examples/*.py.
+The numbers come from results.json in docs, docs/bits and docs/ablation, and from docs/sft/*.json; the tables of models
+come from tests/fixtures/models.json, which `python tests/record_models.py` writes; the examples are docs/examples/*.py.
 """
 
 import argparse
@@ -45,10 +45,10 @@ def read(name: str):
     return json.loads((ROOT / "docs" / name).read_text())
 
 
-def frontier(render: Callable[[list[dict]], str]) -> str:
+def frontier(render: Callable[[list[dict]], str], name: str = "results.json") -> str:
     from gatekv.report.tables import provenance
 
-    results = read("results.json")
+    results = read(name)
     return f"{render(results['rows']).strip()}\n\n{provenance(results['run'])}"
 
 
@@ -112,6 +112,7 @@ def tables() -> dict[str, Callable[[], str]]:
         "frontier-short": lambda: frontier(lambda rows: summary(rows, [0.25, 0.125], SHORT)),
         "frontier-summary": lambda: frontier(lambda rows: summary(rows, budgets)),
         "frontier-tasks": lambda: frontier(lambda rows: best_of(rows, TASKS, "gate+global", [0.25, 0.125])),
+        "bits-summary": lambda: frontier(lambda rows: summary(rows, [0.25, 0.125, 0.0625, 0.03125]), "bits/results.json"),
         "frontier-all": lambda: frontier(sections),
         "fine-tuning-372": lambda: fine_tuning(0.372),
         "fine-tuning-200": lambda: fine_tuning(0.2),

@@ -106,13 +106,13 @@ def tables() -> dict[str, Callable[[], str]]:
     from gatekv.report import tables as sections
     from gatekv.report.tables import best_of, summary
 
-    budgets = [0.5, 0.25, 0.125, 0.0625]
+    budgets, few = [0.5, 0.25, 0.125, 0.0625], [0.25, 0.125, 0.0625, 0.03125]
     quoted = {f"example-{path.stem}": partial(example, path) for path in sorted((ROOT / "docs/examples").glob("*.py"))}
     made = {
         "frontier-short": lambda: frontier(lambda rows: summary(rows, [0.25, 0.125], SHORT)),
         "frontier-summary": lambda: frontier(lambda rows: summary(rows, budgets)),
         "frontier-tasks": lambda: frontier(lambda rows: best_of(rows, TASKS, "gate+global", [0.25, 0.125])),
-        "bits-summary": lambda: frontier(lambda rows: summary(rows, [0.25, 0.125, 0.0625, 0.03125]), "bits/results.json"),
+        "bits-summary": lambda: frontier(lambda rows: summary(rows, few), "bits/results.json"),
         "frontier-all": lambda: frontier(sections),
         "fine-tuning-372": lambda: fine_tuning(0.372),
         "fine-tuning-200": lambda: fine_tuning(0.2),

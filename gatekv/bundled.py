@@ -6,7 +6,8 @@ ASSETS = Path(__file__).resolve().parent / "assets"
 TRAIN = ASSETS / "sample" / "train"  # text files that the default recipe reads
 HELDOUT = ASSETS / "sample" / "heldout"  # whole sources that no bundled gate was trained on
 TASK = ASSETS / "sample" / "sft.jsonl"  # who of four people owns a thing
-ADAPTERS = {"smollm2-135m-gate": ASSETS / "smollm2-135m-gate"}
+# The first was trained for eviction, the second to be read in few bits (`rate`).
+ADAPTERS = {name: ASSETS / name for name in ("smollm2-135m-gate", "smollm2-135m-rate")}
 
 
 def adapter_path(name: str) -> str:

@@ -230,7 +230,7 @@ class LoadOptions(HardwareOptions):
 
     _argument_group_name = "model"
 
-    adapter: str = option("", "Folder, Hub name, or bundled name (smollm2-135m-gate) of a gatekv adapter.")
+    adapter: str = option("", "Folder, Hub name, or bundled name (smollm2-135m-gate, …-rate) of a gatekv adapter.")
     model: str = option("", "Base model, folder or Hub name; left out: the adapter's, or the embedded SmolLM2-135M.")
     device_map: str = option("", "As transformers has it, for a model on several devices: auto, balanced, …")
     plugins: list[str] = option([], "Modules or .py files that register policies of your own when imported.")

@@ -15,6 +15,8 @@ The rotation follows QuaRot (2404.00456) and TurboQuant (2504.19874); levels, sc
 
 import functools
 import math
+from collections.abc import Callable
+from typing import Any
 
 import torch
 
@@ -24,6 +26,17 @@ Tensor = torch.Tensor
 WIDTHS = (2, 3, 4, 5, 8)
 SEED = 20260401  # of the signs, and of the matrix where no Hadamard matrix has the size
 ROUNDS = 400  # of Lloyd's algorithm; the levels of 8 bits have converged to 1e-4 by then
+
+
+def constant(make: Callable[..., Any]) -> Any:
+    """`functools.cache` for tensors: whoever asks first, in inference mode say, others may train with them."""
+
+    @functools.cache
+    def made(*args: Any) -> Any:
+        with torch.inference_mode(False):
+            return make(*args)
+
+    return made
 
 
 def planes(bits: int) -> tuple[int, ...]:
@@ -36,7 +49,7 @@ def record_bytes(bits: int, head_dim: int, itemsize: int) -> int:
     return sum(-(-head_dim * plane // 8) for plane in planes(bits)) + itemsize
 
 
-@functools.cache
+@constant
 def levels(bits: int) -> Tensor:
     """[2^bits] float64, ascending: the levels with the least mean squared error for a unit Gaussian (Lloyd, 1982)."""
     n = 2**bits
@@ -51,7 +64,7 @@ def levels(bits: int) -> Tensor:
     return (found - found.flip(0)) / 2
 
 
-@functools.cache
+@constant
 def _matrix(head_dim: int) -> Tensor:
     """[head_dim, head_dim] float64, orthogonal: a Hadamard matrix of the power of two in head_dim, by a random one."""
     odd, found = head_dim, torch.ones(1, 1, dtype=torch.float64)
@@ -62,13 +75,13 @@ def _matrix(head_dim: int) -> Tensor:
     return found if odd == 1 else torch.kron(found, torch.linalg.qr(drawn).Q.contiguous())
 
 
-@functools.cache
+@constant
 def _signs(heads: int, head_dim: int, dtype: torch.dtype, device: torch.device) -> Tensor:
     generator = torch.Generator().manual_seed(SEED)
     return (1 - 2 * torch.randint(2, (heads, head_dim), generator=generator)).to(device, dtype)
 
 
-@functools.cache
+@constant
 def _matrix_on(head_dim: int, dtype: torch.dtype, device: torch.device) -> Tensor:
     return _matrix(head_dim).to(device, dtype)
 
@@ -87,7 +100,7 @@ def turn_back(y: Tensor, heads: Tensor, kv_heads: int) -> Tensor:
     return (y @ _matrix_on(y.shape[-1], y.dtype, y.device)) * _signs(kv_heads, y.shape[-1], y.dtype, y.device)[heads]
 
 
-@functools.cache
+@constant
 def _table(bits: int, dtype: torch.dtype, device: torch.device) -> tuple[Tensor, Tensor]:
     """(levels [2^bits], the borders between them [2^bits - 1])."""
     found = levels(bits)
@@ -159,7 +172,7 @@ class _Table:
         return self.elements.index_select(0, index.flatten()).view(self.rows.dtype).view(shape)
 
 
-@functools.cache
+@constant
 def _spelling(bits: int, dtype: torch.dtype, device: torch.device) -> _Table:
     """[256, numbers of a byte]: what each byte of codes says; with a second plane, [256 · 2^numbers, numbers]: what a
     byte of the first says, whose numbers' signs stand above it."""
@@ -172,7 +185,7 @@ def _spelling(bits: int, dtype: torch.dtype, device: torch.device) -> _Table:
     return _Table(levels(bits)[code].to(device, dtype))
 
 
-@functools.cache
+@constant
 def _sides(bits: int, device: torch.device) -> _Table:
     """[256, bytes of the first plane to one of the second] int32: the signs of each, above eight bits of zeros."""
     each = 8 // planes(bits)[0]

@@ -1,13 +1,11 @@
 """Attention over codes in Triton: one launch for all widths, a program for each piece of a row of a stream."""
 
-import functools
-
 import torch
 import triton
 import triton.language as tl
 
 from gatekv.ops import coded_attention, paged_attention
-from gatekv.ops.codec import WIDTHS, levels, planes, record_bytes
+from gatekv.ops.codec import WIDTHS, constant, levels, planes, record_bytes
 from gatekv.ops.coded_attention import Codes
 from gatekv.ops.naive import group_queries
 from gatekv.ops.scale import cap_of
@@ -141,7 +139,7 @@ def _pieces(streams: list[Codes], facts: Tensor) -> Tensor:
     return torch.stack([run % rows, run // rows, begins[run] + before * lengths.flatten()[run // rows], mine], 1)
 
 
-@functools.cache
+@constant
 def _facts(pairs: tuple[tuple[int, int], ...], dims: tuple[int, int], itemsize: int, device: torch.device) -> Tensor:
     """[streams, 8] int32: bytes of a token; bits of a key's first plane, whether it has signs, the first of its levels;
     where its value begins; the same three of the value."""
@@ -156,6 +154,6 @@ def _facts(pairs: tuple[tuple[int, int], ...], dims: tuple[int, int], itemsize: 
 _FIRST = {bits: sum(2**b for b in WIDTHS if b < bits) for bits in WIDTHS}  # of its levels among those of all widths
 
 
-@functools.cache
+@constant
 def _all_levels(device: torch.device) -> Tensor:
     return torch.cat([levels(bits) for bits in WIDTHS]).to(device, torch.float32)

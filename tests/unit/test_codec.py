@@ -72,3 +72,13 @@ def test_levels_are_the_best_for_a_gaussian():
     for bits in codec.WIDTHS:
         levels = codec.levels(bits)
         assert (levels.diff() > 0).all() and torch.equal(levels, -levels.flip(0))
+
+
+def test_what_inference_mode_made_first_can_be_trained_with():
+    x = torch.randn(4, 24)
+    with torch.inference_mode():
+        codec.turn_back(codec.turn(x, torch.tensor(5), 7), torch.tensor(5), 7)
+        codec.decode(codec.encode(x, 3, torch.float32), 3, 24, torch.float32)
+    x.requires_grad_()
+    codec.turn_back(codec.turn(x, torch.tensor(5), 7), torch.tensor(5), 7).square().sum().backward()
+    torch.testing.assert_close(x.grad, 2 * x.detach(), rtol=1e-4, atol=1e-4)

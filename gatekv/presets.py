@@ -52,7 +52,7 @@ PRESETS = {
     # The same for `rate`: a byte budget keeps more tokens, in few bits; the student reads them so.
     "rate": {
         "gate": "mlp", "relaxation": "ste", "window": 32, "sinks": 4, "initial_logit": -5.0, "objective": "kl",
-        "prefill": "dense", "rate": True, "sparsity": "budget", "scope": "global", "target_keep": 0.25,
+        "prefill": "rate", "sparsity": "budget", "scope": "global", "target_keep": 0.25,
         "budget_spread": 2.5, "target_share": 0.5, "oracle_weight": 0.3, "warm_share": 0.5, "retrieval_share": 0.5,
         "recite_share": 0.2, "sequence_length": 1024, "max_steps": 260,
     },

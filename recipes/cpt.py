@@ -52,13 +52,13 @@ def main(argv: list[str]) -> dict | None:
     objective = Objective(
         model,
         objective=config.objective,
-        prefill=config.prefill,
+        prefill="dense" if config.prefill == "rate" else config.prefill,
         sparsity=config.sparsity,
         scope=config.scope,
         sparsity_weight=config.sparsity_weight,
         polarise_weight=config.polarise_weight,
         oracle_weight=config.oracle_weight,
-        width=Rate() if config.rate else None,
+        width=Rate() if config.prefill == "rate" else None,
     )
     records, seconds = fit(objective, data, config, accelerator)
     model.train()

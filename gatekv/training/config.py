@@ -32,8 +32,12 @@ class CPTConfig(Gated, RunConfig, GateSpec):
     )
     output_dir: str = "checkpoints/demo"
     objective: str = option("kl", "Task loss.", choices=OBJECTIVES)
-    prefill: str = option("sparse", "Flags act inside the prompt (sparse) or behind it (dense).", choices=PREFILLS)
-    rate: bool = option(False, "With prefill=dense: what is kept is read in the few bits in which `rate` stores it.")
+    prefill: str = option(
+        "sparse",
+        "Flags act inside the prompt (sparse), behind it (dense), or behind it and what is kept is read in the few bits "
+        "in which `rate` stores it (rate).",
+        choices=(*PREFILLS, "rate"),
+    )
     retrieval_share: float = option(0.6, "Share of the rows with facts written in and asked for.")
     recite_share: float = option(0.0, "Share of the rows that ask for passages of their own text.")
     answer_weight: float = option(20.0, "Loss weight of the tokens that answer a question.")
@@ -56,11 +60,12 @@ class CPTConfig(Gated, RunConfig, GateSpec):
             raise ValueError("warm_share trains on the oracle alone: set oracle_weight above 0 too.")
         if self.objective == "none" and self.oracle_weight == 0:
             raise ValueError("objective='none' leaves the oracle alone to train on: set oracle_weight above 0.")
-        if self.gradient_checkpointing and (self.prefill == "dense" or self.objective in ("attention_mse", "none")):
+        if self.gradient_checkpointing and (self.prefill != "sparse" or self.objective in ("attention_mse", "none")):
             raise ValueError(
                 "gradient_checkpointing is for prefill='sparse' and objectives that go backward through the model: "
                 "without it the pass behind a dense prompt is short, and layer-local losses hold one layer at a time."
             )
-        if self.pack and (self.prefill == "dense" or self.context == "prompt"):
+        if self.pack and (self.prefill != "sparse" or self.context == "prompt"):
             raise ValueError("pack=true is for flags that act as tokens pass: use prefill='sparse' and causal gates.")
-        check_objective(self.objective, self.prefill, self.sparsity, self.scope, self.spec, self.rate)
+        prefill = "dense" if self.prefill == "rate" else self.prefill
+        check_objective(self.objective, prefill, self.sparsity, self.scope, self.spec, self.prefill == "rate")

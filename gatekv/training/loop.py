@@ -175,7 +175,7 @@ def _batches(
     micro = range(start * config.accumulation, config.max_steps * config.accumulation)
     firsts = [(m * readers + reader) * config.batch_size for m in micro]
     # All rows of a batch share a split.
-    aligned = config.prefill == "dense" or cast("CPTConfig", config).spec.context == "prompt"
+    aligned = config.prefill != "sparse" or cast("CPTConfig", config).spec.context == "prompt"
     workers = workers_for(config.dataloader_num_workers, accelerator.device)
     return zip(firsts, micro_batches(data, firsts, config.batch_size, aligned, workers, accelerator.device))
 

@@ -4,12 +4,13 @@ import pytest
 import torch
 from conftest import VOCAB, gated
 
-import gatekv
 from gatekv.modules import wrappers
 from gatekv.ops import codec
 from gatekv.policies.bits import allot, rates, steps
 from gatekv.policies.rate import Rate
+from gatekv.presets import preset
 from gatekv.training.coded import Coding
+from gatekv.training.config import CPTConfig
 from gatekv.training.objective import Objective
 
 
@@ -85,4 +86,8 @@ def test_what_cannot_be_trained_so_is_refused():
         Objective(
             gated(dtype=torch.float32, lora={"r": 2, "target_modules": ["q_proj"]}), prefill="dense", width=Rate()
         )
-    assert gatekv.presets.preset("rate")["rate"]
+    with pytest.raises(ValueError, match="training for rate codes a prompt"):
+        CPTConfig(prefill="rate", objective="none", oracle_weight=1.0)
+    with pytest.raises(ValueError, match="gradient_checkpointing is for prefill='sparse'"):
+        CPTConfig(prefill="rate", gradient_checkpointing=True)
+    assert CPTConfig(**preset("rate")).prefill == "rate"

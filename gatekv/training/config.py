@@ -34,8 +34,8 @@ class CPTConfig(Gated, RunConfig, GateSpec):
     objective: str = option("kl", "Task loss.", choices=OBJECTIVES)
     prefill: str = option(
         "sparse",
-        "Flags act inside the prompt (sparse), behind it (dense), or behind it and what is kept is read in the few bits "
-        "in which `rate` stores it (rate).",
+        "Flags act inside the prompt (sparse), behind it (dense), or behind it, where what is kept is read in the few "
+        "bits in which `rate` stores it (rate).",
         choices=(*PREFILLS, "rate"),
     )
     retrieval_share: float = option(0.6, "Share of the rows with facts written in and asked for.")

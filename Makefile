@@ -9,7 +9,7 @@ PYTEST := $(BIN)/python -m pytest -n logical --maxprocesses 8 --dist loadgroup
 demo: .venv/ready  ## train, generate, compare, draw: at most a quarter of an hour on two cores
 	$(BIN)/gatekv demo
 
-test: .venv/ready  ## every promise once, without a GPU: about ten minutes on two slow cores
+test: .venv/ready  ## every promise once, without a GPU: ten to fifteen minutes on two slow cores
 	$(PYTEST) -m "not exhaustive"
 
 test-all: .venv/ready  ## the rest too: whole matrices, every backend, the benchmarks and pages on the real model

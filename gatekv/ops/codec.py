@@ -25,7 +25,7 @@ from gatekv.ops.naive import accumulation_dtype
 Tensor = torch.Tensor
 WIDTHS = (2, 3, 4, 5, 8)
 SEED = 20260401  # of the signs, and of the matrix where no Hadamard matrix has the size
-ROUNDS = 400  # of Lloyd's algorithm; at 8 bits the squared error is then half a percent above that of 3000
+ROUNDS = 400  # of Lloyd's algorithm; at 8 bits the error is half a percent above that of 3000
 
 
 def constant(make: Callable[..., Any]) -> Any:

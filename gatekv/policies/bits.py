@@ -4,8 +4,9 @@ With u_j the utility of a token and D(b) the squared error of b bits as a share 
 
     minimise  sum_j u_j (w_j D(bits of key j) + D(bits of value j))   under   sum_j bytes_j <= room,
 
-where a token that is gone costs u_j · `evicted`. D is convex, so one price of a byte decides (RDKV, 2605.08317, whose abstract
-calls it reverse water-filling): a token takes its next step while u_j · (what the step gains) / (its bytes) is above that price.
+where a token that is gone costs u_j · `evicted`. D is convex, so one price of a byte decides (RDKV, 2605.08317, whose
+abstract calls it reverse water-filling): a token takes its next step while u_j · (what the step gains) / (its bytes)
+is above that price.
 """
 
 from typing import NamedTuple
